@@ -1,0 +1,149 @@
+// What every op asks of its arguments, on every backend. A message opens with the op's name, and says what was got.
+#pragma once
+
+#include <ATen/core/Tensor.h>
+#include <c10/util/ArrayRef.h>
+#include <c10/util/Exception.h>
+
+#include <algorithm>
+#include <cmath>
+#include <utility>
+#include <vector>
+
+namespace torchlars {
+
+inline bool is_supported(c10::ScalarType dtype) {
+  switch (dtype) {
+    case c10::kDouble:
+    case c10::kFloat:
+    case c10::kBFloat16:
+    case c10::kHalf:
+    case c10::kComplexDouble:
+    case c10::kComplexFloat:
+      return true;
+    default:
+      return false;
+  }
+}
+
+// The type in which a layer's trust ratio is kept and its gradient is computed.
+inline c10::ScalarType compute_dtype(c10::ScalarType grad, c10::ScalarType param) {
+  const auto widest = c10::toRealValueType(c10::promoteTypes(grad, param));
+  return widest == c10::kDouble ? c10::kDouble : c10::kFloat;
+}
+
+inline void check_tensors(const char* op, const char* name, at::TensorList tensors) {
+  TORCH_CHECK(!tensors.empty(), op, ": expected at least one tensor (got: ", name, " is empty)");
+  const at::Tensor& first = tensors[0];
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const at::Tensor& tensor = tensors[i];
+    TORCH_CHECK(tensor.defined(), op, ": expected tensors (", name, "[", i, "] is undefined)");
+    TORCH_CHECK(tensor.layout() == c10::kStrided, op, ": expected strided tensors (", name, "[", i, "]: ", tensor.layout(), ")");
+    TORCH_CHECK(is_supported(tensor.scalar_type()), op,
+                ": expected float64, float32, bfloat16, float16, complex128 or complex64 (", name, "[", i,
+                "]: ", tensor.scalar_type(), ")");
+    TORCH_CHECK(tensor.device() == first.device(), op, ": expected tensors on one device (", name,
+                "[0]: ", first.device(), ", ", name, "[", i, "]: ", tensor.device(), ")");
+    TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), op, ": expected tensors of one dtype (", name,
+                "[0]: ", first.scalar_type(), ", ", name, "[", i, "]: ", tensor.scalar_type(), ")");
+  }
+}
+
+inline void check_length(const char* op, const char* name, size_t length, const char* than, size_t expected) {
+  TORCH_CHECK(length == expected, op, ": expected lists of one length (", than, ": ", expected, ", ", name, ": ", length, ")");
+}
+
+inline void check_numbers(const char* op, const char* name, at::ArrayRef<double> numbers, bool may_be_zero) {
+  for (size_t i = 0; i < numbers.size(); ++i) {
+    const bool in_range = std::isfinite(numbers[i]) && (may_be_zero ? numbers[i] >= 0 : numbers[i] > 0);
+    TORCH_CHECK(in_range, op, ": expected ", may_be_zero ? "non-negative" : "positive", " numbers (", name, "[", i,
+                "]: ", numbers[i], ")");
+  }
+}
+
+inline void check_hyper_parameters(const char* op, size_t layers, const char* than, at::ArrayRef<double> weight_decays,
+                                   at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps) {
+  check_length(op, "weight_decays", weight_decays.size(), than, layers);
+  check_length(op, "trust_coefs", trust_coefs.size(), than, layers);
+  check_length(op, "eps", eps.size(), than, layers);
+  check_numbers(op, "weight_decays", weight_decays, true);
+  check_numbers(op, "trust_coefs", trust_coefs, false);
+  check_numbers(op, "eps", eps, true);
+}
+
+// True where no two elements can share memory. Exact for every layout that slicing, permuting and expanding produce.
+inline bool is_writable_in_place(const at::Tensor& tensor) {
+  if (tensor.numel() < 2 || tensor.is_non_overlapping_and_dense()) {
+    return true;
+  }
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) > 1) {
+      dims.emplace_back(tensor.stride(d), tensor.size(d));
+    }
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 0;
+  for (const auto& [stride, size] : dims) {
+    if (stride <= extent) {
+      return false;
+    }
+    extent += stride * (size - 1);
+  }
+  return true;
+}
+
+// Gradients and parameters, pair by pair. equal_shapes: also where weight_decays[i] is 0 and params[i] is not read.
+inline void check_layers(const char* op, at::TensorList grads, at::TensorList params,
+                         at::ArrayRef<double> weight_decays, bool equal_shapes) {
+  check_tensors(op, "grads", grads);
+  check_tensors(op, "params", params);
+  check_length(op, "params", params.size(), "grads", grads.size());
+  check_length(op, "weight_decays", weight_decays.size(), "grads", grads.size());
+  check_numbers(op, "weight_decays", weight_decays, true);
+  TORCH_CHECK(grads[0].device() == params[0].device(), op, ": expected tensors on one device (grads[0]: ",
+              grads[0].device(), ", params[0]: ", params[0].device(), ")");
+  TORCH_CHECK(grads[0].is_complex() == params[0].is_complex(), op,
+              ": expected grads and params to be both real or both complex (grads[0]: ", grads[0].scalar_type(),
+              ", params[0]: ", params[0].scalar_type(), ")");
+  for (size_t i = 0; i < grads.size(); ++i) {
+    TORCH_CHECK(grads[i].sizes() == params[i].sizes() || (weight_decays[i] == 0 && !equal_shapes), op,
+                ": expected grads and params of one shape (grads[", i, "]: ", grads[i].sizes(), ", params[", i,
+                "]: ", params[i].sizes(), ")");
+    TORCH_CHECK(is_writable_in_place(grads[i]), op, ": expected gradients that can be written in place (grads[", i,
+                "]: shape ", grads[i].sizes(), ", strides ", grads[i].strides(), " overlap in memory); clone it first");
+  }
+}
+
+inline void check_squared_norms(const char* op, const char* name, const at::Tensor& squared_norms) {
+  TORCH_CHECK(squared_norms.dim() == 1 && squared_norms.scalar_type() == c10::kDouble && squared_norms.is_contiguous(), op,
+              ": expected a contiguous vector of float64 (", name, ": shape ", squared_norms.sizes(), ", ",
+              squared_norms.scalar_type(), ")");
+}
+
+inline void check_trust_ratios(const at::Tensor& param_squared_norms, const at::Tensor& grad_squared_norms,
+                               at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs,
+                               at::ArrayRef<double> eps, c10::ScalarType dtype) {
+  const char* op = "trust_ratios";
+  check_squared_norms(op, "param_squared_norms", param_squared_norms);
+  check_squared_norms(op, "grad_squared_norms", grad_squared_norms);
+  const size_t layers = param_squared_norms.size(0);
+  check_length(op, "grad_squared_norms", grad_squared_norms.size(0), "param_squared_norms", layers);
+  check_hyper_parameters(op, layers, "param_squared_norms", weight_decays, trust_coefs, eps);
+  TORCH_CHECK(param_squared_norms.device() == grad_squared_norms.device(), op,
+              ": expected tensors on one device (param_squared_norms: ", param_squared_norms.device(),
+              ", grad_squared_norms: ", grad_squared_norms.device(), ")");
+  TORCH_CHECK(dtype == c10::kDouble || dtype == c10::kFloat, op, ": expected float64 or float32 (dtype: ", dtype, ")");
+}
+
+inline void check_ratios(const char* op, const at::Tensor& ratios, at::TensorList grads, at::TensorList params) {
+  const auto dtype = compute_dtype(grads[0].scalar_type(), params[0].scalar_type());
+  TORCH_CHECK(ratios.dim() == 1 && ratios.is_contiguous() && ratios.scalar_type() == dtype, op,
+              ": expected ratios to be a contiguous vector of ", dtype, " (got: shape ", ratios.sizes(), ", ",
+              ratios.scalar_type(), ")");
+  check_length(op, "ratios", ratios.size(0), "grads", grads.size());
+  TORCH_CHECK(ratios.device() == grads[0].device(), op, ": expected tensors on one device (grads[0]: ",
+              grads[0].device(), ", ratios: ", ratios.device(), ")");
+}
+
+}  // namespace torchlars

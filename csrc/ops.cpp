@@ -1,0 +1,72 @@
+// The register: what the ops are called and take. What they mean is in torchlars/ops.py, what they compute in the folders
+// cpu/ and cuda/ and, for every other device, in torchlars/reference.py.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+#include <torch/library.h>
+#include <torch/version.h>
+
+#include "plan.h"
+
+TORCH_LIBRARY(torchlars, m) {
+  m.def("squared_norms(Tensor[] tensors) -> Tensor");
+  m.def(
+      "trust_ratios(Tensor param_squared_norms, Tensor grad_squared_norms, float[] weight_decays, "
+      "float[] trust_coefs, float[] eps, ScalarType dtype) -> Tensor");
+  m.def(
+      "apply_trust_ratios_(Tensor(a!)[] grads, Tensor[] params, Tensor ratios, float[] weight_decays, "
+      "bool maximize) -> ()");
+  m.def(
+      "scale_by_trust_ratios_(Tensor(a!)[] grads, Tensor[] params, float[] weight_decays, "
+      "float[] trust_coefs, float[] eps, bool maximize) -> Tensor");
+}
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "Loads the ops of torchlars into torch.ops.torchlars.";
+  m.attr("torch_version") = TORCH_VERSION;
+#ifdef TORCHLARS_WITH_CUDA
+  m.attr("has_cuda") = true;
+#else
+  m.attr("has_cuda") = false;
+#endif
+
+  m.def(
+      "chunks",
+      [](std::vector<int64_t> numels) {
+        const torchlars::Plan plan(std::move(numels));
+        std::vector<std::tuple<int64_t, int64_t, int64_t>> chunks;
+        for (size_t tensor = 0; tensor < plan.numel.size(); ++tensor) {
+          for (int64_t chunk = 0; chunk < torchlars::num_chunks(plan.numel[tensor]); ++chunk) {
+            const auto range = torchlars::chunk_range(plan.numel[tensor], chunk);
+            chunks.emplace_back(tensor, range.begin, range.end);
+          }
+        }
+        return chunks;
+      },
+      pybind11::arg("numels"), "Every chunk of the plan as (tensor, begin, end), in order.");
+  m.def(
+      "chunks_starting_in",
+      [](std::vector<int64_t> numels, int64_t begin, int64_t end) {
+        const torchlars::Plan plan(std::move(numels));
+        std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> chunks;
+        plan.for_chunks_starting_in(begin, end, [&](int64_t tensor, int64_t chunk, torchlars::Range range) {
+          chunks.emplace_back(tensor, chunk, range.begin, range.end);
+        });
+        return chunks;
+      },
+      pybind11::arg("numels"), pybind11::arg("begin"), pybind11::arg("end"),
+      "The share of a CPU thread: (tensor, chunk, begin, end) of every chunk that starts in elements [begin, end).");
+  m.def(
+      "runs_within",
+      [](const std::vector<int64_t>& sizes, int64_t limit) {
+        std::vector<std::pair<int64_t, int64_t>> runs;
+        for (const auto& run : torchlars::runs_within(sizes, limit)) {
+          runs.emplace_back(run.begin, run.end);
+        }
+        return runs;
+      },
+      pybind11::arg("sizes"), pybind11::arg("limit"), "Runs of consecutive items as (begin, end).");
+  m.def(
+      "find_start", [](const std::vector<int64_t>& starts,
+                       int64_t value) { return torchlars::find_start(starts.data(), starts.size(), value); },
+      pybind11::arg("starts"), pybind11::arg("value"), "The last i with starts[i] <= value.");
+}

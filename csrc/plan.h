@@ -1,0 +1,111 @@
+// How tensors are cut into chunks. Pure arithmetic on sizes, shared by host and device: the cut depends on nothing else
+// (no thread count, no number of multiprocessors), which is why every backend gives the same bits on every run.
+#pragma once
+
+#include <c10/macros/Macros.h>
+
+#include <cstdint>
+#include <utility>
+#include <vector>
+
+namespace torchlars {
+
+constexpr int64_t kChunk = 16384;     // elements; a chunk is summed by one thread on a CPU, by one block on a GPU
+constexpr int64_t kMaxChunks = 1024;  // of one tensor: a GPU block re-adds them all, so they must stay few
+constexpr int64_t kChunkStep = 1024;  // longer chunks are multiples of it, so that every chunk starts on a 16-byte border
+
+C10_HOST_DEVICE inline int64_t divide_up(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// Elements per chunk of a tensor: kChunk, and more only where the tensor would have more than kMaxChunks of them.
+C10_HOST_DEVICE inline int64_t chunk_size(int64_t numel) {
+  const int64_t per_chunk = divide_up(divide_up(numel, kMaxChunks), kChunkStep) * kChunkStep;
+  return per_chunk < kChunk ? kChunk : per_chunk;
+}
+
+// An empty tensor has one chunk, an empty one, so that no kernel needs to know of empty tensors.
+C10_HOST_DEVICE inline int64_t num_chunks(int64_t numel) {
+  return numel == 0 ? 1 : divide_up(numel, chunk_size(numel));
+}
+
+// Elements [begin, end) of one tensor.
+struct Range {
+  int64_t begin;
+  int64_t end;
+};
+
+C10_HOST_DEVICE inline Range chunk_range(int64_t numel, int64_t chunk) {
+  const int64_t size = chunk_size(numel);
+  const int64_t begin = chunk * size;
+  return {begin, numel - begin < size ? numel : begin + size};
+}
+
+// The last i with starts[i] <= value; starts is sorted, starts[0] <= value.
+template <typename T>
+C10_HOST_DEVICE inline int64_t find_start(const T* starts, int64_t count, int64_t value) {
+  int64_t low = 0;
+  int64_t high = count;
+  while (high - low > 1) {
+    const int64_t middle = low + (high - low) / 2;
+    if (static_cast<int64_t>(starts[middle]) <= value) {
+      low = middle;
+    } else {
+      high = middle;
+    }
+  }
+  return low;
+}
+
+// Consecutive tensors laid end to end: the i-th one's chunks and elements are counted from first_chunk[i] and start[i].
+struct Plan {
+  explicit Plan(std::vector<int64_t> numels) : numel(std::move(numels)) {
+    for (const int64_t n : numel) {
+      first_chunk.push_back(chunks);
+      start.push_back(elements);
+      chunks += num_chunks(n);
+      elements += n;
+    }
+  }
+
+  std::vector<int64_t> numel;
+  std::vector<int64_t> first_chunk;
+  std::vector<int64_t> start;
+  int64_t chunks = 0;
+  int64_t elements = 0;
+
+  // Calls visit(tensor, chunk of the plan, range of the tensor) for every chunk that starts in elements [begin, end).
+  // Equal shares of elements are equal work, which equal shares of chunks are not; an empty chunk may go unvisited.
+  template <typename Visit>
+  void for_chunks_starting_in(int64_t begin, int64_t end, const Visit& visit) const {
+    const int64_t count = static_cast<int64_t>(numel.size());
+    for (int64_t tensor = find_start(start.data(), count, begin); tensor < count && start[tensor] < end; ++tensor) {
+      const int64_t from = begin - start[tensor];
+      int64_t chunk = from <= 0 ? 0 : divide_up(from, chunk_size(numel[tensor]));
+      for (; chunk < num_chunks(numel[tensor]); ++chunk) {
+        const Range range = chunk_range(numel[tensor], chunk);
+        if (start[tensor] + range.begin >= end) {
+          return;
+        }
+        visit(tensor, first_chunk[tensor] + chunk, range);
+      }
+    }
+  }
+};
+
+// Cuts consecutive items into runs whose total stays within limit; an item above the limit is a run of its own.
+inline std::vector<Range> runs_within(const std::vector<int64_t>& sizes, int64_t limit) {
+  std::vector<Range> runs;
+  int64_t total = 0;
+  for (int64_t i = 0; i < static_cast<int64_t>(sizes.size()); ++i) {
+    if (runs.empty() || total + sizes[i] > limit) {
+      runs.push_back({i, i});
+      total = 0;
+    }
+    runs.back().end = i + 1;
+    total += sizes[i];
+  }
+  return runs;
+}
+
+}  // namespace torchlars

@@ -1,0 +1,139 @@
+"""Builds the extension torchlars._C. One decision, CPU only or with CUDA, is taken here, printed and kept.
+
+TORCHLARS_CUDA=0 leaves CUDA out, TORCHLARS_CUDA=1 insists on it; unset, CUDA is built where torch and a toolkit allow it.
+"""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+# Without a list, torch compiles for the GPUs it sees, and fails where it sees none. 9.0's PTX serves whatever is newer.
+DEFAULT_ARCH_LIST = "7.5;8.0;8.6;9.0+PTX"
+
+
+def import_torch():
+    """Import the torch that torchlars will run with. pip's isolated builds hide it: then ask the interpreter itself."""
+    try:
+        import torch
+    except ImportError:
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        code = "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])"
+        found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        if found.returncode != 0:
+            return None
+        sys.path.append(found.stdout.splitlines()[-1])
+        import torch
+    return torch
+
+
+def find_toolkit():
+    """Return (folder, version) of a CUDA toolkit that has both a compiler and headers, or (None, None)."""
+    nvcc = shutil.which("nvcc")
+    folders = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH")]
+    folders += [str(Path(nvcc).resolve().parents[1])] if nvcc else []
+    for folder in filter(None, [*folders, "/usr/local/cuda"]):
+        compiler = shutil.which("nvcc", path=str(Path(folder) / "bin"))
+        if compiler and (Path(folder) / "include" / "cuda_runtime.h").exists():
+            printed = subprocess.run([compiler, "--version"], capture_output=True, text=True).stdout
+            release = re.search(r"release (\d+\.\d+)", printed)
+            if release:
+                return folder, release[1]
+    return None, None
+
+
+def why_not_cuda(torch, toolkit_version):
+    """Return why CUDA cannot be built, or None. Never looks at a visible GPU: containers are built without one."""
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is not built for CUDA"
+    if toolkit_version is None:
+        return "no CUDA toolkit with nvcc and cuda_runtime.h was found; set CUDA_HOME"
+    if toolkit_version.split(".")[0] != torch.version.cuda.split(".")[0]:
+        return f"torch is built for CUDA {torch.version.cuda}, but the toolkit is CUDA {toolkit_version}"
+    return None
+
+
+def why_not_cpp():
+    """Return why no extension can be compiled at all, or None."""
+    compilers = [os.environ.get("CXX", "").split(" ")[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++", "cl"]
+    if not any(map(shutil.which, compilers)):
+        return f"no C++ compiler was found (looked for: {', '.join(compilers)})"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return None if header.exists() else f"Python's headers are missing ({header})"
+
+
+def decide(torch):
+    """Return (build the extension, build CUDA, the sentence that says so)."""
+    wanted = os.environ.get("TORCHLARS_CUDA", "")
+    if wanted not in ("", "0", "1"):
+        sys.exit(f"torchlars: TORCHLARS_CUDA must be 0, 1 or unset (got: {wanted!r})")
+    toolkit, toolkit_version = find_toolkit()
+    no_cpp, no_cuda = why_not_cpp(), why_not_cuda(torch, toolkit_version)
+    if wanted == "1" and (no_cpp or no_cuda):
+        sys.exit(f"torchlars: TORCHLARS_CUDA=1, but CUDA cannot be built: {no_cpp or no_cuda}")
+    if no_cpp:
+        return False, False, f"no extension, the reference in plain torch instead: {no_cpp}"
+    if wanted == "0" or no_cuda:
+        return True, False, f"CPU only: {'TORCHLARS_CUDA=0' if wanted == '0' else no_cuda}"
+    os.environ["CUDA_HOME"] = toolkit
+    arch_list = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCH_LIST)
+    return True, True, f"CPU and CUDA {toolkit_version} ({toolkit}) for {arch_list}"
+
+
+def extension(torch, with_cuda):
+    sources = ["csrc/ops.cpp", "csrc/cpu/ops_cpu.cpp"] + with_cuda * ["csrc/cuda/ops_cuda.cu"]
+    everything = [str(path) for path in sorted(Path("csrc").rglob("*")) if path.is_file()]
+    if torch is None:
+        return Extension("torchlars._C", sources, depends=everything)  # enough for an sdist, which compiles nothing
+    from torch.utils.cpp_extension import CppExtension, CUDAExtension
+
+    # No contraction into fused multiply-adds: results are then those of the source on every processor.
+    flags = ["/O2", "/openmp"] if os.name == "nt" else ["-O3", "-ffp-contract=off"]
+    link_flags = []
+    if sys.platform == "linux":  # at::parallel_for is compiled here, and without OpenMP it is a plain loop
+        flags, link_flags = [*flags, "-fopenmp"], ["-fopenmp"]
+    return (CUDAExtension if with_cuda else CppExtension)(
+        "torchlars._C",
+        sources,
+        depends=everything,
+        define_macros=[("TORCHLARS_WITH_CUDA", None)] if with_cuda else [],
+        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--fmad=false", "-Xcompiler=-ffp-contract=off"]},
+        extra_link_args=link_flags,
+    )
+
+
+torch = import_torch()
+has_extension, has_cuda, decision = decide(torch) if torch else (True, False, "")
+if torch:
+    from torch.utils.cpp_extension import BuildExtension as Base
+else:
+    Base = build_ext
+
+
+class Build(Base):
+    """Says what was decided, compiles, and leaves a note of it that torchlars reads before it loads the extension."""
+
+    def run(self):
+        if torch is None:
+            sys.exit(
+                "torchlars: it is compiled against the torch that it will run with, and none was found for "
+                f"{sys.executable}; install torch first, then: pip install --no-build-isolation ."
+            )
+        print(f"torchlars: {decision}", flush=True)
+        self.extensions = self.extensions if has_extension else []
+        super().run()
+        note = Path("." if self.inplace else self.build_lib) / "torchlars" / "_build.py"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(
+            '"""What setup.py decided, and for which torch. Written by it."""\n\n'
+            f"torch_version = {torch.__version__!r}\ndecision = {decision!r}\n"
+        )
+
+
+setup(ext_modules=[extension(torch, has_cuda)], cmdclass={"build_ext": Build})

@@ -1,0 +1,10 @@
+"""LARS for PyTorch: a layer-wise adaptive learning rate around any optimizer, in one line.
+
+>>> optimizer = LARS(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4))
+"""
+
+
+from torchlars.lars import LARS
+
+__all__ = ["LARS", "__version__"]
+__version__ = "1.0.0.dev0"

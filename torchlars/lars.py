@@ -1,0 +1,246 @@
+"""LARS: the trust ratio of every layer, around any optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchlars import ops
+from torchlars.wrapper import (
+    Group,
+    HiddenHyperParameters,
+    OptimizerWrapper,
+    coupled_weight_decay,
+    non_negative_number,
+    positive_number,
+)
+
+__all__ = ["LARS"]
+
+
+class LARS(OptimizerWrapper):
+    r"""Layer-wise adaptive rate scaling around a base optimizer.
+
+    Before the base takes its step, the gradient *g* of every layer (every parameter tensor *w*) becomes
+
+    .. math::
+        g \leftarrow r \cdot (g + \lambda w), \qquad
+        r = \frac{\eta \lVert w \rVert}{\lVert g \rVert + \lambda \lVert w \rVert + \epsilon},
+
+    with the L2 norm over the whole layer, *r* = 1 where either norm is zero, and (g − λw) in groups that maximize. *r* is
+    the *trust ratio*, η ``trust_coef``, ε ``eps`` and λ the group's weight decay, if it is coupled.
+
+    **The learning rate** enters once, in the base: a step of plain SGD has the length lr · η · ‖w‖, or a bit less, whatever the
+    gradient's. So lr is of another size here than for SGD alone, and the same for many batch sizes. Momentum is the base's
+    and collects gradients that are already scaled, without lr; the paper's Algorithm 1 keeps lr inside the momentum. The two
+    differ while lr changes.
+
+    **Gradients are consumed**: after :meth:`step`, ``p.grad`` holds r · (g + λw). Clip before it, look at norms before it.
+
+    **Weight decay** that the base would add to the gradient (SGD, Adam, RMSprop, ...) is taken over, and hidden from the base
+    while it steps. Decoupled weight decay (AdamW, Muon, ``decoupled_weight_decay=True``) stays the base's: then λ = 0.
+
+    **Other bases.** The Adam family, Muon, Adafactor and Rprop barely notice a gradient's scale, so LARS does almost nothing
+    over them.
+
+    Parameters, groups, state and hyper-parameters are the base's, and everything that drives a torch optimizer drives this
+    one. A group may set ``trust_coef`` and ``eps`` as keys of its own, and ``trust_coef=None`` to be left to the base as it is,
+    weight decay included. Where the base itself has a key ``eps``, as Adam has, that one is the base's and LARS uses its own.
+
+    Args:
+        optimizer: the base, any :class:`torch.optim.Optimizer`. Kept as ``.optim``.
+        eps: ε ≥ 0, in units of a gradient's norm.
+        trust_coef: η > 0, the length of a step relative to the weights', per unit of lr.
+
+    Raises:
+        TypeError: ``optimizer`` is no optimizer, or a number is not a number.
+        ValueError: a number is out of its range, or the base is differentiable.
+
+    Source: You, Gitman and Ginsburg, *Large Batch Training of Convolutional Networks*, 2017, arXiv:1708.03888. The formula
+    of the ratio is theirs, with ε added; they put lr into the momentum, we follow kakaobrain/torchlars 0.1.2, which does not.
+
+    Example:
+        >>> optimizer = LARS(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4))
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
+
+    options = {"eps": non_negative_number, "trust_coef": positive_number}
+    opt_out = "trust_coef"
+    state_key = "lars"
+
+    optim: Optimizer
+    eps: float
+    trust_coef: float
+
+    def __init__(self, optimizer: Optimizer, eps: float = 1e-8, trust_coef: float = 0.001) -> None:
+        super().__init__(optimizer, eps=eps, trust_coef=trust_coef)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._last_step: list[tuple[list[Tensor], Tensor]] = []
+
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Scale every gradient by its layer's trust ratio, then let the base take its step.
+
+        Args:
+            closure: evaluates the model anew and returns the loss. It is called as often as the base asks, with gradients
+                enabled and the user's hyper-parameters in sight, and what it leaves in ``.grad`` is scaled each time.
+            *args, **kwargs: passed on to the base.
+
+        Returns:
+            What the base returns: the closure's loss, if any.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: a group, parameter or gradient cannot be adapted; the message names it.
+                Nothing has changed then. Whatever raises, hyper-parameters are back as they were.
+        """
+        hidden = HiddenHyperParameters()
+
+        def adapted_closure() -> Any:
+            hidden.restore()
+            with torch.enable_grad():
+                loss = closure()  # type: ignore[misc]
+            self._adapt()
+            self._hide_weight_decay(hidden)
+            return loss
+
+        try:
+            if closure is None:
+                self._adapt()
+            self._hide_weight_decay(hidden)
+            if closure is not None:
+                return self.optim.step(adapted_closure, *args, **kwargs)
+            return self.optim.step(*args, **kwargs)
+        finally:
+            hidden.restore()
+
+    def trust_ratios(self) -> dict[Tensor, Tensor]:
+        """Return the trust ratio of every layer that the last step adapted: parameter → 0-dimensional tensor on its device.
+
+        Layers without a gradient and groups with ``trust_coef=None`` have none. Reading a value waits for its device;
+        asking for it does not.
+        """
+        return {
+            param: ratio
+            for params, ratios in self._last_step
+            for param, ratio in zip(params, ratios.unbind(), strict=True)
+        }
+
+    def _adapt(self) -> None:
+        """Measure, decide, apply."""
+        self._last_step = [(bucket.params, bucket.adapt()) for bucket in self._gather()]
+
+    def _gather(self) -> Iterable[Bucket]:
+        """Return every layer that is to be adapted, in buckets. All errors are raised here, before anything is written."""
+        buckets: dict[Any, Bucket] = {}
+        seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
+        for index, group in enumerate(self.param_groups):
+            options = self.group_options(index, group)
+            if options is None:
+                continue
+            weight_decay = coupled_weight_decay(self.optim, group)
+            maximize = bool(group.get("maximize", False))
+            for position, param in enumerate(group["params"]):
+                if param.grad is None or param in seen:
+                    continue
+                seen.add(param)
+                _check_layer(index, position, param, weight_decay)
+                is_sparse = param.grad.is_sparse
+                key = (param.device, param.dtype, param.grad.dtype, is_sparse, maximize)
+                bucket = buckets.setdefault(key, Bucket(is_sparse=is_sparse, maximize=maximize))
+                bucket.add(param, weight_decay, **options)
+        return buckets.values()
+
+    def _hide_weight_decay(self, hidden: HiddenHyperParameters) -> None:
+        """Hide the weight decay that the gradients hold already."""
+        for index, group in enumerate(self.param_groups):
+            if self.group_options(index, group) is not None and coupled_weight_decay(self.optim, group) != 0:
+                hidden.hide(group, "weight_decay", 0.0)
+
+
+@dataclass
+class Bucket:
+    """Layers that one call can adapt: of one device and one dtype."""
+
+    is_sparse: bool
+    maximize: bool
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    weight_decays: list[float] = field(default_factory=list)
+    trust_coefs: list[float] = field(default_factory=list)
+    eps: list[float] = field(default_factory=list)
+
+    def add(self, param: Tensor, weight_decay: float, trust_coef: float, eps: float) -> None:
+        """Add one layer."""
+        self.params.append(param)
+        self.grads.append(_writable_gradient(param))
+        self.weight_decays.append(weight_decay)
+        self.trust_coefs.append(trust_coef)
+        self.eps.append(eps)
+
+    def adapt(self) -> Tensor:
+        """Scale the gradients, and return the trust ratios."""
+        if not self.is_sparse:
+            return ops.scale_by_trust_ratios_(
+                self.grads, self.params, self.weight_decays, self.trust_coefs, self.eps, self.maximize
+            )
+        # The values of a sparse gradient are fewer than the parameter's: the two cannot be swept side by side.
+        ratios = ops.trust_ratios(
+            ops.squared_norms(self.params),
+            ops.squared_norms(self.grads),
+            self.weight_decays,
+            self.trust_coefs,
+            self.eps,
+            ops.compute_dtype(self.grads[0].dtype, self.params[0].dtype),
+        )
+        ops.apply_trust_ratios_(self.grads, self.params, ratios, self.weight_decays, self.maximize)
+        return ratios
+
+
+def _check_layer(group: int, position: int, param: Tensor, weight_decay: float) -> None:
+    """Raise if a parameter with its gradient cannot be adapted."""
+    grad = param.grad
+    assert grad is not None
+    if getattr(param, "_fsdp_flattened", False):
+        problem = "parameters must be whole layers, but FSDP1 flattens and splits them; use FSDP2's fully_shard, or DDP"
+    elif hasattr(param, "device_mesh"):
+        problem = "parameters must be whole layers, but this one is a sharded DTensor; use DDP or ZeroRedundancyOptimizer"
+    elif param.dtype not in ops.DTYPES:
+        raise TypeError(
+            f"parameters must be of a real or complex floating dtype with at least 16 bits (group: {group}, "
+            f"parameter: {position}, dtype: {param.dtype}); leave others to the base: trust_coef=None in their group"
+        )
+    elif grad.layout not in (torch.strided, torch.sparse_coo):
+        problem = f"gradients must be strided or sparse COO (layout: {grad.layout})"
+    elif grad.is_sparse and weight_decay != 0:
+        problem = f"sparse gradients need weight_decay=0 (weight_decay: {weight_decay})"
+    elif grad.shape != param.shape:
+        problem = f"gradients must have their parameter's shape (gradient: {tuple(grad.shape)})"
+    elif grad.device != param.device:
+        problem = f"gradients must be on their parameter's device (parameter: {param.device}, gradient: {grad.device})"
+    elif grad.dtype not in ops.DTYPES or grad.is_complex() != param.is_complex():
+        problem = f"gradients must be of their parameter's kind (parameter: {param.dtype}, gradient: {grad.dtype})"
+    else:
+        return
+    raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
+
+
+def _writable_gradient(param: Tensor) -> Tensor:
+    """Return what of a gradient can be written in place: itself, or the values of a sparse one.
+
+    A gradient whose elements share memory (an expanded one) is replaced by a copy first, an uncoalesced one by its sum.
+    """
+    grad = param.grad
+    assert grad is not None
+    if grad.is_sparse:
+        param.grad = grad.coalesce()
+        return param.grad._values()
+    if not grad.is_contiguous() and any(stride == 0 for stride in grad.stride()):
+        param.grad = grad.clone()
+    return param.grad

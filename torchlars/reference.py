@@ -1,0 +1,173 @@
+"""The ops in plain torch, on any device: slow, obvious, and the truth that every backend is held to.
+
+What each op takes and means is documented in :mod:`torchlars.ops`. Sums, norms and ratios are computed in float64, and
+everything is rounded once, when it is written.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__: list[str] = []
+
+#: The dtypes that layers may have.
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64)
+
+
+def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Sum |x|² over each tensor."""
+    _check_tensors("squared_norms", "tensors", tensors)
+    return torch.stack([_wide(tensor).abs().square().sum() for tensor in tensors])
+
+
+def trust_ratios(
+    param_squared_norms: Tensor,
+    grad_squared_norms: Tensor,
+    weight_decays: Sequence[float],
+    trust_coefs: Sequence[float],
+    eps: Sequence[float],
+    dtype: torch.dtype,
+) -> Tensor:
+    """η‖w‖ / (‖g‖ + λ‖w‖ + ε), and 1 where either norm is zero and none is NaN."""
+    op, layers = "trust_ratios", param_squared_norms.numel()
+    for name, vector in (("param_squared_norms", param_squared_norms), ("grad_squared_norms", grad_squared_norms)):
+        _check(
+            vector.dim() == 1 and vector.dtype == torch.float64,
+            f"{op}: expected a contiguous vector of float64 ({name}: shape {list(vector.shape)}, {vector.dtype})",
+        )
+    _check_length(op, "grad_squared_norms", grad_squared_norms, "param_squared_norms", layers)
+    _check_hyper_parameters(op, layers, "param_squared_norms", weight_decays, trust_coefs, eps)
+    _check(dtype in (torch.float64, torch.float32), f"{op}: expected float64 or float32 (dtype: {dtype})")
+
+    param_norms, grad_norms = param_squared_norms.sqrt(), grad_squared_norms.sqrt()
+    decay, coef, small = (param_norms.new_tensor(values) for values in (weight_decays, trust_coefs, eps))
+    ratios = coef * param_norms / (grad_norms + decay * param_norms + small)
+    is_nan = (param_norms + grad_norms).isnan()
+    is_one = ((param_norms == 0) | (grad_norms == 0)) & ~is_nan
+    return torch.where(is_one, 1.0, ratios).to(dtype)
+
+
+def apply_trust_ratios_(
+    grads: Sequence[Tensor], params: Sequence[Tensor], ratios: Tensor, weight_decays: Sequence[float], maximize: bool
+) -> None:
+    """g ← r · (g + λw), with −λ where the group maximizes."""
+    op = "apply_trust_ratios_"
+    _check_layers(op, grads, params, weight_decays, equal_shapes=False)
+    dtype = compute_dtype(grads[0].dtype, params[0].dtype)
+    _check(
+        ratios.dim() == 1 and ratios.dtype == dtype,
+        f"{op}: expected ratios to be a contiguous vector of {dtype} (got: shape {list(ratios.shape)}, {ratios.dtype})",
+    )
+    _check_length(op, "ratios", ratios, "grads", len(grads))
+
+    for grad, param, ratio, weight_decay in zip(grads, params, ratios, weight_decays, strict=True):
+        adapted = grad.to(torch.promote_types(grad.dtype, dtype))
+        if weight_decay != 0:
+            adapted = adapted + (-weight_decay if maximize else weight_decay) * param.to(adapted.dtype)
+        grad.copy_(ratio * adapted)
+
+
+def scale_by_trust_ratios_(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    weight_decays: Sequence[float],
+    trust_coefs: Sequence[float],
+    eps: Sequence[float],
+    maximize: bool,
+) -> Tensor:
+    """Do all three of the above: measure, decide, apply."""
+    op = "scale_by_trust_ratios_"
+    _check_layers(op, grads, params, weight_decays, equal_shapes=True)
+    _check_hyper_parameters(op, len(grads), "grads", weight_decays, trust_coefs, eps)
+    dtype = compute_dtype(grads[0].dtype, params[0].dtype)
+    ratios = trust_ratios(squared_norms(params), squared_norms(grads), weight_decays, trust_coefs, eps, dtype)
+    apply_trust_ratios_(grads, params, ratios, weight_decays, maximize)
+    return ratios
+
+
+def compute_dtype(grad: torch.dtype, param: torch.dtype) -> torch.dtype:
+    """The type of a layer's trust ratio and arithmetic: float64 for float64 layers, float32 for all others."""
+    wide = {torch.float64, torch.complex128}
+    return torch.float64 if {grad, param} & wide else torch.float32
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float64))
+
+
+# What csrc/checks.h asks, in the same words.
+
+
+def _check(holds: bool, message: str) -> None:
+    if not holds:
+        raise RuntimeError(message)
+
+
+def _check_length(op: str, name: str, values: Sequence[float] | Sequence[Tensor] | Tensor, than: str, length: int) -> None:
+    _check(len(values) == length, f"{op}: expected lists of one length ({than}: {length}, {name}: {len(values)})")
+
+
+def _check_numbers(op: str, name: str, numbers: Sequence[float], may_be_zero: bool) -> None:
+    kind = "non-negative" if may_be_zero else "positive"
+    for i, number in enumerate(numbers):
+        in_range = math.isfinite(number) and (number >= 0 if may_be_zero else number > 0)
+        _check(in_range, f"{op}: expected {kind} numbers ({name}[{i}]: {number})")
+
+
+def _check_hyper_parameters(
+    op: str, layers: int, than: str, weight_decays: Sequence[float], trust_coefs: Sequence[float], eps: Sequence[float]
+) -> None:
+    named = (("weight_decays", weight_decays), ("trust_coefs", trust_coefs), ("eps", eps))
+    for name, values in named:
+        _check_length(op, name, values, than, layers)
+    for name, values in named:
+        _check_numbers(op, name, values, may_be_zero=name != "trust_coefs")
+
+
+def _check_tensors(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    _check(len(tensors) > 0, f"{op}: expected at least one tensor (got: {name} is empty)")
+    first = tensors[0]
+    for i, tensor in enumerate(tensors):
+        _check(tensor.layout == torch.strided, f"{op}: expected strided tensors ({name}[{i}]: {tensor.layout})")
+        _check(
+            tensor.dtype in DTYPES,
+            f"{op}: expected float64, float32, bfloat16, float16, complex128 or complex64 ({name}[{i}]: {tensor.dtype})",
+        )
+        _check(
+            tensor.device == first.device,
+            f"{op}: expected tensors on one device ({name}[0]: {first.device}, {name}[{i}]: {tensor.device})",
+        )
+        _check(
+            tensor.dtype == first.dtype,
+            f"{op}: expected tensors of one dtype ({name}[0]: {first.dtype}, {name}[{i}]: {tensor.dtype})",
+        )
+
+
+def _check_layers(
+    op: str, grads: Sequence[Tensor], params: Sequence[Tensor], weight_decays: Sequence[float], equal_shapes: bool
+) -> None:
+    _check_tensors(op, "grads", grads)
+    _check_tensors(op, "params", params)
+    _check_length(op, "params", params, "grads", len(grads))
+    _check_length(op, "weight_decays", weight_decays, "grads", len(grads))
+    _check_numbers(op, "weight_decays", weight_decays, may_be_zero=True)
+    grad, param = grads[0], params[0]
+    _check(
+        grad.device == param.device,
+        f"{op}: expected tensors on one device (grads[0]: {grad.device}, params[0]: {param.device})",
+    )
+    _check(
+        grad.is_complex() == param.is_complex(),
+        f"{op}: expected grads and params to be both real or both complex "
+        f"(grads[0]: {grad.dtype}, params[0]: {param.dtype})",
+    )
+    for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
+        _check(
+            grad.shape == param.shape or (weight_decays[i] == 0 and not equal_shapes),
+            f"{op}: expected grads and params of one shape "
+            f"(grads[{i}]: {list(grad.shape)}, params[{i}]: {list(param.shape)})",
+        )

@@ -1,0 +1,243 @@
+"""The manners of an optimizer that owns nothing.
+
+A wrapper *is* a :class:`torch.optim.Optimizer` to schedulers, scalers, trainers and checkpoints, while parameters, groups
+and state stay the base optimizer's. What it owns is a few numbers, its options. Nothing here knows what they mean.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from numbers import Real
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+__all__: list[str] = []
+
+Group = dict[str, Any]
+StateDict = dict[str, Any]
+
+
+class OptimizerWrapper(Optimizer):
+    """Borrows a base optimizer's groups, state and defaults; to be subclassed with a ``step`` and its options.
+
+    There is no ``super().__init__``, which would create groups and state of its own, and no ``__getattr__``, which would
+    send hooks to the base. Aliases of the base's groups and state would go stale, since loading a state dict replaces them.
+
+    Args:
+        optimizer: the base optimizer.
+        **options: the wrapper's own values, one for each name in :attr:`options`.
+
+    Raises:
+        TypeError: the base is no optimizer, or an option is of the wrong kind.
+        ValueError: an option has an impossible value, or the base was built with ``differentiable=True``.
+    """
+
+    #: The wrapper's options. ``check(name, value)`` returns the value as a plain Python one, or raises.
+    options: ClassVar[dict[str, Callable[[str, Any], Any]]]
+    #: The option that a group sets to None to be left to the base, untouched.
+    opt_out: ClassVar[str]
+    #: The wrapper's own key in a state dict.
+    state_key: ClassVar[str]
+
+    def __init__(self, optimizer: Optimizer, **options: Any) -> None:
+        if not isinstance(optimizer, Optimizer):
+            name = type(self).__name__
+            raise TypeError(
+                f"optimizer must be a torch.optim.Optimizer (got: {type(optimizer).__name__}); "
+                f"construct the base first: {name}(torch.optim.SGD(params, lr=0.1))"
+            )
+        checked = {name: check(name, options[name]) for name, check in self.options.items()}
+        self.__setstate__({"optim": optimizer, **checked})
+        for index, group in enumerate(self.param_groups):
+            self.group_options(index, group)
+
+    # What is borrowed.
+
+    @property
+    def param_groups(self) -> list[Group]:  # type: ignore[override]
+        """The base optimizer's parameter groups."""
+        return self.optim.param_groups
+
+    @param_groups.setter
+    def param_groups(self, param_groups: list[Group]) -> None:
+        self.optim.param_groups = param_groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+        """The base optimizer's state."""
+        return self.optim.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self.optim.state = state
+
+    @property
+    def defaults(self) -> Group:  # type: ignore[override]
+        """The base optimizer's defaults."""
+        return self.optim.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: Group) -> None:
+        self.optim.defaults = defaults
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients, as the base does."""
+        self.optim.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group to the base. It may hold any of the wrapper's options as keys."""
+        self.group_options(len(self.param_groups), param_group)
+        self.optim.add_param_group(param_group)
+
+    def train(self, mode: bool = True) -> None:
+        """Tell the base that training goes on, if that matters to it (it does to schedule-free ones)."""
+        if mode and hasattr(self.optim, "train"):
+            self.optim.train()
+        elif not mode:
+            self.eval()
+
+    def eval(self) -> None:
+        """Tell the base that evaluation begins, if that matters to it."""
+        if hasattr(self.optim, "eval"):
+            self.optim.eval()
+
+    # What is owned.
+
+    def group_options(self, index: int, group: Group) -> Group | None:
+        """Return the options of the ``index``-th group, or None if it opts out.
+
+        A key of the group comes before the wrapper's own value, unless the base itself has a key of that name: Adam's
+        ``eps`` is Adam's.
+        """
+        if group.get("differentiable", self.defaults.get("differentiable", False)):
+            raise ValueError(
+                f"differentiable must be False (group: {index}, got: True); {type(self).__name__} writes gradients in "
+                "place, which cannot be differentiated through"
+            )
+        own = {name: group[name] for name in self.options if name in group and name not in self.defaults}
+        if own.get(self.opt_out, self.opt_out) is None:
+            return None
+        try:
+            return {name: check(name, own.get(name, getattr(self, name))) for name, check in self.options.items()}
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error}, in parameter group {index}") from None
+
+    def __getstate__(self) -> StateDict:
+        """Return what the wrapper owns. Hooks are dropped, as torch drops them.
+
+        Not ``__dict__``: a scheduler leaves an attribute ``step`` there which is bound to this very object, and a copy that
+        took it along would step the original.
+        """
+        return {"optim": self.optim, **{name: getattr(self, name) for name in self.options}}
+
+    def __setstate__(self, state: StateDict) -> None:
+        self.__dict__.update(state)
+        had_differentiable = "differentiable" in self.defaults
+        Optimizer.__setstate__(self, {})  # makes every hook table that this torch knows, and hooks step
+        if not had_differentiable:
+            self.defaults.pop("differentiable", None)
+
+    def _own_values(self) -> StateDict:
+        return {name: check(name, getattr(self, name)) for name, check in self.options.items()}
+
+    def state_dict(self) -> StateDict:
+        """Return the base's state dict, with the wrapper's options under one extra key."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict: StateDict = {**self.optim.state_dict(), self.state_key: self._own_values()}
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            replaced = post_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        return state_dict
+
+    def load_state_dict(self, state_dict: StateDict) -> None:
+        """Load a state dict of this wrapper, or one of the plain base.
+
+        What it says nothing of stays as it is: the wrapper's own values, and the options that the groups hold.
+
+        Raises:
+            TypeError, ValueError: the wrapper's entry is wrong; nothing was loaded then.
+        """
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            replaced = pre_hook(self, state_dict)
+            state_dict = state_dict if replaced is None else replaced
+        own_values = self._checked(state_dict.get(self.state_key, {}))
+        group_options = [{name: group[name] for name in self.options if name in group} for group in self.param_groups]
+        self.optim.load_state_dict({key: value for key, value in state_dict.items() if key != self.state_key})
+        self.__dict__.update(own_values)
+        for group, options in zip(self.param_groups, group_options, strict=True):
+            for name, value in options.items():
+                group.setdefault(name, value)
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def _checked(self, own_values: Any) -> StateDict:
+        where = f"state_dict[{self.state_key!r}]"
+        if not isinstance(own_values, dict):
+            raise TypeError(f"{where} must be a dict of options (got: {type(own_values).__name__})")
+        unknown = sorted(map(str, own_values.keys() - self.options.keys()))
+        if unknown:
+            raise ValueError(f"{where} must hold {', '.join(self.options)} (got: {', '.join(unknown)})")
+        return {name: self.options[name](f"{where}[{name!r}]", value) for name, value in own_values.items()}
+
+    def __repr__(self) -> str:
+        values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.options)
+        return f"{type(self).__name__}({values}, optim={self.optim!r})"
+
+
+class HiddenHyperParameters:
+    """Hyper-parameters that the base must not see while its own arithmetic runs."""
+
+    def __init__(self) -> None:
+        self._hidden: list[tuple[Group, str, Any]] = []
+
+    def hide(self, group: Group, name: str, value: Any) -> None:
+        """Put ``value`` in the place of what the group holds."""
+        self._hidden.append((group, name, group[name]))
+        group[name] = value
+
+    def restore(self) -> None:
+        """Put back the very objects that were there."""
+        while self._hidden:
+            group, name, value = self._hidden.pop()
+            group[name] = value
+
+
+def coupled_weight_decay(optim: Optimizer, group: Group) -> float:
+    """Return the weight decay that the base would add to a group's gradients: 0 where it shrinks the weights apart.
+
+    Adam, AdamW, NAdam and RAdam say which of the two they do; Muon and Adafactor always decouple, and do not say so.
+
+    Raises:
+        TypeError, ValueError: the group's weight decay is not a non-negative number.
+    """
+    decoupled_bases = tuple(
+        getattr(torch.optim, name) for name in ("AdamW", "Muon", "Adafactor") if hasattr(torch.optim, name)
+    )
+    if group.get("decoupled_weight_decay", isinstance(optim, decoupled_bases)):
+        return 0.0
+    return non_negative_number("weight_decay", group.get("weight_decay", 0.0))
+
+
+def non_negative_number(name: str, value: Any) -> float:
+    """Return a finite number that is at least 0, or raise."""
+    return _number(name, value, "non-negative", lambda number: number >= 0)
+
+
+def positive_number(name: str, value: Any) -> float:
+    """Return a finite number above 0, or raise."""
+    return _number(name, value, "positive", lambda number: number > 0)
+
+
+def _number(name: str, value: Any, kind: str, in_range: Callable[[float], bool]) -> float:
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a {kind} number (got: {value!r} of type {type(value).__name__})")
+    number = float(value)
+    if not math.isfinite(number) or not in_range(number):
+        raise ValueError(f"{name} must be a {kind} number (got: {value!r})")
+    return number
