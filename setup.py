@@ -1,6 +1,7 @@
 """Builds the extension torchlars._C. One decision, CPU only or with CUDA, is taken here, printed and kept.
 
-TORCHLARS_CUDA=0 leaves CUDA out, TORCHLARS_CUDA=1 insists on it; unset, CUDA is built where torch and a toolkit allow it.
+TORCHLARS_CUDA=0 leaves CUDA out, TORCHLARS_CUDA=1 insists on it; unset, CUDA is built where torch and a toolkit
+allow it.
 """
 
 import os

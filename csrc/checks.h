@@ -38,7 +38,8 @@ inline void check_tensors(const char* op, const char* name, at::TensorList tenso
   for (size_t i = 0; i < tensors.size(); ++i) {
     const at::Tensor& tensor = tensors[i];
     TORCH_CHECK(tensor.defined(), op, ": expected tensors (", name, "[", i, "] is undefined)");
-    TORCH_CHECK(tensor.layout() == c10::kStrided, op, ": expected strided tensors (", name, "[", i, "]: ", tensor.layout(), ")");
+    TORCH_CHECK(tensor.layout() == c10::kStrided, op, ": expected strided tensors (", name, "[", i,
+                "]: ", tensor.layout(), ")");
     TORCH_CHECK(is_supported(tensor.scalar_type()), op,
                 ": expected float64, float32, bfloat16, float16, complex128 or complex64 (", name, "[", i,
                 "]: ", tensor.scalar_type(), ")");
@@ -50,7 +51,8 @@ inline void check_tensors(const char* op, const char* name, at::TensorList tenso
 }
 
 inline void check_length(const char* op, const char* name, size_t length, const char* than, size_t expected) {
-  TORCH_CHECK(length == expected, op, ": expected lists of one length (", than, ": ", expected, ", ", name, ": ", length, ")");
+  TORCH_CHECK(length == expected, op, ": expected lists of one length (", than, ": ", expected, ", ", name, ": ",
+              length, ")");
 }
 
 inline void check_numbers(const char* op, const char* name, at::ArrayRef<double> numbers, bool may_be_zero) {
@@ -101,8 +103,9 @@ inline void check_layers(const char* op, at::TensorList grads, at::TensorList pa
   check_length(op, "params", params.size(), "grads", grads.size());
   check_length(op, "weight_decays", weight_decays.size(), "grads", grads.size());
   check_numbers(op, "weight_decays", weight_decays, true);
-  TORCH_CHECK(grads[0].device() == params[0].device(), op, ": expected tensors on one device (grads[0]: ",
-              grads[0].device(), ", params[0]: ", params[0].device(), ")");
+  TORCH_CHECK(grads[0].device() == params[0].device(), op,
+              ": expected tensors on one device (grads[0]: ", grads[0].device(), ", params[0]: ", params[0].device(),
+              ")");
   TORCH_CHECK(grads[0].is_complex() == params[0].is_complex(), op,
               ": expected grads and params to be both real or both complex (grads[0]: ", grads[0].scalar_type(),
               ", params[0]: ", params[0].scalar_type(), ")");
@@ -116,8 +119,8 @@ inline void check_layers(const char* op, at::TensorList grads, at::TensorList pa
 }
 
 inline void check_squared_norms(const char* op, const char* name, const at::Tensor& squared_norms) {
-  TORCH_CHECK(squared_norms.dim() == 1 && squared_norms.scalar_type() == c10::kDouble && squared_norms.is_contiguous(), op,
-              ": expected a contiguous vector of float64 (", name, ": shape ", squared_norms.sizes(), ", ",
+  TORCH_CHECK(squared_norms.dim() == 1 && squared_norms.scalar_type() == c10::kDouble && squared_norms.is_contiguous(),
+              op, ": expected a contiguous vector of float64 (", name, ": shape ", squared_norms.sizes(), ", ",
               squared_norms.scalar_type(), ")");
 }
 
@@ -142,8 +145,8 @@ inline void check_ratios(const char* op, const at::Tensor& ratios, at::TensorLis
               ": expected ratios to be a contiguous vector of ", dtype, " (got: shape ", ratios.sizes(), ", ",
               ratios.scalar_type(), ")");
   check_length(op, "ratios", ratios.size(0), "grads", grads.size());
-  TORCH_CHECK(ratios.device() == grads[0].device(), op, ": expected tensors on one device (grads[0]: ",
-              grads[0].device(), ", ratios: ", ratios.device(), ")");
+  TORCH_CHECK(ratios.device() == grads[0].device(), op,
+              ": expected tensors on one device (grads[0]: ", grads[0].device(), ", ratios: ", ratios.device(), ")");
 }
 
 }  // namespace torchlars

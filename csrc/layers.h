@@ -9,8 +9,7 @@ namespace torchlars {
 
 // The tensor itself if its elements fill memory without gaps (contiguous, channels_last, transposed, ...), else a copy.
 inline at::Tensor dense(const at::Tensor& tensor) {
-  const at::Tensor plain = tensor.resolve_conj().resolve_neg();
-  return plain.is_non_overlapping_and_dense() ? plain : plain.contiguous();
+  return tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous();
 }
 
 inline bool same_strides(const at::Tensor& a, const at::Tensor& b) {
@@ -54,8 +53,6 @@ inline int64_t real_numel(const at::Tensor& tensor) {
   return tensor.is_complex() ? 2 * tensor.numel() : tensor.numel();
 }
 
-inline c10::ScalarType real_dtype(const at::Tensor& tensor) {
-  return c10::toRealValueType(tensor.scalar_type());
-}
+inline c10::ScalarType real_dtype(const at::Tensor& tensor) { return c10::toRealValueType(tensor.scalar_type()); }
 
 }  // namespace torchlars

@@ -1,5 +1,5 @@
-// The register: what the ops are called and take. What they mean is in torchlars/ops.py, what they compute in the folders
-// cpu/ and cuda/ and, for every other device, in torchlars/reference.py.
+// The register: what the ops are called and take. What they mean is in torchlars/ops.py, what they compute in the
+// folders cpu/ and cuda/ and, for every other device, in torchlars/reference.py.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -66,7 +66,9 @@ PYBIND11_MODULE(_C, m) {
       },
       pybind11::arg("sizes"), pybind11::arg("limit"), "Runs of consecutive items as (begin, end).");
   m.def(
-      "find_start", [](const std::vector<int64_t>& starts,
-                       int64_t value) { return torchlars::find_start(starts.data(), starts.size(), value); },
+      "find_start",
+      [](const std::vector<int64_t>& starts, int64_t value) {
+        return torchlars::find_start(starts.data(), starts.size(), value);
+      },
       pybind11::arg("starts"), pybind11::arg("value"), "The last i with starts[i] <= value.");
 }

@@ -12,11 +12,10 @@ namespace torchlars {
 
 constexpr int64_t kChunk = 16384;     // elements; a chunk is summed by one thread on a CPU, by one block on a GPU
 constexpr int64_t kMaxChunks = 1024;  // of one tensor: a GPU block re-adds them all, so they must stay few
-constexpr int64_t kChunkStep = 1024;  // longer chunks are multiples of it, so that every chunk starts on a 16-byte border
+constexpr int64_t kChunkStep =
+    1024;  // longer chunks are multiples of it, so that every chunk starts on a 16-byte border
 
-C10_HOST_DEVICE inline int64_t divide_up(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
+C10_HOST_DEVICE inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 // Elements per chunk of a tensor: kChunk, and more only where the tensor would have more than kMaxChunks of them.
 C10_HOST_DEVICE inline int64_t chunk_size(int64_t numel) {

@@ -9,8 +9,8 @@ namespace torchlars {
 
 // The trust ratio of one layer, from squared norms. Always in double: a bucket has few layers, so precision is free.
 // A layer with a zero norm keeps its gradient's own length. NaN is no zero: it stays NaN, so that the fault is seen.
-C10_HOST_DEVICE inline double trust_ratio(
-    double param_squared_norm, double grad_squared_norm, double weight_decay, double trust_coef, double eps) {
+C10_HOST_DEVICE inline double trust_ratio(double param_squared_norm, double grad_squared_norm, double weight_decay,
+                                          double trust_coef, double eps) {
   const double param_norm = std::sqrt(param_squared_norm);
   const double grad_norm = std::sqrt(grad_squared_norm);
   const double norms = param_norm + grad_norm;

@@ -3,7 +3,6 @@
 >>> optimizer = LARS(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4))
 """
 
-
 from torchlars.lars import LARS
 
 __all__ = ["LARS", "__version__"]

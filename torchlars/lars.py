@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from torchlars import ops
 from torchlars.wrapper import (
-    Group,
     HiddenHyperParameters,
     OptimizerWrapper,
     coupled_weight_decay,
@@ -74,7 +73,6 @@ class LARS(OptimizerWrapper):
     opt_out = "trust_coef"
     state_key = "lars"
 
-    optim: Optimizer
     eps: float
     trust_coef: float
 
@@ -210,7 +208,9 @@ def _check_layer(group: int, position: int, param: Tensor, weight_decay: float) 
     if getattr(param, "_fsdp_flattened", False):
         problem = "parameters must be whole layers, but FSDP1 flattens and splits them; use FSDP2's fully_shard, or DDP"
     elif hasattr(param, "device_mesh"):
-        problem = "parameters must be whole layers, but this one is a sharded DTensor; use DDP or ZeroRedundancyOptimizer"
+        problem = (
+            "parameters must be whole layers, but this one is a sharded DTensor; use DDP or ZeroRedundancyOptimizer"
+        )
     elif param.dtype not in ops.DTYPES:
         raise TypeError(
             f"parameters must be of a real or complex floating dtype with at least 16 bits (group: {group}, "
@@ -234,13 +234,17 @@ def _check_layer(group: int, position: int, param: Tensor, weight_decay: float) 
 def _writable_gradient(param: Tensor) -> Tensor:
     """Return what of a gradient can be written in place: itself, or the values of a sparse one.
 
-    A gradient whose elements share memory (an expanded one) is replaced by a copy first, an uncoalesced one by its sum.
+    A gradient that is a view of itself (expanded, lazily conjugated or negated) is replaced by its values first, an
+    uncoalesced sparse one by its sum.
     """
+    assert param.grad is not None
     grad = param.grad
-    assert grad is not None
     if grad.is_sparse:
-        param.grad = grad.coalesce()
-        return param.grad._values()
-    if not grad.is_contiguous() and any(stride == 0 for stride in grad.stride()):
-        param.grad = grad.clone()
-    return param.grad
+        param.grad = grad = grad.coalesce()
+        return grad._values()
+    if not grad.is_contiguous() and 0 in grad.stride():
+        grad = grad.clone()
+    grad = grad.resolve_conj().resolve_neg()
+    if grad is not param.grad:
+        param.grad = grad
+    return grad

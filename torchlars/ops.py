@@ -1,11 +1,11 @@
 """The door to the arithmetic: the four ops of LARS, each called once for all layers of a bucket.
 
 A bucket's tensors share one device and one dtype; gradients and parameters may differ in dtype. Shapes, strides and
-numbers of elements are free, empty tensors included. No op makes the host wait for a device, none is differentiable, and
-results are the same bits for any number of threads.
+numbers of elements are free, empty tensors included. No kernel makes the host wait for its device, none is
+differentiable, and results are the same bits for any number of threads.
 
-Behind the door stands the extension (CPU and CUDA kernels, registered as ``torch.ops.torchlars.*``), and for every other
-device, or where there is no extension, :mod:`torchlars.reference`.
+Behind the door stands the extension (CPU and CUDA kernels, registered as ``torch.ops.torchlars.*``), and for every
+other device, or where there is no extension, :mod:`torchlars.reference`.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ compute_dtype = reference.compute_dtype
 _backend: Any = reference
 if extension is not None:
     _backend = torch.ops.torchlars
-    _library = torch.library.Library("torchlars", "IMPL")
+    _library = torch.library.Library("torchlars", "IMPL")  # type: ignore[no-untyped-call]
     for _name in OPS:
-        _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")
+        _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
 @torch.no_grad()
@@ -68,7 +68,7 @@ def trust_ratios(
         weight_decays: λ ≥ 0 of each layer.
         trust_coefs: η > 0 of each layer.
         eps: ε ≥ 0 of each layer.
-        dtype: float64 for float64 layers, float32 for all others. Ratios are computed in float64 and rounded once to it.
+        dtype: float64 for float64 layers, float32 for all others. Ratios are computed in float64, and rounded once.
 
     Returns:
         A vector of n ratios.

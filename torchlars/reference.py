@@ -54,7 +54,7 @@ def trust_ratios(
 def apply_trust_ratios_(
     grads: Sequence[Tensor], params: Sequence[Tensor], ratios: Tensor, weight_decays: Sequence[float], maximize: bool
 ) -> None:
-    """g ← r · (g + λw), with −λ where the group maximizes."""
+    """G ← r · (g + λw), with −λ where the group maximizes."""
     op = "apply_trust_ratios_"
     _check_layers(op, grads, params, weight_decays, equal_shapes=False)
     dtype = compute_dtype(grads[0].dtype, params[0].dtype)
@@ -90,7 +90,7 @@ def scale_by_trust_ratios_(
 
 
 def compute_dtype(grad: torch.dtype, param: torch.dtype) -> torch.dtype:
-    """The type of a layer's trust ratio and arithmetic: float64 for float64 layers, float32 for all others."""
+    """Return the type of a layer's trust ratio and arithmetic: float64 for float64 layers, float32 for all others."""
     wide = {torch.float64, torch.complex128}
     return torch.float64 if {grad, param} & wide else torch.float32
 
@@ -107,7 +107,9 @@ def _check(holds: bool, message: str) -> None:
         raise RuntimeError(message)
 
 
-def _check_length(op: str, name: str, values: Sequence[float] | Sequence[Tensor] | Tensor, than: str, length: int) -> None:
+def _check_length(
+    op: str, name: str, values: Sequence[float] | Sequence[Tensor] | Tensor, than: str, length: int
+) -> None:
     _check(len(values) == length, f"{op}: expected lists of one length ({than}: {length}, {name}: {len(values)})")
 
 
@@ -135,7 +137,8 @@ def _check_tensors(op: str, name: str, tensors: Sequence[Tensor]) -> None:
         _check(tensor.layout == torch.strided, f"{op}: expected strided tensors ({name}[{i}]: {tensor.layout})")
         _check(
             tensor.dtype in DTYPES,
-            f"{op}: expected float64, float32, bfloat16, float16, complex128 or complex64 ({name}[{i}]: {tensor.dtype})",
+            f"{op}: expected float64, float32, bfloat16, float16, complex128 or complex64 "
+            f"({name}[{i}]: {tensor.dtype})",
         )
         _check(
             tensor.device == first.device,

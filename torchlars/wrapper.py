@@ -1,7 +1,8 @@
 """The manners of an optimizer that owns nothing.
 
-A wrapper *is* a :class:`torch.optim.Optimizer` to schedulers, scalers, trainers and checkpoints, while parameters, groups
-and state stay the base optimizer's. What it owns is a few numbers, its options. Nothing here knows what they mean.
+A wrapper *is* a :class:`torch.optim.Optimizer` to schedulers, scalers, trainers and checkpoints, while parameters,
+groups and state stay the base optimizer's. What it owns is a few numbers, its options. Nothing here knows what those
+mean.
 """
 
 from __future__ import annotations
@@ -25,8 +26,8 @@ StateDict = dict[str, Any]
 class OptimizerWrapper(Optimizer):
     """Borrows a base optimizer's groups, state and defaults; to be subclassed with a ``step`` and its options.
 
-    There is no ``super().__init__``, which would create groups and state of its own, and no ``__getattr__``, which would
-    send hooks to the base. Aliases of the base's groups and state would go stale, since loading a state dict replaces them.
+    There is no ``super().__init__``, which would create groups and state of its own, and no ``__getattr__``, which
+    would send hooks to the base. Aliases of groups and state would go stale, since loading a state dict replaces them.
 
     Args:
         optimizer: the base optimizer.
@@ -44,6 +45,8 @@ class OptimizerWrapper(Optimizer):
     #: The wrapper's own key in a state dict.
     state_key: ClassVar[str]
 
+    optim: Optimizer
+
     def __init__(self, optimizer: Optimizer, **options: Any) -> None:
         if not isinstance(optimizer, Optimizer):
             name = type(self).__name__
@@ -59,7 +62,7 @@ class OptimizerWrapper(Optimizer):
     # What is borrowed.
 
     @property
-    def param_groups(self) -> list[Group]:  # type: ignore[override]
+    def param_groups(self) -> list[Group]:
         """The base optimizer's parameter groups."""
         return self.optim.param_groups
 
@@ -68,7 +71,7 @@ class OptimizerWrapper(Optimizer):
         self.optim.param_groups = param_groups
 
     @property
-    def state(self) -> defaultdict[Tensor, Any]:  # type: ignore[override]
+    def state(self) -> defaultdict[Tensor, Any]:
         """The base optimizer's state."""
         return self.optim.state
 
@@ -77,7 +80,7 @@ class OptimizerWrapper(Optimizer):
         self.optim.state = state
 
     @property
-    def defaults(self) -> Group:  # type: ignore[override]
+    def defaults(self) -> Group:
         """The base optimizer's defaults."""
         return self.optim.defaults
 
@@ -130,8 +133,8 @@ class OptimizerWrapper(Optimizer):
     def __getstate__(self) -> StateDict:
         """Return what the wrapper owns. Hooks are dropped, as torch drops them.
 
-        Not ``__dict__``: a scheduler leaves an attribute ``step`` there which is bound to this very object, and a copy that
-        took it along would step the original.
+        Not ``__dict__``: a scheduler leaves an attribute ``step`` there which is bound to this very object, and a copy
+        that took it along would step the original.
         """
         return {"optim": self.optim, **{name: getattr(self, name) for name in self.options}}
 

@@ -8,8 +8,8 @@
 
 #include "../trust_ratio.h"
 
-// One binary for every x86-64: the loader picks the widest version that the processor runs. Elsewhere the same loops are
-// compiled once, for the baseline.
+// One binary for every x86-64: the loader picks the widest version that the processor runs. Elsewhere the same loops
+// are compiled once, for the baseline.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
 #define TORCHLARS_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define TORCHLARS_INLINE inline __attribute__((always_inline))
@@ -60,12 +60,10 @@ TORCHLARS_INLINE void adapt_loop(T* __restrict grad, const T* __restrict param, 
 }
 
 // Clones are made of functions, not of templates: hence an overload a type.
-#define TORCHLARS_KERNELS(T, Compute)                                                                              \
-  TORCHLARS_CLONES double sum_of_squares(const T* x, int64_t count) {                                              \
-    return sum_of_squares_loop(x, count);                                                                          \
-  }                                                                                                                \
-  TORCHLARS_CLONES void adapt(T* grad, const T* param, int64_t count, Compute weight_decay, Compute ratio) {       \
-    adapt_loop<T, Compute>(grad, param, count, weight_decay, ratio);                                               \
+#define TORCHLARS_KERNELS(T, Compute)                                                                         \
+  TORCHLARS_CLONES double sum_of_squares(const T* x, int64_t count) { return sum_of_squares_loop(x, count); } \
+  TORCHLARS_CLONES void adapt(T* grad, const T* param, int64_t count, Compute weight_decay, Compute ratio) {  \
+    adapt_loop<T, Compute>(grad, param, count, weight_decay, ratio);                                          \
   }
 
 TORCHLARS_KERNELS(double, double)

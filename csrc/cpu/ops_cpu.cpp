@@ -88,8 +88,8 @@ std::vector<std::vector<double>> measure(const std::vector<Tensors>& lists) {
 }
 
 // Adapts gradients in place, given their trust ratios.
-void adapt(at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays,
-           at::ArrayRef<double> ratios, bool maximize) {
+void adapt(at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays, at::ArrayRef<double> ratios,
+           bool maximize) {
   std::vector<Pair> pairs;
   Tensors swept;
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -120,8 +120,8 @@ at::Tensor squared_norms(at::TensorList tensors) {
 }
 
 at::Tensor trust_ratios(const at::Tensor& param_squared_norms, const at::Tensor& grad_squared_norms,
-                        at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs,
-                        at::ArrayRef<double> eps, at::ScalarType dtype) {
+                        at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
+                        at::ScalarType dtype) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_trust_ratios(param_squared_norms, grad_squared_norms, weight_decays, trust_coefs, eps, dtype);
   const auto* param_squared_norm = param_squared_norms.const_data_ptr<double>();

@@ -1,10 +1,10 @@
-// The kernels, over flat ranges of memory. Nothing of ATen and nothing but the plainest CUDA: a host shim in tests/ compiles
-// and runs this very file on a CPU.
+// The kernels, over flat ranges of memory. Nothing of ATen and nothing but the plainest CUDA: a host shim in tests/
+// compiles and runs this very file on a CPU.
 //
-// A step is two launches. `measure` has one block a chunk, which leaves one partial sum for the parameter and one for the
-// gradient. In `decide_and_apply` every block adds its layer's partial sums again, in the same order as all others, so that
-// blocks need not wait for each other and nothing is accumulated atomically: the bits are the same on every run. The
-// other kernels are the same pieces apart, for layers whose norms are completed elsewhere in between.
+// A step is two launches. `measure` has one block a chunk, which leaves one partial sum for the parameter and one for
+// the gradient. In `decide_and_apply` every block adds its layer's partial sums again, in the same order as all others,
+// so that blocks need not wait for each other and nothing is accumulated atomically: the bits are the same on every
+// run. The other kernels are the same pieces apart, for layers whose norms are completed elsewhere in between.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -20,13 +20,14 @@ namespace torchlars::cuda {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 
-// The layers of one launch. Travels as a kernel argument, of which there are 32,764 bytes: no copy to the device, so that
-// nothing needs to be staged, waited for or kept alive.
+// The layers of one launch. Travels as a kernel argument, of which there are 32,764 bytes: no copy to the device, so
+// that nothing needs to be staged, waited for or kept alive.
 struct Layers {
   static constexpr int kCapacity = 600;
 
   int32_t count;
-  int32_t first_chunk[kCapacity + 1];  // of each layer, counted from this launch's first; the last entry is their number
+  int32_t
+      first_chunk[kCapacity + 1];  // of each layer, counted from this launch's first; the last entry is their number
   int64_t numel[kCapacity];
   const void* param[kCapacity];  // may be null where a kernel need not read it
   void* grad[kCapacity];         // likewise
@@ -66,9 +67,7 @@ __device__ inline double block_sum(double value) {
   return sum;
 }
 
-__device__ inline double add_square(double sum, double value) {
-  return fma(value, value, sum);
-}
+__device__ inline double add_square(double sum, double value) { return fma(value, value, sum); }
 
 // The sum of squares of a range, for every thread of the block. In double throughout: no square of a float overflows or
 // vanishes in it, and the sum is exact to far below a float's last bit.
@@ -118,8 +117,7 @@ __device__ inline double sum_of_partials(const double* __restrict__ partials, in
 
 template <typename T, typename Compute>
 __device__ inline T adapt_one(T grad, T param, Compute weight_decay, Compute ratio) {
-  return static_cast<T>(
-      adapted_gradient(static_cast<Compute>(grad), static_cast<Compute>(param), weight_decay, ratio));
+  return static_cast<T>(adapted_gradient(static_cast<Compute>(grad), static_cast<Compute>(param), weight_decay, ratio));
 }
 
 template <typename T, typename Compute>
@@ -228,13 +226,14 @@ __global__ void __launch_bounds__(kThreads)
            Ratio* ratios) {
   const int layer = blockIdx.x * kThreads + threadIdx.x;
   if (layer < layers.count) {
-    ratios[layer] = static_cast<Ratio>(trust_ratio(param_squared_norms[layer], grad_squared_norms[layer],
-                                                   layers.weight_decay[layer], layers.trust_coef[layer],
-                                                   layers.eps[layer]));
+    ratios[layer] =
+        static_cast<Ratio>(trust_ratio(param_squared_norms[layer], grad_squared_norms[layer],
+                                       layers.weight_decay[layer], layers.trust_coef[layer], layers.eps[layer]));
   }
 }
 
-// Gradients in place, from trust ratios. One block a chunk, the last chunk first: what was measured last is still in cache.
+// Gradients in place, from trust ratios. One block a chunk, the last chunk first: what was measured last is still in
+// cache.
 template <typename T, typename Ratio>
 __global__ void __launch_bounds__(kThreads)
     apply(const __grid_constant__ Layers layers, const Ratio* ratios, double sign) {
@@ -255,9 +254,8 @@ __global__ void __launch_bounds__(kThreads)
   const int num_partials = layers.first_chunk[layer + 1] - first;
   const double param_squared_norm = sum_of_partials(param_partials + first, num_partials);
   const double grad_squared_norm = sum_of_partials(grad_partials + first, num_partials);
-  const auto ratio =
-      static_cast<Ratio>(trust_ratio(param_squared_norm, grad_squared_norm, layers.weight_decay[layer],
-                                     layers.trust_coef[layer], layers.eps[layer]));
+  const auto ratio = static_cast<Ratio>(trust_ratio(param_squared_norm, grad_squared_norm, layers.weight_decay[layer],
+                                                    layers.trust_coef[layer], layers.eps[layer]));
   if (chunk == first && threadIdx.x == 0) {
     ratios[layer] = ratio;
   }

@@ -1,5 +1,5 @@
-// Which kernels run, on which layers, in how many blocks. Pure host code over raw pointers, so that the host shim in tests/
-// goes through it too: `launch(kernel, blocks, arguments...)` is the caller's.
+// Which kernels run, on which layers, in how many blocks. Pure host code over raw pointers, so that the host shim in
+// tests/ goes through it too: `launch(kernel, blocks, arguments...)` is the caller's.
 #pragma once
 
 #include <algorithm>
@@ -58,9 +58,7 @@ void for_launches(const std::vector<Layer>& layers, const Visit& visit) {
   }
 }
 
-inline int chunks_of(const Layers& layers) {
-  return layers.first_chunk[layers.count];
-}
+inline int chunks_of(const Layers& layers) { return layers.first_chunk[layers.count]; }
 
 // Partial sums of squares, count_chunks(layers) of each. Either pointer may be null.
 template <typename T, typename Launch>

@@ -48,9 +48,8 @@ at::Tensor measure_alone(const Launch& launch, at::TensorList tensors) {
     layers.push_back({real_numel(tensor), swept.back().const_data_ptr()});
   }
   const at::Tensor partials = new_vector(tensors[0], count_chunks(layers), c10::kDouble);
-  TORCHLARS_DISPATCH(real_dtype(tensors[0]), "squared_norms", [&] {
-    launch_measure<scalar_t>(launch, layers, partials.mutable_data_ptr<double>(), nullptr);
-  });
+  TORCHLARS_DISPATCH(real_dtype(tensors[0]), "squared_norms",
+                     [&] { launch_measure<scalar_t>(launch, layers, partials.mutable_data_ptr<double>(), nullptr); });
   return partials;
 }
 
@@ -113,8 +112,8 @@ at::Tensor squared_norms(at::TensorList tensors) {
 }
 
 at::Tensor trust_ratios(const at::Tensor& param_squared_norms, const at::Tensor& grad_squared_norms,
-                        at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs,
-                        at::ArrayRef<double> eps, at::ScalarType dtype) {
+                        at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
+                        at::ScalarType dtype) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_trust_ratios(param_squared_norms, grad_squared_norms, weight_decays, trust_coefs, eps, dtype);
   const Launch launch(param_squared_norms);

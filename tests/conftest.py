@@ -1,0 +1,58 @@
+"""What hardware there is, and which backend a test runs on. No other file asks."""
+
+import pytest
+import torch
+
+from torchlars import _extension, ops, reference
+
+NO_EXTENSION = _extension.extension is None
+NO_CUDA = None
+if not torch.cuda.is_available():
+    NO_CUDA = "no device is visible"
+elif NO_EXTENSION or not _extension.extension.has_cuda:
+    NO_CUDA = _extension.reason
+
+
+@pytest.fixture(params=["extension", "reference"])
+def backend(request, monkeypatch):
+    """Every test that asks for it runs twice: through the compiled extension and through the reference."""
+    if request.param == "reference":
+        monkeypatch.setattr(ops, "_backend", reference)
+    elif NO_EXTENSION:
+        pytest.skip(f"no extension: {_extension.reason}")
+    return request.param
+
+
+@pytest.fixture
+def extension():
+    """The compiled module, for tests of what only it has."""
+    if NO_EXTENSION:
+        pytest.skip(f"no extension: {_extension.reason}")
+    return _extension.extension
+
+
+@pytest.fixture
+def cuda():
+    """A CUDA device with kernels for it."""
+    if NO_CUDA:
+        pytest.skip(f"no CUDA: {NO_CUDA}")
+    return torch.device("cuda", torch.cuda.current_device())
+
+
+@pytest.fixture(params=["cpu"] if NO_CUDA else ["cpu", "cuda"])
+def device(request):
+    """Every device here whose kernels stand against the reference."""
+    return torch.device(request.param)
+
+
+@pytest.fixture
+def threads():
+    """Set the number of CPU threads; put back afterwards."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    torch.manual_seed(20170813)

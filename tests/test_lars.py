@@ -1,0 +1,364 @@
+"""The wrapper's story: published numbers, options, what it gathers, what it refuses."""
+
+import copy
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.optim import SGD
+
+from torchlars import LARS, ops, reference
+
+PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
+DATA = PUBLISHED["data"]
+
+
+def float64(values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("name", PUBLISHED["cases"])
+def test_numbers_of_torchlars_0_1_2(backend, name):
+    case = PUBLISHED["cases"][name]
+    hparams = case["hparams"]
+    w, b = nn.Parameter(float64(DATA["W0"])), nn.Parameter(float64(DATA["B0"]))
+    groups = [{"params": [w], "weight_decay": hparams["wd"]}]
+    if "b" in case["steps"][0]:
+        groups.append({"params": [b], "weight_decay": 0})
+    sgd = {key: hparams[key] for key in ("momentum", "dampening", "nesterov") if key in hparams}
+    optimizer = LARS(SGD(groups, lr=hparams["lr"][0], **sgd), eps=hparams["eps"], trust_coef=hparams["trust"])
+    for i, expected in enumerate(case["steps"]):
+        for group in optimizer.param_groups:
+            group["lr"] = hparams["lr"][i]
+        w.grad, b.grad = float64(DATA["GW"][i]), float64(DATA["GB"][i])
+        optimizer.step()
+        seen = {"w": w, "w_grad_after": w.grad, "b": b, "buf": optimizer.state[w].get("momentum_buffer")}
+        for key, values in expected.items():
+            torch.testing.assert_close(seen[key].detach(), float64(values), rtol=0, atol=1e-12, msg=f"step {i}: {key}")
+
+
+def make(shapes=((3, 4), (5,)), dtype=torch.float64, **hyper):
+    params = [nn.Parameter(torch.randn(shape, dtype=dtype)) for shape in shapes]
+    for param in params:
+        param.grad = torch.randn_like(param)
+    return params, SGD(params, **{"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01, **hyper})
+
+
+def adapted(param, weight_decay=0.01, trust_coef=0.001, eps=1e-8, grad=None):
+    """The formula once more, by hand."""
+    param, grad = param.detach(), (param.grad if grad is None else grad).detach()
+    ratio = trust_coef * param.norm() / (grad.norm() + weight_decay * param.norm() + eps)
+    return ratio * (grad + weight_decay * param)
+
+
+# Options
+
+
+def test_constructor_is_that_of_0_1_2():
+    _, base = make()
+    optimizer = LARS(base, 1e-5, 0.02)
+    assert (optimizer.optim, optimizer.eps, optimizer.trust_coef) == (base, 1e-5, 0.02)
+    optimizer = LARS(optimizer=base)
+    assert (optimizer.eps, optimizer.trust_coef) == (1e-8, 0.001)
+
+
+def test_groups_have_options_of_their_own(backend):
+    params, _ = make([(3, 4), (5,), (6, 2), (7,)])
+    groups = [
+        {"params": params[:1]},
+        {"params": params[1:2], "trust_coef": 0.05, "weight_decay": 0.2},
+        {"params": params[2:3], "eps": 3.0},
+        {"params": params[3:], "trust_coef": None, "weight_decay": 0.3},
+    ]
+    optimizer = LARS(SGD(groups, lr=1.0, weight_decay=0.01))
+    expected = [
+        adapted(params[0]),
+        adapted(params[1], weight_decay=0.2, trust_coef=0.05),
+        adapted(params[2], eps=3.0),
+        params[3].grad.clone(),
+    ]
+    before = params[3].detach().clone()
+    optimizer.step()
+    for param, gradient in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.grad, gradient, rtol=1e-13, atol=0)
+    torch.testing.assert_close(params[3].detach(), before - (expected[3] + 0.3 * before), rtol=1e-13, atol=0)
+
+
+def test_eps_of_an_adam_group_is_adams(backend):
+    params, _ = make()
+    optimizer = LARS(torch.optim.Adam(params, lr=0.1, weight_decay=0.01, eps=1e3), eps=0.5)
+    expected = [adapted(param, eps=0.5) for param in params]
+    optimizer.step()
+    for param, gradient in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.grad, gradient, rtol=1e-13, atol=0)
+
+
+def test_attributes_take_effect_at_the_next_step(backend):
+    params, base = make()
+    optimizer = LARS(base)
+    optimizer.trust_coef, optimizer.eps = 0.5, 0.25
+    expected = [adapted(param, trust_coef=0.5, eps=0.25) for param in params]
+    optimizer.step()
+    torch.testing.assert_close(params[0].grad, expected[0], rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "got"),
+    [([nn.Parameter(torch.ones(2))], "list"), (None, "NoneType"), (nn.Linear(2, 2), "Linear"), (SGD, "type")],
+)
+def test_what_is_no_optimizer_is_refused(optimizer, got):
+    message = rf"optimizer must be a torch.optim.Optimizer \(got: {got}\); construct the base first: LARS\("
+    with pytest.raises(TypeError, match=message):
+        LARS(optimizer)
+
+
+def test_parameters_from_a_generator_are_refused():
+    with pytest.raises(TypeError, match=r"\(got: generator\); construct the base first"):
+        LARS(nn.Linear(2, 2).parameters())
+
+
+BAD_NUMBERS = [
+    (-0.001, ValueError, r"number \(got: -0.001\)"),
+    (float("nan"), ValueError, r"number \(got: nan\)"),
+    (float("inf"), ValueError, r"number \(got: inf\)"),
+    (True, TypeError, r"number \(got: True of type bool\)"),
+    ("0.1", TypeError, r"number \(got: '0.1' of type str\)"),
+    (1j, TypeError, r"number \(got: 1j of type complex\)"),
+    (torch.tensor(0.1), TypeError, r"number \(got: tensor\(0.1000\) of type Tensor\)"),
+]
+
+
+@pytest.mark.parametrize(("value", "error", "message"), BAD_NUMBERS, ids=repr)
+@pytest.mark.parametrize(("name", "kind"), [("eps", "non-negative"), ("trust_coef", "positive")])
+def test_bad_numbers_are_refused(name, kind, value, error, message):
+    params, base = make()
+    with pytest.raises(error, match=f"^{name} must be a {kind} {message}"):
+        LARS(base, **{name: value})
+    with pytest.raises(error, match=f"^{name} must be a {kind} {message}, in parameter group 1"):
+        LARS(SGD([{"params": params[:1]}, {"params": params[1:], name: value}], lr=0.1))
+    optimizer = LARS(base)
+    with pytest.raises(error, match=f"^{name} must be a {kind} {message}, in parameter group 1"):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], name: value})
+    assert len(optimizer.param_groups) == 1
+    setattr(optimizer, name, value)
+    before = copy.deepcopy((params, [param.grad for param in params], base.param_groups[0]["weight_decay"]))
+    with pytest.raises(error, match=f"^{name} must be a {kind} {message}"):
+        optimizer.step()
+    after = (params, [param.grad for param in params], base.param_groups[0]["weight_decay"])
+    assert str(before) == str(after)
+
+
+def test_trust_coef_of_zero_or_none_is_refused_and_eps_of_zero_is_not():
+    _, base = make()
+    with pytest.raises(ValueError, match=r"trust_coef must be a positive number \(got: 0.0\)"):
+        LARS(base, trust_coef=0.0)
+    with pytest.raises(TypeError, match=r"trust_coef must be a positive number \(got: None of type NoneType\)"):
+        LARS(base, trust_coef=None)
+    assert LARS(base, eps=0).eps == 0
+
+
+@pytest.mark.parametrize("weight_decay", [-0.1, float("nan"), "much", True, torch.tensor(0.1)], ids=repr)
+def test_a_groups_weight_decay_must_be_a_number(weight_decay):
+    params, base = make()
+    base.param_groups[0]["weight_decay"] = weight_decay
+    before = params[0].grad.clone()
+    with pytest.raises((TypeError, ValueError), match=r"weight_decay must be a non-negative number \(got: "):
+        LARS(base).step()
+    assert torch.equal(params[0].grad, before)
+    assert base.param_groups[0]["weight_decay"] is weight_decay
+
+
+def test_a_differentiable_base_is_refused():
+    params, _ = make()
+    with pytest.raises(ValueError, match=r"differentiable must be False \(group: 0, got: True\)"):
+        LARS(SGD(params, lr=0.1, differentiable=True))
+
+
+# What is gathered
+
+
+def test_layers_without_a_gradient_are_left_alone(backend):
+    params, base = make()
+    params[0].grad = None
+    before = params[0].detach().clone()
+    LARS(base).step()
+    assert torch.equal(params[0], before)
+    assert params[0].grad is None
+
+
+def test_no_gradients_at_all(backend):
+    _, base = make()
+    base.zero_grad()
+    assert LARS(base).step() is None
+
+
+def test_several_dtypes_in_one_group(backend):
+    params = [nn.Parameter(torch.randn(40, 3).to(dtype)) for dtype in ops.DTYPES]
+    grads = [torch.randn_like(param) for param in params]
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad.clone()
+    LARS(SGD(params, lr=0.0, weight_decay=0.1)).step()
+    for param, grad in zip(params, grads, strict=True):
+        reference.scale_by_trust_ratios_([grad], [param.detach()], [0.1], [0.001], [1e-8], False)
+        torch.testing.assert_close(param.grad, grad)
+
+
+def test_a_tied_parameter_is_scaled_once(backend):
+    params, _ = make([(3, 4)])
+    expected = adapted(params[0])
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        base = SGD([params[0], params[0]], lr=0.0, weight_decay=0.01)
+    LARS(base).step()
+    torch.testing.assert_close(params[0].grad, expected, rtol=1e-13, atol=0)
+
+
+def test_an_expanded_gradient_is_replaced_by_its_values(backend):
+    params, base = make([(3, 4)])
+    params[0].grad = torch.tensor([[0.3]], dtype=torch.float64).expand(3, 4)
+    expected = adapted(params[0])
+    LARS(base).step()
+    torch.testing.assert_close(params[0].grad, expected, rtol=1e-13, atol=0)
+
+
+def test_a_conjugated_gradient_is_replaced_by_its_values(backend):
+    params, base = make([(3, 4)], dtype=torch.complex128)
+    params[0].grad = params[0].grad.conj()
+    expected = adapted(params[0])
+    LARS(base).step()
+    torch.testing.assert_close(params[0].grad, expected, rtol=1e-13, atol=0)
+
+
+def test_gradients_are_written_in_place(backend):
+    params, base = make()
+    flat = torch.randn(12, dtype=torch.float64)
+    params[0].grad = bucket_view = flat[:12].view(3, 4)
+    expected = adapted(params[0])
+    LARS(base).step()
+    assert params[0].grad is bucket_view
+    torch.testing.assert_close(flat.view(3, 4), expected, rtol=1e-13, atol=0)
+
+
+def test_gradients_in_float32_of_parameters_in_bfloat16(backend):
+    param = nn.Parameter(torch.randn(30, 5).bfloat16())
+    param.grad_dtype = torch.float32
+    param.grad = torch.randn(30, 5)
+    expected = adapted(param.detach().float(), grad=param.grad)
+    LARS(SGD([param], lr=0.1, weight_decay=0.01, foreach=False)).step()
+    torch.testing.assert_close(param.grad, expected)
+
+
+@pytest.mark.parametrize("coalesced", [True, False])
+def test_sparse_gradients_without_weight_decay(backend, coalesced):
+    embedding = nn.Embedding(10, 3, sparse=True, dtype=torch.float64)
+    optimizer = LARS(SGD(embedding.parameters(), lr=1.0))
+    embedding(torch.tensor([1, 4, 4, 7])).square().sum().backward()
+    if coalesced:
+        embedding.weight.grad = embedding.weight.grad.coalesce()
+    grad, before = embedding.weight.grad.to_dense(), embedding.weight.detach().clone()
+    ratio = 0.001 * before.norm() / (grad.norm() + 1e-8)
+    optimizer.step()
+    torch.testing.assert_close(embedding.weight.detach(), before - ratio * grad, rtol=1e-13, atol=0)
+    torch.testing.assert_close(embedding.weight.grad.to_dense(), ratio * grad, rtol=1e-13, atol=0)
+    torch.testing.assert_close(optimizer.trust_ratios()[embedding.weight], ratio, rtol=1e-13, atol=0)
+
+
+# What cannot be adapted
+
+
+def compressed(dense):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch calls the layout a beta
+        return dense.to_sparse_csr()
+
+
+def broken(kind):
+    """A parameter with a gradient that LARS must refuse."""
+    param = nn.Parameter(torch.ones(3, 4))
+    param.grad = torch.ones(3, 4)
+    if kind == "sparse":
+        param.grad = torch.ones(3, 4).to_sparse()
+    elif kind in ("csr", "device"):  # torch lets them come about on a GPU only, so the parameter lies here
+
+        class Lying(nn.Parameter):
+            grad = compressed(torch.ones(3, 4)) if kind == "csr" else torch.ones(3, 4, device="meta")
+
+        param = Lying(torch.ones(3, 4))
+    elif kind == "shape":
+        param.data = torch.ones(4, 3)
+    elif kind == "dtype":
+        param.grad_dtype = None
+        param.grad = torch.ones(3, 4, dtype=torch.complex64)
+    elif kind == "float8":
+        param = nn.Parameter(torch.ones(3, 4).to(torch.float8_e4m3fn))
+        param.grad = torch.ones(3, 4).to(torch.float8_e4m3fn)
+    elif kind == "integer":
+        param = nn.Parameter(torch.ones(3, 4, dtype=torch.int64), requires_grad=False)
+        param.grad = torch.ones(3, 4, dtype=torch.int64)
+    elif kind == "fsdp1":
+        param._fsdp_flattened = True
+    return param
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        ("sparse", RuntimeError, r"sparse gradients need weight_decay=0 \(weight_decay: 0.1\)"),
+        ("csr", RuntimeError, r"gradients must be strided or sparse COO \(layout: torch.sparse_csr\)"),
+        ("shape", RuntimeError, r"gradients must have their parameter's shape \(gradient: \(3, 4\)\)"),
+        ("device", RuntimeError, r"gradients must be on their parameter's device \(parameter: cpu, gradient: meta\)"),
+        ("dtype", RuntimeError, r"of their parameter's kind \(parameter: torch.float32, gradient: torch.complex64\)"),
+        ("float8", TypeError, r"floating dtype with at least 16 bits .*float8_e4m3fn\); leave others to the base"),
+        ("integer", TypeError, r"floating dtype with at least 16 bits .*int64\); leave others to the base"),
+        ("fsdp1", RuntimeError, r"FSDP1 flattens and splits them; use FSDP2's fully_shard, or DDP"),
+    ],
+)
+def test_what_cannot_be_adapted_is_named_and_nothing_changes(backend, kind, error, message):
+    fine, param = nn.Parameter(torch.ones(2)), broken(kind)
+    fine.grad = torch.ones(2)
+    base = SGD([{"params": [fine]}, {"params": [nn.Parameter(torch.ones(1)), param]}], lr=0.5, weight_decay=0.1)
+    with pytest.raises(error, match=message) as raised:
+        LARS(base).step()
+    assert "group: 1, parameter: 1" in str(raised.value)
+    assert fine.tolist() == [1.0, 1.0]
+    assert fine.grad.tolist() == [1.0, 1.0]
+    assert [group["weight_decay"] for group in base.param_groups] == [0.1, 0.1]
+    assert not base.state
+
+
+# Seeing what it does
+
+
+def test_trust_ratios_of_the_last_step(backend):
+    params, _ = make([(3, 4), (5,), (6,), (2,)])
+    params[2].grad = None
+    groups = [{"params": params[:3]}, {"params": params[3:], "trust_coef": None}]
+    optimizer = LARS(SGD(groups, lr=0.1, weight_decay=0.01))
+    assert optimizer.trust_ratios() == {}
+    expected = [0.001 * p.detach().norm() / (p.grad.norm() + 0.01 * p.detach().norm() + 1e-8) for p in params[:2]]
+    optimizer.step()
+    ratios = optimizer.trust_ratios()
+    assert list(ratios) == params[:2]
+    for param, ratio in zip(params, expected, strict=False):
+        torch.testing.assert_close(ratios[param], ratio, rtol=1e-13, atol=0)
+    optimizer.zero_grad()
+    optimizer.step()
+    assert optimizer.trust_ratios() == {}
+
+
+def test_gradients_are_not_kept_alive(backend):
+    import weakref
+
+    params, base = make()
+    optimizer = LARS(base)
+    optimizer.step()
+    grad = weakref.ref(params[0].grad)
+    optimizer.zero_grad(set_to_none=True)
+    assert grad() is None
+
+
+def test_repr_shows_the_options_and_the_base():
+    _, base = make()
+    assert repr(LARS(base, trust_coef=0.02)) == f"LARS(eps=1e-08, trust_coef=0.02, optim={base!r})"

@@ -1,0 +1,292 @@
+"""The backends against the reference: one table of cases × dtypes × routes, and the manners of the ops."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from cases import CASES, COMPLEX_DTYPES, DTYPES, REAL_DTYPES, Case, Layer, misaligned, sizes
+from closeness import assert_within_ulps
+
+from torchlars import ops, reference
+
+
+def fused(grads, params, weight_decays, trust_coefs, eps, maximize):
+    return ops.scale_by_trust_ratios_(grads, params, weight_decays, trust_coefs, eps, maximize)
+
+
+def three(grads, params, weight_decays, trust_coefs, eps, maximize):
+    param_squared_norms, grad_squared_norms = ops.squared_norms(params), ops.squared_norms(grads)
+    dtype = ops.compute_dtype(grads[0].dtype, params[0].dtype)
+    ratios = ops.trust_ratios(param_squared_norms, grad_squared_norms, weight_decays, trust_coefs, eps, dtype)
+    ops.apply_trust_ratios_(grads, params, ratios, weight_decays, maximize)
+    return ratios
+
+
+ROUTES = {"fused": fused, "three": three}
+
+
+def copies(arguments):
+    """The same arguments with gradients that may be written, in the same layouts."""
+    grads, *others = arguments
+    return ([_copy(grad) for grad in grads], *others)
+
+
+def _copy(grad):
+    storage = grad.untyped_storage().clone()
+    copy = grad.new_empty(0).set_(storage, grad.storage_offset(), grad.shape, grad.stride())
+    return copy.conj() if grad.is_conj() else copy
+
+
+def named(values):
+    return pytest.mark.parametrize("case", values, ids=lambda case: case.name)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(CASES)
+def test_extension_equals_the_reference(extension, device, case, dtype, route):
+    arguments = case.make(dtype, device)
+    expected_arguments = copies(arguments)
+    expected_ratios = reference.scale_by_trust_ratios_(*expected_arguments)
+    actual_arguments = copies(arguments)
+    ratios = ROUTES[route](*actual_arguments)
+    assert_within_ulps(ratios, expected_ratios, 4 if dtype in (torch.float64, torch.complex128) else 1, "ratios")
+    for i, (actual, expected) in enumerate(zip(actual_arguments[0], expected_arguments[0], strict=True)):
+        ulps = 8 if dtype in (torch.float64, torch.complex128) else 2
+        assert_within_ulps(actual, expected, ulps, f"gradient of layer {i}")
+    for actual, original in zip(actual_arguments[1], arguments[1], strict=True):
+        assert torch.equal(actual, original), "parameters are only read"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(CASES)
+def test_fused_gives_the_bits_of_the_three(backend, device, case, dtype):
+    arguments = case.make(dtype, device)
+    one, other = copies(arguments), copies(arguments)
+    assert torch.equal(fused(*one), three(*other))
+    assert all(torch.equal(a, b) for a, b in zip(one[0], other[0], strict=True))
+
+
+@pytest.mark.parametrize("grad_dtype", REAL_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+@pytest.mark.parametrize("route", ROUTES)
+def test_gradients_may_have_another_dtype_than_parameters(extension, device, route, dtype, grad_dtype):
+    case = Case("mixed_dtypes", "", [*sizes(5, 70, 17000), Layer((3, 4), weight_decay=0.0), Layer((0,))])
+    arguments = case.make(dtype, device, grad_dtype)
+    actual, expected = copies(arguments), copies(arguments)
+    ratios, expected_ratios = ROUTES[route](*actual), reference.scale_by_trust_ratios_(*expected)
+    assert_within_ulps(ratios, expected_ratios, 4 if ratios.dtype == torch.float64 else 1)
+    for a, e in zip(actual[0], expected[0], strict=True):
+        assert_within_ulps(a, e, 8 if grad_dtype == torch.float64 else 2)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_bits_do_not_depend_on_threads_or_repetition(extension, threads, dtype):
+    case = Case("threads", "", sizes(2_000_003, 5, 100_000, 16384, 300_001, *[64] * 50))
+    arguments = case.make(dtype)
+    results = []
+    for count in (1, 2, 3, 2):
+        threads(count)
+        one = copies(arguments)
+        results.append([*one[0], fused(*one), ops.squared_norms(arguments[1])])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only on Linux is the extension built with OpenMP")
+def test_loops_are_parallel(extension):
+    """at::parallel_for is compiled with us: without OpenMP it would silently be a plain loop."""
+    binary = Path(extension.__file__).read_bytes()
+    assert b"GOMP_parallel" in binary or b"__kmpc_fork_call" in binary
+
+
+def test_ratio_is_within_an_ulp_of_float64_at_20_million_elements(backend):
+    param, grad = torch.randn(20_000_000), torch.randn(20_000_000).mul_(1e-3)
+    param_norm = param.double().square().sum().sqrt()
+    grad_norm = grad.double().square().sum().sqrt()
+    expected = 0.001 * param_norm / (grad_norm + 1e-4 * param_norm + 1e-8)
+    ratio = ops.scale_by_trust_ratios_([grad], [param], [1e-4], [0.001], [1e-8], False)
+    assert_within_ulps(ratio, expected.float().reshape(1), 1)
+
+
+@pytest.mark.parametrize("which", ["param", "grad"])
+def test_a_nan_shows_in_the_whole_layer_and_only_there(backend, device, which):
+    case = Case("nan", "", [Layer((5,), param_scale=float(which == "param")), Layer((6,))])
+    grads, params, *hyper = case.make(torch.float32, device)
+    (params if which == "param" else grads)[0][2] = float("nan")
+    ratios = ops.scale_by_trust_ratios_(grads, params, *hyper)
+    assert ratios.isnan().tolist() == [True, False]
+    assert bool(grads[0].isnan().all())
+    assert bool(grads[1].isfinite().all())
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_infinities_follow_the_formula(backend, device, route):
+    grads = [torch.tensor([1.0, float("inf")], device=device)]
+    params = [torch.tensor([1.0, 2.0], device=device)]
+    ratios = ROUTES[route](grads, params, [0.1], [0.001], [1e-8], False)
+    assert ratios.tolist() == [0.0]
+    assert grads[0][0] == 0
+    assert grads[0][1].isnan()
+
+
+@named(CASES)
+def test_memory_around_a_view_is_not_touched(backend, device, case):
+    arguments = copies(case.make(torch.float32, device))
+    before = [grad.untyped_storage().clone() for grad in arguments[0]]
+    fused(*arguments)
+    for grad, storage in zip(arguments[0], before, strict=True):
+        after = grad.new_empty(0).set_(grad.untyped_storage())
+        untouched = torch.ones(len(after), dtype=torch.bool, device=device)
+        untouched.as_strided(grad.shape, grad.stride(), grad.storage_offset()).fill_(False)
+        assert torch.equal(after[untouched], grad.new_empty(0).set_(storage)[untouched])
+
+
+def test_gradients_keep_their_object_and_bump_their_version(backend, device):
+    case = Case("version", "", [Layer((5,)), Layer((6, 3), grad_layout=lambda x: x.mT.contiguous().mT)])
+    grads, params, *hyper = case.make(torch.float32, device)
+    pointers, versions = [g.data_ptr() for g in grads], [g._version for g in grads]
+    ops.scale_by_trust_ratios_(grads, params, *hyper)
+    assert [g.data_ptr() for g in grads] == pointers
+    assert all(g._version > version for g, version in zip(grads, versions, strict=True))
+    assert all(p._version == 0 for p in params)
+
+
+def test_leaves_that_require_gradients_stay_leaves(backend):
+    param, grad = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
+    ops.scale_by_trust_ratios_([grad], [param], [0.1], [0.001], [1e-8], False)
+    assert grad.is_leaf
+    assert not ops.squared_norms([param]).requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
+@pytest.mark.parametrize("op", ops.OPS)
+def test_opcheck(extension, device, op, dtype):
+    case = Case("opcheck", "", [Layer((3, 4)), Layer((5,), weight_decay=0.01), Layer((0,))])
+    grads, params, weight_decays, trust_coefs, eps, maximize = case.make(dtype, device)
+    squares = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64, device=device)
+    arguments = {
+        "squared_norms": (params,),
+        "trust_ratios": (squares, squares.flip(0).contiguous(), weight_decays, trust_coefs, eps, torch.float32),
+        "apply_trust_ratios_": (grads, params, squares.float(), weight_decays, maximize),
+        "scale_by_trust_ratios_": (grads, params, weight_decays, trust_coefs, eps, maximize),
+    }[op]
+    torch.library.opcheck(getattr(torch.ops.torchlars, op).default, arguments)
+
+
+x, y = torch.ones(3), torch.ones(4)
+d = torch.ones(2, dtype=torch.float64)
+f32, i64, f8 = torch.float32, torch.int64, torch.float8_e4m3fn
+nan, inf = float("nan"), float("inf")
+overlapping = torch.ones(1).expand(3)
+sparse = torch.ones(3).to_sparse()
+BAD_CALLS = {
+    "no tensors": ("squared_norms", ([],), r"at least one tensor \(got: tensors is empty\)"),
+    "mixed dtypes": ("squared_norms", ([x, x.double()],), r"one dtype \(tensors\[0\]: .*, tensors\[1\]: .*\)"),
+    "mixed devices": ("squared_norms", ([x, x.to("meta")],), r"one device|Expected all tensors|meta"),
+    "integers": ("squared_norms", ([x.to(i64)],), r"expected float64, float32, .* \(tensors\[0\]: "),
+    "float8": ("squared_norms", ([x.to(f8)],), r"expected float64, float32, .* \(tensors\[0\]: "),
+    "sparse": ("squared_norms", ([sparse],), r"strided|[Ss]parse"),
+    "more grads": ("apply_trust_ratios_", ([x, x], [x], d.float(), [0.1] * 2, False), r"grads: 2, params: 1"),
+    "more decays": ("apply_trust_ratios_", ([x], [x], d[:1].float(), [0.1] * 2, False), r"grads: 1, weight_decays: 2"),
+    "more ratios": ("apply_trust_ratios_", ([x], [x], d.float(), [0.1], False), r"grads: 1, ratios: 2"),
+    "ratios of another dtype": ("apply_trust_ratios_", ([x], [x], d[:1], [0.1], False), r"vector of .*[Ff]loat"),
+    "ratios for float64": (
+        "apply_trust_ratios_",
+        ([x.double()], [x.double()], d[:1].float(), [0.1], False),
+        r"vector of .*[Dd]ouble|vector of torch.float64",
+    ),
+    "shapes": (
+        "apply_trust_ratios_",
+        ([x], [y], d[:1].float(), [0.1], False),
+        r"one shape \(grads\[0\]: \[3\], params\[0\]: \[4\]",
+    ),
+    "shapes, fused": (
+        "scale_by_trust_ratios_",
+        ([x], [y], [0.0], [1.0], [0.0], False),
+        r"one shape \(grads\[0\]: \[3\]",
+    ),
+    "kinds": (
+        "scale_by_trust_ratios_",
+        ([x], [x.to(torch.complex64)], [0.1], [1.0], [0.0], False),
+        r"both real or both complex",
+    ),
+    "overlap": (
+        "scale_by_trust_ratios_",
+        ([overlapping], [x], [0.1], [1.0], [0.0], False),
+        r"overlap|more than one element",
+    ),
+    "decay < 0": ("scale_by_trust_ratios_", ([x], [x], [-0.1], [1.0], [0.0], False), r"weight_decays\[0\]: -0.1"),
+    "decay NaN": ("apply_trust_ratios_", ([x], [x], d[:1].float(), [nan], False), r"weight_decays\[0\]: nan"),
+    "coef = 0": (
+        "trust_ratios",
+        (d, d, [0.1] * 2, [1.0, 0.0], [0.0] * 2, f32),
+        r"positive numbers \(trust_coefs\[1\]: 0",
+    ),
+    "coef inf": ("trust_ratios", (d, d, [0.1] * 2, [inf, 1.0], [0.0] * 2, f32), r"trust_coefs\[0\]: inf"),
+    "eps < 0": ("trust_ratios", (d, d, [0.1] * 2, [1.0] * 2, [0.0, -1.0], f32), r"non-negative numbers \(eps\[1\]: -1"),
+    "eps NaN": ("scale_by_trust_ratios_", ([x], [x], [0.1], [1.0], [nan], False), r"eps\[0\]: nan"),
+    "fewer eps": ("trust_ratios", (d, d, [0.1] * 2, [1.0] * 2, [0.0], f32), r"param_squared_norms: 2, eps: 1"),
+    "norms in float32": ("trust_ratios", (d.float(), d, [0.1] * 2, [1.0] * 2, [0.0] * 2, f32), r"vector of float64"),
+    "norms of other length": (
+        "trust_ratios",
+        (d, d[:1], [0.1] * 2, [1.0] * 2, [0.0] * 2, f32),
+        r"param_squared_norms: 2, grad_squared_norms: 1",
+    ),
+    "a matrix of norms": (
+        "trust_ratios",
+        (d.view(2, 1), d, [0.1] * 2, [1.0] * 2, [0.0] * 2, f32),
+        r"vector of float64",
+    ),
+    "ratios in float16": (
+        "trust_ratios",
+        (d, d, [0.1] * 2, [1.0] * 2, [0.0] * 2, torch.float16),
+        r"float64 or float32",
+    ),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_CALLS)
+def test_bad_calls_are_refused_and_change_nothing(backend, bad):
+    op, arguments, message = BAD_CALLS[bad]
+    if bad == "overlap":
+        arguments[0][0] = torch.ones(1).expand(3)
+    grads = arguments[0] if op.endswith("_") else []
+    before = [grad.clone() for grad in grads]
+    with pytest.raises(RuntimeError, match=message) as raised:
+        getattr(ops, op)(*arguments)
+    if bad not in ("mixed devices", "sparse", "overlap"):
+        assert str(raised.value).startswith(f"{op}: "), "the message opens with the op's name"
+    assert all(torch.equal(grad, copy) for grad, copy in zip(grads, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        (None,),
+        ([None],),
+        (torch.ones(3), 3),
+        ("abc",),
+        ([1.0, 2.0],),
+    ],
+)
+def test_arguments_of_the_wrong_kind_raise(backend, arguments):
+    with pytest.raises((TypeError, RuntimeError, AttributeError)):
+        ops.squared_norms(*arguments)
+
+
+@pytest.mark.parametrize("dtype", COMPLEX_DTYPES, ids=str)
+def test_complex_norm_is_that_of_the_complex_vector(backend, dtype):
+    vector = torch.tensor([3 + 4j, 0 + 12j], dtype=dtype)
+    assert ops.squared_norms([vector]).tolist() == [169.0]
+
+
+def test_sparse_values_may_be_fewer_than_a_parameter_that_does_not_decay(backend):
+    values, param = torch.tensor([3.0, 4.0]), torch.randn(10, 2)
+    ops.apply_trust_ratios_([values], [param], torch.tensor([0.5]), [0.0], False)
+    assert values.tolist() == [1.5, 2.0]
+
+
+def test_misaligned_is_misaligned():
+    assert misaligned(torch.ones(8)).data_ptr() % 16 == 4
