@@ -11,7 +11,9 @@ from torchlars import _extension
 def main() -> None:
     """Print versions and backends."""
     extension = _extension.extension
-    cuda = "loaded" if extension is not None and extension.has_cuda else "not loaded"
+    cuda = "not loaded"
+    if extension is not None and extension.has_cuda:
+        cuda = "loaded" if torch.cuda.is_available() else "loaded, but no device is visible"
     print(f"torchlars  {torchlars.__version__}")
     print(f"torch      {torch.__version__} (CUDA {torch.version.cuda})")
     print(f"python     {platform.python_version()} on {platform.platform()}")

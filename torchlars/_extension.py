@@ -26,10 +26,7 @@ def _load() -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module("torchlars._C"), build.decision
     except ImportError as error:
-        return (
-            None,
-            f"its extension cannot be loaded ({error}); it was built for torch {build.torch_version}: {build.decision}",
-        )
+        return None, f"its extension, built for torch {build.torch_version}, cannot be loaded ({error})"
 
 
 extension, reason = _load()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,25 +31,27 @@ class LARS(OptimizerWrapper):
         g \leftarrow r \cdot (g + \lambda w), \qquad
         r = \frac{\eta \lVert w \rVert}{\lVert g \rVert + \lambda \lVert w \rVert + \epsilon},
 
-    with the L2 norm over the whole layer, *r* = 1 where either norm is zero, and (g − λw) in groups that maximize. *r* is
-    the *trust ratio*, η ``trust_coef``, ε ``eps`` and λ the group's weight decay, if it is coupled.
+    with the L2 norm over the whole layer, *r* = 1 where either norm is zero, and (g − λw) in groups that maximize.
+    *r* is the *trust ratio*, η ``trust_coef``, ε ``eps`` and λ the group's weight decay, if it is coupled.
 
-    **The learning rate** enters once, in the base: a step of plain SGD has the length lr · η · ‖w‖, or a bit less, whatever the
-    gradient's. So lr is of another size here than for SGD alone, and the same for many batch sizes. Momentum is the base's
-    and collects gradients that are already scaled, without lr; the paper's Algorithm 1 keeps lr inside the momentum. The two
-    differ while lr changes.
+    **The learning rate** enters once, in the base: a step of plain SGD has the length lr · η · ‖w‖ or less, whatever
+    the gradient's. So lr is of another size here than for SGD alone, and nearly the same for all batch sizes. Momentum
+    is the base's and collects gradients that are already scaled, without lr; the paper's Algorithm 1 keeps lr inside
+    the momentum. The two differ while lr changes.
 
-    **Gradients are consumed**: after :meth:`step`, ``p.grad`` holds r · (g + λw). Clip before it, look at norms before it.
+    **Gradients are consumed**: after :meth:`step`, ``p.grad`` holds r · (g + λw). Clip before it, and look at gradients
+    before it.
 
-    **Weight decay** that the base would add to the gradient (SGD, Adam, RMSprop, ...) is taken over, and hidden from the base
-    while it steps. Decoupled weight decay (AdamW, Muon, ``decoupled_weight_decay=True``) stays the base's: then λ = 0.
+    **Weight decay** that the base would add to the gradient (SGD, Adam, RMSprop, ...) is taken over, and hidden from
+    the base while it steps. Decoupled weight decay (AdamW, Muon, Adafactor, ``decoupled_weight_decay=True``) stays the
+    base's: then λ = 0.
 
-    **Other bases.** The Adam family, Muon, Adafactor and Rprop barely notice a gradient's scale, so LARS does almost nothing
-    over them.
+    **Other bases.** The Adam family, Muon, Adafactor and Rprop barely notice a gradient's scale, so that LARS does
+    almost nothing over them.
 
-    Parameters, groups, state and hyper-parameters are the base's, and everything that drives a torch optimizer drives this
-    one. A group may set ``trust_coef`` and ``eps`` as keys of its own, and ``trust_coef=None`` to be left to the base as it is,
-    weight decay included. Where the base itself has a key ``eps``, as Adam has, that one is the base's and LARS uses its own.
+    Parameters, groups, state and hyper-parameters are the base's, and whatever drives a torch optimizer drives this
+    one. A group may hold ``trust_coef`` and ``eps`` as keys of its own, and ``trust_coef=None`` to be left to the base
+    as it is, weight decay included. Where the base itself has a key ``eps``, as Adam has, that one is the base's.
 
     Args:
         optimizer: the base, any :class:`torch.optim.Optimizer`. Kept as ``.optim``.
@@ -60,8 +62,9 @@ class LARS(OptimizerWrapper):
         TypeError: ``optimizer`` is no optimizer, or a number is not a number.
         ValueError: a number is out of its range, or the base is differentiable.
 
-    Source: You, Gitman and Ginsburg, *Large Batch Training of Convolutional Networks*, 2017, arXiv:1708.03888. The formula
-    of the ratio is theirs, with ε added; they put lr into the momentum, we follow kakaobrain/torchlars 0.1.2, which does not.
+    Source: You, Gitman and Ginsburg, *Large Batch Training of Convolutional Networks*, 2017, arXiv:1708.03888. The
+    formula of the ratio is theirs, with ε added. Where they keep lr inside the momentum we follow
+    kakaobrain/torchlars 0.1.2, which does not.
 
     Example:
         >>> optimizer = LARS(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4))
@@ -69,7 +72,7 @@ class LARS(OptimizerWrapper):
         >>> optimizer.step()
     """
 
-    options = {"eps": non_negative_number, "trust_coef": positive_number}
+    options: ClassVar = {"eps": non_negative_number, "trust_coef": positive_number}
     opt_out = "trust_coef"
     state_key = "lars"
 
@@ -87,9 +90,11 @@ class LARS(OptimizerWrapper):
         """Scale every gradient by its layer's trust ratio, then let the base take its step.
 
         Args:
-            closure: evaluates the model anew and returns the loss. It is called as often as the base asks, with gradients
-                enabled and the user's hyper-parameters in sight, and what it leaves in ``.grad`` is scaled each time.
-            *args, **kwargs: passed on to the base.
+            closure: evaluates the model anew and returns the loss. It is called as often as the base asks, with
+                gradients enabled and the user's hyper-parameters in sight, and what it leaves in ``.grad`` is scaled
+                each time.
+            *args: passed on to the base.
+            **kwargs: passed on to the base.
 
         Returns:
             What the base returns: the closure's loss, if any.
@@ -119,10 +124,10 @@ class LARS(OptimizerWrapper):
             hidden.restore()
 
     def trust_ratios(self) -> dict[Tensor, Tensor]:
-        """Return the trust ratio of every layer that the last step adapted: parameter → 0-dimensional tensor on its device.
+        """Return the trust ratio of every layer that the last step adapted, by parameter.
 
-        Layers without a gradient and groups with ``trust_coef=None`` have none. Reading a value waits for its device;
-        asking for it does not.
+        Each is a 0-dimensional tensor on its parameter's device; only reading its value waits for that device. Layers
+        without a gradient and groups with ``trust_coef=None`` have none.
         """
         return {
             param: ratio
@@ -135,7 +140,7 @@ class LARS(OptimizerWrapper):
         self._last_step = [(bucket.params, bucket.adapt()) for bucket in self._gather()]
 
     def _gather(self) -> Iterable[Bucket]:
-        """Return every layer that is to be adapted, in buckets. All errors are raised here, before anything is written."""
+        """Return all layers that are to be adapted, in buckets. Raise what there is to raise before anything changes."""
         buckets: dict[Any, Bucket] = {}
         seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
         for index, group in enumerate(self.param_groups):
@@ -208,9 +213,7 @@ def _check_layer(group: int, position: int, param: Tensor, weight_decay: float) 
     if getattr(param, "_fsdp_flattened", False):
         problem = "parameters must be whole layers, but FSDP1 flattens and splits them; use FSDP2's fully_shard, or DDP"
     elif hasattr(param, "device_mesh"):
-        problem = (
-            "parameters must be whole layers, but this one is a sharded DTensor; use DDP or ZeroRedundancyOptimizer"
-        )
+        problem = "parameters must be whole layers, but a DTensor may be a shard; use DDP or ZeroRedundancyOptimizer"
     elif param.dtype not in ops.DTYPES:
         raise TypeError(
             f"parameters must be of a real or complex floating dtype with at least 16 bits (group: {group}, "
