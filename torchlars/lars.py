@@ -140,7 +140,7 @@ class LARS(OptimizerWrapper):
         self._last_step = [(bucket.params, bucket.adapt()) for bucket in self._gather()]
 
     def _gather(self) -> Iterable[Bucket]:
-        """Return all layers that are to be adapted, in buckets. Raise what there is to raise before anything changes."""
+        """Return all layers to adapt, in buckets. Raise what there is to raise before anything changes."""
         buckets: dict[Any, Bucket] = {}
         seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
         for index, group in enumerate(self.param_groups):

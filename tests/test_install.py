@@ -1,0 +1,229 @@
+"""Installing: what setup.py decides and says, and what import does when the extension is missing, stale or broken."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import torchlars
+from torchlars import _extension
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = Path(torchlars.__file__).parent
+REPAIR = "pip install --no-build-isolation --force-reinstall --no-deps ."
+
+
+def run(*arguments, cwd=ROOT, **environment):
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("TORCHLARS_", "CUDA_", "CXX"))}
+    return subprocess.run(
+        [sys.executable, *arguments], cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True
+    )
+
+
+# What setup.py decides
+
+
+@pytest.fixture
+def pretend_torch(tmp_path):
+    """Return a folder with a torch that only has a version, for decisions that need no more."""
+
+    def make(version, cuda):
+        package = tmp_path / "pretended" / "torch"
+        package.mkdir(parents=True)
+        (package / "__init__.py").write_text(
+            f"class version: cuda = {cuda!r}\n__version__ = {version!r}\n__path__ = [{str(package)!r}]\n"
+        )
+        return str(package.parent)
+
+    return make
+
+
+@pytest.fixture
+def pretend_toolkit(tmp_path):
+    """Return a folder that looks like a CUDA toolkit."""
+
+    def make(release):
+        folder = tmp_path / "toolkit"
+        (folder / "bin").mkdir(parents=True)
+        (folder / "include").mkdir()
+        (folder / "include" / "cuda_runtime.h").touch()
+        nvcc = folder / "bin" / "nvcc"
+        nvcc.write_text(f"#!/bin/sh\necho 'Cuda compilation tools, release {release}, V{release}.0'\n")
+        nvcc.chmod(0o755)
+        return str(folder)
+
+    return make
+
+
+@pytest.mark.parametrize("value", ["2", "yes", "on"])
+def test_a_wish_that_is_neither_0_nor_1_is_refused(value):
+    result = run("setup.py", "--name", TORCHLARS_CUDA=value)
+    assert result.returncode != 0
+    assert f"TORCHLARS_CUDA must be 0, 1 or unset (got: {value!r})" in result.stderr
+
+
+def test_cuda_cannot_be_forced_over_a_cpu_build_of_torch(pretend_torch):
+    result = run("setup.py", "--name", TORCHLARS_CUDA="1", PYTHONPATH=pretend_torch("2.13.0+cpu", None))
+    assert result.returncode != 0
+    assert "TORCHLARS_CUDA=1, but CUDA cannot be built: torch 2.13.0+cpu is not built for CUDA" in result.stderr
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the pretended toolkit is a shell script")
+def test_cuda_cannot_be_forced_over_another_major(pretend_torch, pretend_toolkit):
+    path, toolkit = pretend_torch("2.14.1", "13.0"), pretend_toolkit("12.6")
+    result = run("setup.py", "--name", TORCHLARS_CUDA="1", PYTHONPATH=path, CUDA_HOME=toolkit)
+    assert result.returncode != 0
+    assert "torch is built for CUDA 13.0, but the toolkit is CUDA 12.6" in result.stderr
+
+
+@pytest.mark.skipif(Path("/usr/local/cuda/bin/nvcc").exists(), reason="a toolkit is installed here")
+def test_cuda_cannot_be_forced_without_a_toolkit(pretend_torch):
+    result = run("setup.py", "--name", TORCHLARS_CUDA="1", PYTHONPATH=pretend_torch("2.14.1", "13.0"), PATH="/bin")
+    assert result.returncode != 0
+    assert "no CUDA toolkit with nvcc and cuda_runtime.h was found; set CUDA_HOME" in result.stderr
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """Return a copy of what is needed to build."""
+    folder = tmp_path / "sources"
+    folder.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, folder)
+    shutil.copytree(ROOT / "csrc", folder / "csrc")
+    shutil.copytree(ROOT / "torchlars", folder / "torchlars", ignore=shutil.ignore_patterns("_C*", "_build.py"))
+    return folder
+
+
+def test_without_a_compiler_the_package_is_built_and_says_why(sources):
+    result = run("setup.py", "-q", "build", cwd=sources, CXX="no-such-compiler")
+    assert result.returncode == 0, result.stderr
+    sentence = (
+        "no extension, the reference in plain torch instead: no C++ compiler was found (looked for: no-such-compiler)"
+    )
+    assert f"torchlars: {sentence}" in result.stdout
+    (note,) = sources.glob("build/lib*/torchlars/_build.py")
+    assert sentence in note.read_text()
+    imported = run_copy("-c", "import torchlars", cwd=note.parents[1])
+    assert imported.returncode == 0
+    assert imported.stderr.count("RuntimeWarning: torchlars uses its reference in plain torch") == 1
+
+
+def test_cuda_cannot_be_forced_without_a_compiler(sources):
+    result = run("setup.py", "-q", "build", cwd=sources, CXX="no-such-compiler", TORCHLARS_CUDA="1")
+    assert result.returncode != 0
+    assert "CUDA cannot be built: no C++ compiler was found (looked for: no-such-compiler)" in result.stderr
+
+
+def test_without_torch_building_says_what_to_install(sources):
+    (tmp_path / "no_torch" / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
+    hidden = (
+        "import sys, subprocess; sys.modules['torch'] = None; sys.argv = ['setup.py', '-q', 'build_ext', '--inplace']; "
+    )
+    hidden += "subprocess.run = lambda *a, **k: type('Result', (), {'returncode': 1}); exec(open('setup.py').read())"
+    result = run("-c", hidden, cwd=sources)
+    assert result.returncode != 0
+    assert "install torch first, then: pip install --no-build-isolation ." in result.stderr
+
+
+# What import does
+
+
+def run_copy(*arguments, cwd):
+    """Run Python on the package in ``cwd``, out of reach of an editable install, whose finder would fill the gaps."""
+    path = os.pathsep.join(entry for entry in sys.path if entry.endswith(("site-packages", "dist-packages")))
+    return run("-S", *arguments, cwd=cwd, PYTHONPATH=path)
+
+
+@pytest.fixture
+def package(tmp_path):
+    """Return a folder with a copy of the package, without its extension."""
+    shutil.copytree(PACKAGE, tmp_path / "torchlars", ignore=shutil.ignore_patterns("_C.*.so", "_C*.pyd", "_build.py"))
+    return tmp_path
+
+
+STEP = """
+import torch, torchlars
+w = torch.nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
+w.grad = torch.tensor([0.6, 0.8], dtype=torch.float64)
+torchlars.LARS(torch.optim.SGD([w], lr=1.0, weight_decay=0.1), eps=0.5, trust_coef=0.01).step()
+assert torch.allclose(w.grad, torch.tensor([0.0225, 0.03], dtype=torch.float64), rtol=1e-14, atol=0), w.grad
+import torchlars.ops
+"""
+
+
+def imported(package):
+    """Import and step; return the one warning that is allowed."""
+    result = run_copy("-W", "default", "-c", STEP, cwd=package)
+    assert result.returncode == 0, result.stderr
+    warnings = [line for line in result.stderr.splitlines() if "Warning" in line]
+    assert len(warnings) == 1, result.stderr
+    assert (
+        "RuntimeWarning: torchlars uses its reference in plain torch, with the same results but slower" in warnings[0]
+    )
+    assert warnings[0].endswith(f"To repair it, run in the sources of torchlars: {REPAIR}")
+    return warnings[0]
+
+
+def write_note(package, torch_version):
+    (package / "torchlars" / "_build.py").write_text(
+        f"torch_version = {torch_version!r}\ndecision = 'CPU only: a test'\n"
+    )
+
+
+def extension_file(package):
+    import importlib.machinery
+
+    return package / "torchlars" / f"_C{importlib.machinery.EXTENSION_SUFFIXES[0]}"
+
+
+def test_a_missing_extension_is_told_once(package):
+    assert "its extension was never built here" in imported(package)
+
+
+def test_a_stale_extension_is_told_once_and_never_loaded(package):
+    extension_file(package).write_bytes(b"loading this would fail in other words")
+    write_note(package, "1.13.1+cu117")
+    assert f"it was built for torch 1.13.1+cu117, but {torch.__version__} is installed" in imported(package)
+
+
+def test_a_broken_extension_is_told_once(package):
+    extension_file(package).write_bytes(b"no shared object")
+    write_note(package, torch.__version__)
+    told = imported(package)
+    assert f"its extension, built for torch {torch.__version__}, cannot be loaded (" in told
+
+
+def test_a_patch_release_of_torch_is_no_reason_to_rebuild(package, extension):
+    shutil.copy(extension.__file__, package / "torchlars")
+    major, minor = torch.__version__.split(".")[:2]
+    write_note(package, f"{major}.{minor}.99")
+    result = run_copy("-W", "error", "-c", STEP, cwd=package)
+    assert result.returncode == 0, result.stderr
+
+
+# python -m torchlars
+
+
+def test_module_tells_versions_and_backends(extension):
+    result = run("-m", "torchlars", cwd=PACKAGE.parent)
+    assert result.returncode == 0, result.stderr
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in result.stdout.splitlines()}
+    assert lines["torchlars"] == torchlars.__version__
+    assert lines["torch"].startswith(torch.__version__)
+    assert lines["CPU"] == "loaded"
+    assert lines["CUDA"].startswith("loaded" if extension.has_cuda else "not loaded")
+    assert lines["why"] == _extension.reason
+    assert "repair" not in lines
+
+
+def test_module_tells_why_there_is_no_extension(package):
+    result = run_copy("-W", "ignore", "-m", "torchlars", cwd=package)
+    lines = {line.split()[0]: " ".join(line.split()[1:]) for line in result.stdout.splitlines()}
+    assert (lines["CPU"], lines["CUDA"]) == ("not loaded", "not loaded")
+    assert lines["why"] == "its extension was never built here"
+    assert lines["repair"] == REPAIR
