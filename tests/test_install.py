@@ -120,7 +120,6 @@ def test_cuda_cannot_be_forced_without_a_compiler(sources):
 
 
 def test_without_torch_building_says_what_to_install(sources):
-    (tmp_path / "no_torch" / "sitecustomize.py").write_text("import sys\nsys.modules['torch'] = None\n")
     hidden = (
         "import sys, subprocess; sys.modules['torch'] = None; sys.argv = ['setup.py', '-q', 'build_ext', '--inplace']; "
     )
