@@ -120,6 +120,11 @@ else:
 class Build(Base):
     """Says what was decided, compiles, and leaves a note of it that torchlars reads before it loads the extension."""
 
+    def finalize_options(self):
+        super().finalize_options()
+        self.force = True  # what an earlier run left may have been built for another torch, which no date tells
+        self.build_temp = f"{self.build_temp}-torch-{torch and torch.__version__}"
+
     def run(self):
         if torch is None:
             sys.exit(
@@ -127,11 +132,14 @@ class Build(Base):
                 f"{sys.executable}; install torch first, then: pip install --no-build-isolation ."
             )
         print(f"torchlars: {decision}", flush=True)
+        target = Path("." if self.inplace else self.build_lib) / "torchlars"
+        target.mkdir(parents=True, exist_ok=True)
+        for left in target.glob("_C.*"):
+            if left.suffix in (".so", ".pyd"):
+                left.unlink()
         self.extensions = self.extensions if has_extension else []
         super().run()
-        note = Path("." if self.inplace else self.build_lib) / "torchlars" / "_build.py"
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(
+        (target / "_build.py").write_text(
             '"""What setup.py decided, and for which torch. Written by it."""\n\n'
             f"torch_version = {torch.__version__!r}\ndecision = {decision!r}\n"
         )
