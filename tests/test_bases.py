@@ -1,0 +1,723 @@
+"""Every class of ``torch.optim`` as base follows the contract, which is told here anew, in float64 and by hand.
+
+The oracle is a second, plain instance of the same class. Where decay is coupled it has none of its own: it is given
+gradients that this file has scaled.
+"""
+
+import copy
+import inspect
+import math
+
+import pytest
+import torch
+
+from torchlars import LARS
+
+EPS, TRUST_COEF = 0.05, 0.3  # of the wrapper; far from the defaults, so that each is seen to matter
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread_and_checked_sparse_tensors():
+    """Tensors are small here: a second thread would only be waited for. Sparse ones want a word on their checks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.sparse.check_sparse_tensor_invariants():
+        yield
+    torch.set_num_threads(threads)
+
+
+# The contract, by hand.
+
+
+def norm(values):
+    return math.sqrt(math.fsum(abs(value) ** 2 for value in values))
+
+
+def trust_ratio(param, grad, weight_decay, trust_coef, eps):
+    param_norm, grad_norm = norm(param.flatten().tolist()), norm(grad.flatten().tolist())
+    if param_norm == 0 or grad_norm == 0:
+        return 1.0
+    return trust_coef * param_norm / (grad_norm + weight_decay * param_norm + eps)
+
+
+def adapted(param, grad, ratio, weight_decay, maximize):
+    """What the base must see: r · (g + λw), rounded once to the gradient's dtype."""
+    decay = -weight_decay if maximize else weight_decay
+    return (ratio * (grad.double() + decay * param.detach().double())).to(grad.dtype)
+
+
+class Model:
+    """A plain base, whose gradients are scaled by hand before every step."""
+
+    def __init__(self, base, coupled=True, eps=EPS, trust_coef=TRUST_COEF):
+        self.base = base
+        self.own = []  # of each group: (λ, η, ε), or None if it is not adapted
+        for group in base.param_groups:
+            group_trust_coef = group.pop("trust_coef", trust_coef)
+            group_eps = group.pop("eps", eps) if "eps" not in base.defaults else eps
+            weight_decay = group.get("weight_decay", 0.0) if coupled else 0.0
+            self.own.append(None if group_trust_coef is None else (weight_decay, group_trust_coef, group_eps))
+            if group_trust_coef is not None and weight_decay != 0:
+                group["weight_decay"] = 0.0
+
+    def adapt(self):
+        """Scale all gradients; return the trust ratios."""
+        ratios = []
+        for group, own in zip(self.base.param_groups, self.own, strict=True):
+            for param in group["params"]:
+                if own is None or param.grad is None:
+                    continue
+                grad, (weight_decay, _, _) = param.grad, own
+                if grad.is_sparse:
+                    grad = grad.coalesce()
+                    ratios.append(trust_ratio(param, grad.to_dense(), *own))
+                    param.grad = torch.sparse_coo_tensor(
+                        grad.indices(), ratios[-1] * grad.values(), grad.shape
+                    ).coalesce()
+                else:
+                    ratios.append(trust_ratio(param, grad, *own))
+                    param.grad = adapted(param, grad, ratios[-1], weight_decay, group.get("maximize", False))
+        return ratios
+
+    def step(self):
+        ratios = self.adapt()
+        self.base.step()
+        return ratios
+
+
+# The bases.
+
+# name -> (variants of its options, scale of lr). Every class of torch.optim has to have a line.
+BASES = {
+    "ASGD": ([{"t0": 2.0, "lambd": 0.01}], 1.0),
+    "Adadelta": ([{}], 5.0),
+    "Adafactor": ([{}], 0.1),
+    "Adagrad": ([{"lr_decay": 0.1}], 0.1),
+    "Adam": ([{}, {"amsgrad": True}, {"decoupled_weight_decay": True}], 0.1),
+    "AdamW": ([{}, {"amsgrad": True}], 0.1),
+    "Adamax": ([{}], 0.1),
+    "LBFGS": ([{}, {"line_search_fn": "strong_wolfe"}, {"max_iter": 1}], 1.0),
+    "Muon": ([{}, {"nesterov": False}], 0.1),
+    "NAdam": ([{}, {"decoupled_weight_decay": True}], 0.1),
+    "RAdam": ([{}, {"decoupled_weight_decay": True}], 0.1),
+    "RMSprop": ([{}, {"momentum": 0.9, "centered": True}], 0.1),
+    "Rprop": ([{}], 0.1),
+    "SGD": ([{}, {"momentum": 0.9}, {"momentum": 0.9, "dampening": 0.5}, {"momentum": 0.9, "nesterov": True}], 1.0),
+    "SparseAdam": ([{}], 0.1),
+}
+ALWAYS_DECOUPLED = {"AdamW", "Muon", "Adafactor"}
+WITHOUT_WEIGHT_DECAY = {"LBFGS", "Rprop", "SparseAdam"}
+BY_CLOSURE_ONLY = {"LBFGS"}
+SPARSE_ONLY = {"SparseAdam"}
+DENSE = sorted(BASES.keys() - BY_CLOSURE_ONLY - SPARSE_ONLY)
+
+
+def classes():
+    return {
+        name: value
+        for name, value in vars(torch.optim).items()
+        if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+    }
+
+
+def takes(name, option):
+    return name in classes() and option in inspect.signature(classes()[name]).parameters
+
+
+def implementations(name):
+    """The implementations that a class has, as options."""
+    options = {"loop": {"foreach": False}} if takes(name, "foreach") else {"loop": {}}
+    if takes(name, "foreach"):
+        options["foreach"] = {"foreach": True}
+    if takes(name, "fused"):
+        options["fused"] = {"fused": True}
+    return options
+
+
+def label(value):
+    return ",".join(f"{key}={item}" for key, item in value.items()) or "-" if isinstance(value, dict) else None
+
+
+def cases(names):
+    """Every class of torch.optim × its variants × implementations × directions, as far as it has them."""
+    return [
+        pytest.param(name, {**options, **how, **direction}, id="-".join([name, label(options), kind, *direction]))
+        for name in names
+        if name in classes()
+        for options in BASES[name][0]
+        for kind, how in implementations(name).items()
+        for direction in ([{}, {"maximize": True}] if takes(name, "maximize") else [{}])
+    ]
+
+
+def is_coupled(name, options):
+    return name not in ALWAYS_DECOUPLED and not options.get("decoupled_weight_decay", False)
+
+
+def layers(seed, shapes, dtype=torch.float64, zero=()):
+    generator = torch.Generator().manual_seed(seed)
+    params = [torch.randn(shape, dtype=torch.float64, generator=generator).to(dtype) for shape in shapes]
+    return [torch.nn.Parameter(param.zero_() if index in zero else param) for index, param in enumerate(params)]
+
+
+def groups(name, dtype=torch.float64):
+    """Three groups: the wrapper's values and a zero layer; values of its own; not adapted."""
+    vectors = name != "Muon"  # which takes matrices alone
+    lr = BASES[name][1]
+    decay = (lambda value: {}) if name in WITHOUT_WEIGHT_DECAY else (lambda value: {"weight_decay": value})
+    shapes = [[(3, 4), (4,), (5, 2)], [(2, 3, 2, 2), (6,), ()], [(4, 3), (3,)]]
+    if not vectors:
+        shapes = [[(3, 4), (1, 4), (5, 2)], [(6, 4), (2, 2), (1, 1)], [(4, 3), (3, 1)]]
+    a, b, c = (layers(seed, group, dtype, zero=[2] if seed == 0 else []) for seed, group in enumerate(shapes))
+    return [
+        {"params": a, "lr": lr, **decay(0.1)},
+        {"params": b, "lr": lr / 3, **decay(0.03), "trust_coef": 0.02, **own_eps(name)},
+        {"params": c, "lr": lr / 2, **decay(0.2), "trust_coef": None},
+    ]
+
+
+def own_eps(name):
+    """A value for the group's key eps, which may be the base's."""
+    return {"eps": (None, 1e-2) if name == "Adafactor" else 1e-2}
+
+
+def give_gradients(optimizers, step, dtype=None):
+    """Fresh gradients, the same for all; one of zero, and one that is missing in a step."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    all_params = [[param for group in optimizer.param_groups for param in group["params"]] for optimizer in optimizers]
+    for index, params in enumerate(zip(*all_params, strict=True)):
+        grad = torch.randn(params[0].shape, dtype=torch.float64, generator=generator).to(params[0].dtype)
+        for param in params:
+            param.grad = None if (step, index) == (2, 1) else grad.clone() * (0 if (step, index) == (1, 0) else 1)
+
+
+def change_lr(optimizers, step):
+    for optimizer in optimizers:
+        for index, group in enumerate(optimizer.param_groups):
+            factor = [0.5, 1.7, 0.9, 1.2][(step + index) % 4]
+            group["lr"] = group["lr"] * factor
+
+
+def tensors(value):
+    """All tensors in a nested state, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else []
+    return [tensor for item in items for tensor in tensors(item)]
+
+
+def assert_same(ours, theirs, tolerance=1e-12):
+    """Parameters, gradients and state agree."""
+    pairs = list(zip(ours.param_groups, theirs.param_groups, strict=True))
+    for index, (our_group, their_group) in enumerate(pairs):
+        for position, (p, q) in enumerate(zip(our_group["params"], their_group["params"], strict=True)):
+            where = f"group {index}, parameter {position}"
+            compare(p.detach(), q.detach(), tolerance, where)
+            assert (p.grad is None) == (q.grad is None), where
+            if p.grad is not None:
+                compare(p.grad, q.grad, tolerance, f"gradient of {where}")
+            ours_state, theirs_state = tensors(ours.state[p]), tensors(theirs.state[q])
+            assert len(ours_state) == len(theirs_state), where
+            for a, b in zip(ours_state, theirs_state, strict=True):
+                compare(a, b, tolerance, f"state of {where}")
+
+
+def compare(a, b, tolerance, message):
+    a, b = (x.to_dense() if x.is_sparse else x for x in (a, b))
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text: f"{message}: {text}")
+
+
+def hyper_parameters(optimizer):
+    """Everything the groups hold, as the very objects."""
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def assert_identical(before, after):
+    for index, (old, new) in enumerate(zip(before, after, strict=True)):
+        assert old.keys() == new.keys()
+        for key in old:
+            assert old[key] is new[key], f"group {index}: {key} was {old[key]!r} and is {new[key]!r}"
+
+
+def test_every_class_of_torch_optim_has_a_line_in_the_table():
+    assert classes().keys() <= BASES.keys()
+
+
+@pytest.mark.parametrize(("name", "options"), cases(DENSE))
+def test_base_follows_the_contract(name, options, backend):
+    optimizer = LARS(classes()[name](groups(name), **options), eps=EPS, trust_coef=TRUST_COEF)
+    model = Model(classes()[name](groups(name), **options), coupled=is_coupled(name, options))
+    for step in range(4):
+        give_gradients([optimizer, model.base], step)
+        before = hyper_parameters(optimizer)
+        ratios = model.step()
+        assert optimizer.step() is None
+        assert_identical(before, hyper_parameters(optimizer))
+        assert_same(optimizer, model.base)
+        assert [float(ratio) for ratio in optimizer.trust_ratios().values()] == pytest.approx(ratios, rel=1e-14)
+        change_lr([optimizer, model.base], step)
+
+
+LOW_PRECISION = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
+
+
+@pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [(name, kind) for name in DENSE if name in classes() for kind in implementations(name)],
+)
+def test_base_follows_the_contract_in_low_precision(name, implementation, dtype, backend):
+    if (name, implementation, dtype) == ("SGD", "fused", torch.bfloat16) and torch.__version__ < "2.14":
+        pytest.skip("SGD(fused=True) of torch 2.12 and 2.13 does not update bfloat16 parameters on CPU")
+    options = {**BASES[name][0][0], **implementations(name)[implementation]}
+    optimizer = LARS(classes()[name](groups(name, dtype), **options), eps=EPS, trust_coef=TRUST_COEF)
+    model = Model(classes()[name](groups(name, dtype), **options), coupled=is_coupled(name, options))
+    for step in range(3):
+        give_gradients([optimizer, model.base], step)
+        model.step()
+        optimizer.step()
+        assert_same(optimizer, model.base, LOW_PRECISION[dtype])
+
+
+@pytest.mark.parametrize(
+    ("name", "implementation"),
+    [
+        (name, kind)
+        for name in DENSE
+        if takes(name, "lr") and "Tensor" in str(inspect.signature(classes()[name]).parameters["lr"].annotation)
+        for kind in implementations(name)
+        if kind != "foreach"  # where a tensor as lr needs capturable=True
+    ],
+)
+def test_lr_may_be_a_tensor(name, implementation, backend):
+    def build():
+        with_tensors = [{**group, "lr": torch.tensor(group["lr"], dtype=torch.float64)} for group in groups(name)]
+        return classes()[name](with_tensors, **BASES[name][0][0], **implementations(name)[implementation])
+
+    optimizer = LARS(build(), eps=EPS, trust_coef=TRUST_COEF)
+    model = Model(build(), coupled=is_coupled(name, {}))
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for step in range(3):
+        give_gradients([optimizer, model.base], step)
+        model.step()
+        optimizer.step()
+        assert_same(optimizer, model.base)
+        assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, rates, strict=True))
+        for group in [*optimizer.param_groups, *model.base.param_groups]:
+            group["lr"].mul_(0.7)
+
+
+# Sparse gradients.
+
+
+def sparse_groups(with_dense):
+    tables = layers(7, [(10, 3), (8,), (6, 2)])
+    (bias,) = layers(8, [(4,)])
+    return [
+        {"params": tables[:2]},
+        {"params": tables[2:], "trust_coef": None},
+        *([{"params": [bias], "weight_decay": 0.1}] if with_dense else []),
+    ]
+
+
+def give_sparse_gradients(optimizers, step, coalesced):
+    generator = torch.Generator().manual_seed(2000 + step)
+    all_params = [[param for group in optimizer.param_groups for param in group["params"]] for optimizer in optimizers]
+    for index, params in enumerate(zip(*all_params, strict=True)):
+        shape = params[0].shape
+        if shape == (4,):
+            grad = torch.randn(shape, dtype=torch.float64, generator=generator)
+        else:
+            rows = torch.randint(shape[0], (0 if (step, index) == (1, 1) else 6,), generator=generator)
+            values = torch.randn((len(rows), *shape[1:]), dtype=torch.float64, generator=generator)
+            grad = torch.sparse_coo_tensor(rows[None], values, shape)
+            grad = grad.coalesce() if coalesced else grad
+        for param in params:
+            param.grad = grad.clone()
+
+
+@pytest.mark.parametrize("coalesced", [True, False], ids=["coalesced", "uncoalesced"])
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("SGD", {"foreach": False, "momentum": 0.9}),
+        ("SGD", {"foreach": True, "momentum": 0.9}),
+        ("SGD", {"maximize": True}),
+        ("Adagrad", {"foreach": False}),
+        ("Adagrad", {"foreach": True, "maximize": True}),
+        ("SparseAdam", {}),
+        ("SparseAdam", {"maximize": True}),
+    ],
+    ids=label,
+)
+def test_sparse_gradients_follow_the_contract(name, options, coalesced, backend):
+    def build():
+        return classes()[name](sparse_groups(with_dense=name != "SparseAdam"), lr=0.1, **options)
+
+    optimizer, model = LARS(build(), eps=EPS, trust_coef=TRUST_COEF), Model(build())
+    for step in range(4):
+        give_sparse_gradients([optimizer, model.base], step, coalesced)
+        model.step()
+        optimizer.step()
+        assert_same(optimizer, model.base)
+        assert optimizer.param_groups[0]["params"][0].grad.is_sparse
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad"])
+def test_sparse_gradients_with_weight_decay_are_refused_and_nothing_changes(name, backend):
+    param, dense = layers(7, [(10, 3), (4,)])
+    optimizer = LARS(classes()[name]([{"params": [dense]}, {"params": [param]}], lr=0.1, weight_decay=0.125))
+    before, old = hyper_parameters(optimizer), copy.deepcopy(optimizer)
+    param.grad = torch.sparse_coo_tensor([[1, 1]], torch.ones(2, 3, dtype=torch.float64), (10, 3))
+    dense.grad = torch.ones_like(dense)
+    message = r"need weight_decay=0 \(weight_decay: 0.125\) \(group: 1, parameter: 0, shape: \(10, 3\)\)"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert_identical(before, hyper_parameters(optimizer))
+    assert torch.equal(dense.grad, torch.ones_like(dense))
+    optimizer.zero_grad()
+    assert_same(optimizer, old, tolerance=0)
+
+
+def test_a_base_that_cannot_take_sparse_gradients_says_so(backend):
+    (param,) = layers(7, [(10, 3)])
+    optimizer = LARS(torch.optim.AdamW([param], lr=0.1))
+    before = hyper_parameters(optimizer)
+    param.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 3, dtype=torch.float64), (10, 3))
+    with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
+        optimizer.step()
+    assert_identical(before, hyper_parameters(optimizer))
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(BASES) if takes(name, "differentiable")])
+def test_differentiable_base_is_refused(name):
+    message = r"differentiable must be False \(group: 0, got: True\); LARS writes gradients in place"
+    with pytest.raises(ValueError, match=message):
+        LARS(classes()[name](groups(name), differentiable=True))
+
+
+def test_differentiable_group_is_refused_when_it_is_added_and_when_it_steps():
+    first, second = layers(0, [(2, 2), (3,)])
+    optimizer = LARS(torch.optim.SGD([first], lr=0.1, weight_decay=0.1))
+    with pytest.raises(ValueError, match=r"differentiable must be False \(group: 1, got: True\)"):
+        optimizer.add_param_group({"params": [second], "differentiable": True})
+    assert len(optimizer.param_groups) == 1
+    optimizer.param_groups[0]["differentiable"] = True
+    before = hyper_parameters(optimizer)
+    with pytest.raises(ValueError, match=r"differentiable must be False \(group: 0, got: True\)"):
+        optimizer.step()
+    assert_identical(before, hyper_parameters(optimizer))
+
+
+@pytest.mark.parametrize("name", [name for name in sorted(BASES) if takes(name, "capturable")])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_capturable_base_without_an_accelerator_is_refused_by_torch(name, foreach, backend):
+    optimizer = LARS(classes()[name](groups(name), capturable=True, foreach=foreach))
+    before = hyper_parameters(optimizer)
+    old = [param.detach().clone() for group in optimizer.param_groups for param in group["params"]]
+    give_gradients([optimizer], 0)
+    with pytest.raises((AssertionError, RuntimeError), match="capturable=True"):
+        optimizer.step()
+    assert_identical(before, hyper_parameters(optimizer))
+    assert all(map(torch.equal, old, [param for group in optimizer.param_groups for param in group["params"]]))
+
+
+def test_weight_decay_that_is_a_tensor_is_refused():
+    (param,) = layers(0, [(2, 2)])
+    optimizer = LARS(torch.optim.SGD([param], lr=0.1, weight_decay=torch.tensor(0.1)))
+    param.grad = torch.ones_like(param)
+    with pytest.raises(TypeError, match=r"weight_decay must be a non-negative number \(got: tensor.* of type Tensor\)"):
+        optimizer.step()
+
+
+# Closures.
+
+
+def targets(optimizer):
+    """A function that evaluates a smooth loss of all parameters anew, with its gradients."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    goals = [goal.detach() for goal in layers(99, [param.shape for param in params])]
+
+    def evaluate():
+        optimizer.zero_grad()
+        distances = [param - goal for param, goal in zip(params, goals, strict=True)]
+        loss = sum((x**2).sum() * (1 + i) + (x**4).sum() / 10 for i, x in enumerate(distances))
+        loss.backward()
+        return loss
+
+    return evaluate
+
+
+@pytest.mark.parametrize(("name", "options"), cases(DENSE))
+def test_step_with_a_closure_equals_a_step_without(name, options, backend):
+    with_closure, without = (LARS(classes()[name](groups(name), **options)) for _ in range(2))
+    evaluate, evaluate_before = targets(with_closure), targets(without)
+    for _ in range(3):
+        before = hyper_parameters(with_closure)
+        expected = evaluate_before()
+        without.step()
+        with torch.no_grad():
+            loss = with_closure.step(evaluate)
+        assert torch.equal(loss, expected)
+        assert_identical(before, hyper_parameters(with_closure))
+        assert_same(with_closure, without, tolerance=0)
+
+
+@pytest.mark.parametrize("options", BASES["LBFGS"][0], ids=label)
+def test_lbfgs_follows_the_contract_at_every_evaluation(options, backend):
+    def build():
+        return torch.optim.LBFGS(layers(3, [(3, 4), (4,), (5,)], zero=[2]), lr=0.5, **{"max_iter": 6, **options})
+
+    optimizer, model = LARS(build(), eps=EPS, trust_coef=TRUST_COEF), Model(build())
+    evaluate, evaluate_model = targets(optimizer), targets(model.base)
+    evaluations = []
+
+    def counted():
+        evaluations.append(None)
+        return evaluate()
+
+    def adapted_evaluate():
+        loss = evaluate_model()
+        model.adapt()
+        return loss
+
+    for step in range(4):
+        expected, loss = model.base.step(adapted_evaluate), optimizer.step(counted)
+        compare(loss, expected, 1e-10, "loss")  # it divides by differences of gradients, and so magnifies rounding
+        assert_same(optimizer, model.base, 1e-10)
+        change_lr([optimizer, model.base], step)
+    state = next(iter(optimizer.state.values()))
+    assert len(evaluations) == state["func_evals"]
+    assert len(evaluations) == 4 if options.get("max_iter") == 1 else len(evaluations) > 12
+
+
+def test_lbfgs_without_a_closure_says_so():
+    optimizer = LARS(torch.optim.LBFGS(layers(3, [(3, 4)])))
+    with pytest.raises(TypeError, match="closure"):
+        optimizer.step()
+
+
+class Recorder(torch.optim.Optimizer):
+    """A base of another house. Evaluates ``evaluations`` times, with gradients as they are, and notes what it sees."""
+
+    def __init__(self, params, evaluations=1, fails=None, **defaults):
+        super().__init__(params, {"lr": 0.1, "weight_decay": 0.25, **defaults})
+        self.evaluations = evaluations
+        self.fails = fails
+        self.calls = []
+        self.seen = []
+
+    def look(self):
+        return [group.get("weight_decay") for group in self.param_groups]
+
+    @torch.no_grad()
+    def step(self, closure=None, *args, **kwargs):
+        self.calls.append((closure, args, kwargs))
+        if self.fails == "at once":
+            raise KeyboardInterrupt
+        loss = None
+        for _ in range(self.evaluations if closure else 1):
+            loss = closure() if closure else None
+            self.seen.append(self.look())
+            for group in self.param_groups:
+                for param in group["params"]:
+                    param.sub_(group["lr"] * (param.grad + group.get("weight_decay", 0) * param))
+        if self.fails == "at the end":
+            raise KeyError("the base's own fault")
+        return loss
+
+
+def recorder(**options):
+    """A recorder with a decayed group, one without decay, and one that is not adapted."""
+    a, b, c = layers(5, [(3, 2), (4,), (2,)])
+    decay, small = 0.25 + 0.25, 0.0078125 * 2  # new objects, to be recognised
+    trust = {"params": [c], "weight_decay": small, "trust_coef": None}
+    return Recorder([{"params": [a], "weight_decay": decay}, {"params": [b], "weight_decay": 0}, trust], **options)
+
+
+def test_closure_sees_the_users_weight_decay_and_the_base_does_not(backend):
+    base = recorder(evaluations=3)
+    optimizer = LARS(base)
+    evaluate, seen = targets(optimizer), []
+
+    def closure():
+        seen.append(base.look())
+        return evaluate()
+
+    optimizer.step(closure)
+    assert seen == [[0.5, 0, 0.015625]] * 3
+    assert base.seen == [[0, 0, 0.015625]] * 3
+
+
+def test_base_that_evaluates_twice_follows_the_contract(backend):
+    optimizer, model = LARS(recorder(evaluations=2), EPS, TRUST_COEF), Model(recorder(evaluations=2))
+    evaluate_model = targets(model.base)
+
+    def adapted_evaluate():
+        with torch.enable_grad():
+            loss = evaluate_model()
+        model.adapt()
+        return loss
+
+    evaluate = targets(optimizer)
+    for _ in range(3):
+        expected = model.base.step(adapted_evaluate)
+        compare(optimizer.step(evaluate), expected, 1e-12, "loss")
+        assert_same(optimizer, model.base)
+
+
+def test_what_a_closure_sets_stays_and_is_used_at_once(backend):
+    optimizer, plain = LARS(recorder(evaluations=2)), LARS(recorder(evaluations=2, weight_decay=0))
+    plain.param_groups[0]["weight_decay"] = 0.75
+    plain.param_groups[1]["weight_decay"] = 0.125
+    evaluate = targets(optimizer)
+
+    def closure():
+        optimizer.param_groups[0]["weight_decay"] = 0.75
+        optimizer.param_groups[1]["weight_decay"] = 0.125
+        return evaluate()
+
+    optimizer.step(closure)
+    plain.step(targets(plain))
+    assert optimizer.optim.look() == [0.75, 0.125, 0.015625]
+    assert optimizer.optim.seen == [[0, 0, 0.015625]] * 2
+    assert_same(optimizer, plain, 0)
+
+
+def test_groups_may_be_added_or_reordered_inside_a_closure(backend):
+    optimizer = LARS(recorder(evaluations=3))
+    (extra,) = layers(6, [(2, 2)])
+
+    def closure():
+        if len(optimizer.param_groups) == 3:
+            optimizer.add_param_group({"params": [extra], "weight_decay": 0.0625})
+        optimizer.param_groups.reverse()
+        return targets(optimizer)()
+
+    optimizer.step(closure)
+    assert optimizer.optim.look() == [0.0625, 0.015625, 0, 0.5]
+
+
+@pytest.mark.parametrize(
+    ("name", "fails_at"),
+    [("SGD", 1), ("Adam", 1), *((name, n) for name in ("LBFGS", "LBFGS-strong_wolfe", "Recorder") for n in (1, 2, 3))],
+)
+def test_after_a_closure_that_raises_hyper_parameters_are_the_same_objects(name, fails_at, backend):
+    params = layers(3, [(3, 4), (4,)])
+    base = {
+        "SGD": lambda: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.015625 * 3),
+        "Adam": lambda: torch.optim.Adam(params, lr=0.1, weight_decay=0.015625 * 3),
+        "LBFGS": lambda: torch.optim.LBFGS([{"params": params, "weight_decay": 0.015625 * 3}], lr=0.1),
+        "LBFGS-strong_wolfe": lambda: torch.optim.LBFGS(params, lr=0.1, line_search_fn="strong_wolfe"),
+        "Recorder": lambda: recorder(evaluations=3),
+    }[name]()
+    optimizer, evaluations = LARS(base), []
+    evaluate, before = targets(optimizer), hyper_parameters(optimizer)
+
+    def closure():
+        evaluations.append(None)
+        if len(evaluations) == fails_at:
+            raise ZeroDivisionError("in the closure")
+        return evaluate()
+
+    with pytest.raises(ZeroDivisionError, match="in the closure"):
+        optimizer.step(closure)
+    assert len(evaluations) == fails_at
+    assert_identical(before, hyper_parameters(optimizer))
+
+
+@pytest.mark.parametrize(("fails", "error"), [("at once", KeyboardInterrupt), ("at the end", KeyError)])
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_after_a_base_that_raises_hyper_parameters_are_the_same_objects(fails, error, with_closure, backend):
+    optimizer = LARS(recorder(fails=fails, evaluations=2))
+    evaluate, before = targets(optimizer), hyper_parameters(optimizer)
+    evaluate()
+    with pytest.raises(error):
+        optimizer.step(*([evaluate] if with_closure else []))
+    assert_identical(before, hyper_parameters(optimizer))
+
+
+@pytest.mark.parametrize("when", ["pre", "post"])
+def test_after_a_hook_of_the_base_that_raises_hyper_parameters_are_the_same_objects(when, backend):
+    optimizer = LARS(recorder())
+    before = hyper_parameters(optimizer)
+    targets(optimizer)()
+
+    def hook(optimizer, args, kwargs):
+        raise ZeroDivisionError("in a hook")
+
+    getattr(optimizer.optim, f"register_step_{when}_hook")(hook)
+    with pytest.raises(ZeroDivisionError, match="in a hook"):
+        optimizer.step()
+    assert_identical(before, hyper_parameters(optimizer))
+
+
+def test_after_a_closure_whose_gradients_are_refused_hyper_parameters_are_the_same_objects(backend):
+    optimizer = LARS(recorder(evaluations=2))
+    evaluate, before, evaluations = targets(optimizer), hyper_parameters(optimizer), []
+
+    def closure():
+        loss = evaluate()
+        evaluations.append(None)
+        if len(evaluations) == 2:
+            param = optimizer.param_groups[0]["params"][0]
+            param.grad = param.grad.to_sparse()
+        return loss
+
+    with pytest.raises(RuntimeError, match="sparse gradients need weight_decay=0"):
+        optimizer.step(closure)
+    assert_identical(before, hyper_parameters(optimizer))
+
+
+def test_gradients_are_enabled_inside_a_closure_whoever_disabled_them(backend):
+    optimizer = LARS(recorder(evaluations=2))  # whose step disables them, and leaves it at that
+    evaluate, enabled = targets(optimizer), []
+
+    def closure():
+        enabled.append(torch.is_grad_enabled())
+        return evaluate()
+
+    with torch.no_grad():
+        optimizer.step(closure)
+        assert not torch.is_grad_enabled()
+    assert enabled == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("args", "kwargs", "passed_on"),
+    [
+        ((), {}, ((), {})),
+        ((None,), {}, ((), {})),
+        ((), {"closure": None}, ((), {})),
+        ((), {"three": 3}, ((), {"three": 3})),
+    ],
+)
+@pytest.mark.parametrize("with_closure", [False, True])
+def test_arguments_of_step_are_passed_on_to_the_base(args, kwargs, passed_on, with_closure, backend):
+    optimizer = LARS(recorder())
+    evaluate = targets(optimizer)
+    evaluate()
+    if with_closure and args:
+        args = (evaluate, *args[1:])
+    elif with_closure:
+        kwargs = {**kwargs, "closure": evaluate}
+    loss = optimizer.step(*args, **kwargs)
+    ((closure, *rest),) = optimizer.optim.calls
+    assert tuple(rest) == passed_on
+    assert callable(closure) if with_closure else closure is None
+    assert (loss is not None) == with_closure
+
+
+def test_a_base_whose_step_takes_nothing_is_stepped(backend):
+    class Bare(torch.optim.Optimizer):
+        def step(self):
+            self.stepped = True
+
+    (param,) = layers(0, [(2, 2)])
+    optimizer = LARS(Bare([param], {}))
+    optimizer.step()
+    optimizer.step(closure=None)
+    assert optimizer.optim.stepped
