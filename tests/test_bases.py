@@ -692,6 +692,7 @@ def test_gradients_are_enabled_inside_a_closure_whoever_disabled_them(backend):
         ((), {}, ((), {})),
         ((None,), {}, ((), {})),
         ((), {"closure": None}, ((), {})),
+        ((None, 1, "two"), {"three": 3}, ((1, "two"), {"three": 3})),
         ((), {"three": 3}, ((), {"three": 3})),
     ],
 )

@@ -113,12 +113,14 @@ class LARS(OptimizerWrapper):
             self._hide_weight_decay(hidden)
             return loss
 
+        if closure is not None:
+            args = (adapted_closure, *args)
+        elif args:
+            args = (None, *args)
         try:
             if closure is None:
                 self._adapt()
             self._hide_weight_decay(hidden)
-            if closure is not None:
-                return self.optim.step(adapted_closure, *args, **kwargs)
             return self.optim.step(*args, **kwargs)
         finally:
             hidden.restore()
