@@ -1,0 +1,872 @@
+"""The manners of LARS: everything that drives a torch optimizer drives it, and everything it has is the base's."""
+
+import copy
+import io
+import math
+import pickle
+import shutil
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import state_dict as dcp_state_dict
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+from torchlars import LARS
+
+EPS, TRUST_COEF = 0.05, 0.3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tensors are small here: a second thread would only be waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def network(seed=0, dtype=torch.float64):
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).to(dtype)
+
+
+def sgd(model, **options):
+    """A base with two groups of different decay."""
+    groups = [
+        {"params": list(model[0].parameters()), "weight_decay": 0.1},
+        {"params": list(model[2].parameters()), "weight_decay": 0.03, "lr": 0.2},
+    ]
+    return torch.optim.SGD(groups, **{"lr": 0.5, "momentum": 0.9, **options})
+
+
+def adam(model, **options):
+    return torch.optim.Adam(model.parameters(), **{"lr": 0.1, "weight_decay": 0.1, **options})
+
+
+BASES = {"SGD": sgd, "Adam": adam}
+
+
+def lars(model, base=sgd, **options):
+    return LARS(base(model, **options), eps=EPS, trust_coef=TRUST_COEF)
+
+
+def loss_of(model, step):
+    generator = torch.Generator().manual_seed(step)
+    return (model(torch.randn(6, 3, dtype=torch.float64, generator=generator).to(model[0].weight.dtype)) ** 2).mean()
+
+
+def train(model, optimizer, steps):
+    for step in steps:
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+
+
+def by_hand(model, optimizer, decays=(0.1, 0.03)):
+    """The contract: every gradient becomes r · (g + λw). The base has no decay of its own."""
+    for group, decay in zip(optimizer.param_groups, decays, strict=True):
+        for param in group["params"]:
+            param_norm, grad_norm = (math.hypot(*tensor.flatten().tolist()) for tensor in (param, param.grad))
+            ratio = TRUST_COEF * param_norm / (grad_norm + decay * param_norm + EPS)
+            param.grad = ratio * (param.grad + decay * param.detach())
+
+
+def assert_same(one, other, tolerance=0.0):
+    for p, q in zip(one.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+
+
+def trained(base=sgd, steps=3):
+    model = network()
+    optimizer = lars(model, base)
+    train(model, optimizer, range(steps))
+    return model, optimizer
+
+
+# A torch optimizer whose things are the base's.
+
+
+def test_it_is_a_torch_optimizer():
+    optimizer = lars(network())
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    assert isinstance(optimizer.optim, torch.optim.SGD)
+    assert (optimizer.eps, optimizer.trust_coef) == (EPS, TRUST_COEF)
+
+
+@pytest.mark.parametrize("name", ["param_groups", "state", "defaults"])
+def test_property_is_the_bases_own_and_can_be_assigned(name):
+    optimizer = lars(network())
+    assert getattr(optimizer, name) is getattr(optimizer.optim, name)
+    replacement = copy.copy(getattr(optimizer, name))
+    setattr(optimizer, name, replacement)
+    assert getattr(optimizer, name) is replacement
+    assert getattr(optimizer.optim, name) is replacement
+    assert name not in vars(optimizer)
+
+
+@pytest.mark.parametrize("load", ["wrapper", "base"])
+def test_properties_are_live_after_a_state_dict_was_loaded(load):
+    model, optimizer = trained()
+    old_groups, old_state = optimizer.param_groups, optimizer.state
+    state_dict = (optimizer if load == "wrapper" else optimizer.optim).state_dict()
+    (optimizer if load == "wrapper" else optimizer.optim).load_state_dict(copy.deepcopy(state_dict))
+    assert optimizer.param_groups is optimizer.optim.param_groups is not old_groups
+    assert optimizer.state is optimizer.optim.state is not old_state
+    optimizer.param_groups[0]["lr"] = 0.0
+    old = model[0].weight.detach().clone()
+    train(model, optimizer, range(3, 4))
+    assert torch.equal(model[0].weight, old)
+
+
+@pytest.mark.parametrize(
+    "name", ["ASGD", "Adadelta", "Adafactor", "Adagrad", "Adam", "AdamW", "LBFGS", "NAdam", "RMSprop", "Rprop", "SGD"]
+)
+def test_it_adds_no_key_to_groups_or_defaults(name):
+    model, other = network(), network()
+    plain = getattr(torch.optim, name)(model.parameters(), lr=0.1)
+    optimizer = LARS(getattr(torch.optim, name)(other.parameters(), lr=0.1))
+    copied = pickle.loads(pickle.dumps(optimizer))
+    plain = pickle.loads(pickle.dumps(plain))  # where torch adds a key itself
+    optimizer.step(lambda: loss_of(other, 0))
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert optimizer.defaults.keys() | {"differentiable"} == plain.defaults.keys() | {"differentiable"}
+    assert copied.defaults.keys() == plain.defaults.keys()
+    assert [group.keys() for group in optimizer.param_groups] == [group.keys() for group in plain.param_groups]
+
+
+def test_a_base_without_differentiable_gets_no_such_default():
+    optimizer = LARS(torch.optim.LBFGS(network().parameters()))
+    assert "differentiable" not in optimizer.defaults
+
+
+def test_unknown_attributes_are_not_taken_from_the_base():
+    optimizer = lars(network(), adam, fused=True)
+    assert optimizer.optim._step_supports_amp_scaling
+    assert not hasattr(optimizer, "_step_supports_amp_scaling")
+    optimizer.optim.something = 1
+    with pytest.raises(AttributeError, match="something"):
+        optimizer.something  # noqa: B018
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_does_what_is_asked(set_to_none):
+    model, optimizer = trained()
+    optimizer.zero_grad(set_to_none=set_to_none)
+    grads = [param.grad for param in model.parameters()]
+    assert all(grad is None if set_to_none else not grad.any() for grad in grads)
+    train(model, optimizer, range(1))
+    optimizer.zero_grad()
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_a_group_can_be_added_with_options_of_its_own(backend):
+    model = network()
+    optimizer = LARS(torch.optim.SGD(model[0].parameters(), lr=0.1, weight_decay=0.25))
+    optimizer.add_param_group({"params": [model[2].weight], "trust_coef": 0.5, "eps": 0.125, "weight_decay": 0.0})
+    optimizer.add_param_group({"params": [model[2].bias], "trust_coef": None})
+    loss_of(model, 0).backward()
+    raw = [param.grad.clone() for param in (model[2].weight, model[2].bias)]
+    norm = model[2].weight.norm().item()
+    optimizer.step()
+    ratio = 0.5 * norm / (raw[0].norm().item() + 0.125)
+    torch.testing.assert_close(model[2].weight.grad, ratio * raw[0], rtol=1e-14, atol=0)
+    assert torch.equal(model[2].bias.grad, raw[1])
+    assert model[2].bias not in optimizer.trust_ratios()
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.25, 0.0, 0.25]
+
+
+@pytest.mark.parametrize(
+    ("option", "error", "message"),
+    [
+        ({"trust_coef": 0}, ValueError, r"trust_coef must be a positive number \(got: 0\), in parameter group 2"),
+        ({"trust_coef": "1"}, TypeError, r"trust_coef must be a positive number \(got: '1' of type str\), in par.* 2"),
+        ({"eps": -1.0}, ValueError, r"eps must be a non-negative number \(got: -1.0\), in parameter group 2"),
+        ({"eps": None}, TypeError, r"eps must be a non-negative number \(got: None of type NoneType\), in par.* 2"),
+    ],
+)
+def test_a_group_with_a_wrong_option_is_not_added(option, error, message):
+    optimizer = lars(network())
+    extra = torch.nn.Parameter(torch.ones(2))
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({"params": [extra], **option})
+    assert len(optimizer.param_groups) == 2
+
+
+def test_repr_shows_the_options_and_the_base():
+    optimizer = lars(network())
+    assert repr(optimizer) == f"LARS(eps=0.05, trust_coef=0.3, optim={optimizer.optim!r})"
+    assert "momentum: 0.9" in repr(optimizer)
+
+
+@pytest.mark.parametrize("calls", [["train"], ["eval"], ["train", "eval", "train"]])
+def test_train_and_eval_are_forwarded_to_a_base_that_has_them(calls):
+    class ScheduleFree(torch.optim.SGD):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.told = []
+
+        def train(self):
+            self.told.append("train")
+
+        def eval(self):
+            self.told.append("eval")
+
+    optimizer = LARS(ScheduleFree(network().parameters(), lr=0.1))
+    for call in calls:
+        getattr(optimizer, call)()
+    assert optimizer.optim.told == calls
+    optimizer.train(False)
+    assert optimizer.optim.told == [*calls, "eval"]
+
+
+def test_train_and_eval_do_nothing_over_a_base_that_has_none():
+    optimizer = lars(network())
+    assert optimizer.train() is None
+    assert optimizer.eval() is None
+
+
+# Hooks.
+
+
+def test_step_hooks_fire_once_on_the_object_they_were_given_to():
+    model = network()
+    optimizer, fired = lars(model), []
+
+    def hook(name):
+        return lambda who, args, kwargs: fired.append((name, type(who).__name__, len(args), kwargs))
+
+    handles = [
+        optimizer.register_step_pre_hook(hook("pre")),
+        optimizer.register_step_post_hook(hook("post")),
+        optimizer.optim.register_step_pre_hook(hook("base pre")),
+        optimizer.optim.register_step_post_hook(hook("base post")),
+    ]
+    loss_of(model, 0).backward()
+    optimizer.step(closure=None)
+    expected = [
+        ("pre", "LARS", 1, {"closure": None}),
+        ("base pre", "SGD", 1, {}),
+        ("base post", "SGD", 1, {}),
+        ("post", "LARS", 1, {"closure": None}),
+    ]
+    assert fired == expected
+    for handle in handles:
+        handle.remove()
+    optimizer.step()
+    assert fired == expected
+
+
+def test_a_step_pre_hook_sees_raw_gradients_and_the_bases_sees_scaled_ones():
+    model = network()
+    optimizer, seen = lars(model), []
+    for one in (optimizer, optimizer.optim):
+        one.register_step_pre_hook(lambda *_: seen.append(model[0].weight.grad.clone()))
+    loss_of(model, 0).backward()
+    raw = model[0].weight.grad.clone()
+    optimizer.step()
+    assert torch.equal(seen[0], raw)
+    assert torch.equal(seen[1], model[0].weight.grad)
+    assert not torch.equal(seen[1], raw)
+
+
+def test_a_step_pre_hook_can_change_the_arguments():
+    model = network()
+    optimizer, evaluated = lars(model), []
+
+    def closure():
+        evaluated.append(None)
+        optimizer.zero_grad()
+        loss = loss_of(model, 0)
+        loss.backward()
+        return loss
+
+    optimizer.register_step_pre_hook(lambda who, args, kwargs: ((who, closure), {}))
+    assert optimizer.step() is not None
+    assert len(evaluated) == 1
+
+
+def test_global_step_hooks_fire_once_on_the_wrapper():
+    model = network()
+    optimizer, fired = lars(model), []
+    handles = [
+        register_optimizer_step_pre_hook(lambda who, args, kwargs: fired.append(("pre", who))),
+        register_optimizer_step_post_hook(lambda who, args, kwargs: fired.append(("post", who))),
+    ]
+    try:
+        train(model, optimizer, range(1))
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert [when for when, who in fired if who is optimizer] == ["pre", "post"]
+    assert len(fired) == 4  # and on the base, which takes a step as well
+    train(model, optimizer, range(1))
+    assert len(fired) == 4
+
+
+def test_state_dict_hooks_fire_once_on_the_object_they_were_given_to():
+    optimizer, fired = lars(network()), []
+    handles = [
+        optimizer.register_state_dict_pre_hook(lambda who: fired.append(("pre", who))),
+        optimizer.register_state_dict_post_hook(
+            lambda who, state_dict: fired.append(("post", who, "lars" in state_dict))
+        ),
+        optimizer.optim.register_state_dict_post_hook(lambda who, state_dict: fired.append(("base", who, *state_dict))),
+    ]
+    optimizer.state_dict()
+    base = optimizer.optim
+    assert fired == [("pre", optimizer), ("base", base, "state", "param_groups"), ("post", optimizer, True)]
+    for handle in handles:
+        handle.remove()
+    optimizer.state_dict()
+    assert len(fired) == 3
+
+
+def test_a_state_dict_post_hook_can_replace_what_is_returned():
+    optimizer = lars(network())
+    optimizer.register_state_dict_post_hook(lambda who, state_dict: {**state_dict, "first": 1})
+    optimizer.register_state_dict_post_hook(lambda who, state_dict: {"prepended": 2, **state_dict}, prepend=True)
+    assert list(optimizer.state_dict()) == ["prepended", "state", "param_groups", "lars", "first"]
+
+
+def test_load_state_dict_hooks_fire_once_on_the_object_they_were_given_to():
+    optimizer, fired = lars(network()), []
+    handles = [
+        optimizer.register_load_state_dict_pre_hook(lambda who, state_dict: fired.append(("pre", who, *state_dict))),
+        optimizer.register_load_state_dict_post_hook(lambda who: fired.append(("post", who))),
+        optimizer.optim.register_load_state_dict_pre_hook(lambda who, state_dict: fired.append(("base", *state_dict))),
+    ]
+    optimizer.load_state_dict(optimizer.state_dict())
+    expected = [
+        ("pre", optimizer, "state", "param_groups", "lars"),
+        ("base", "state", "param_groups"),
+        ("post", optimizer),
+    ]
+    assert fired == expected
+    for handle in handles:
+        handle.remove()
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert fired == expected
+
+
+def test_a_load_pre_hook_can_replace_what_is_loaded():
+    optimizer = lars(network())
+    state_dict = optimizer.state_dict()
+    optimizer.register_load_state_dict_pre_hook(lambda who, given: {**given, "lars": {"trust_coef": 0.75}})
+    optimizer.load_state_dict(state_dict)
+    assert (optimizer.trust_coef, optimizer.eps) == (0.75, EPS)
+
+
+def test_hooks_are_dropped_by_copies_as_torch_drops_them():
+    _, optimizer = trained()
+    fired = []
+    optimizer.register_step_pre_hook(lambda *_: fired.append(None))
+    for copied in (copy.copy(optimizer), copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer.optim))):
+        copied.step()
+    assert not fired
+
+
+# Copies.
+
+
+@pytest.mark.parametrize(
+    "how",
+    [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x)), lambda x: torch.load(save(x), weights_only=False)],
+    ids=["deepcopy", "pickle", "torch.save"],
+)
+@pytest.mark.parametrize("base", BASES)
+def test_a_copy_of_model_and_optimizer_trains_on_alike_and_apart(how, base, backend):
+    model, optimizer = trained(BASES[base])
+    optimizer.param_groups[0]["trust_coef"] = 0.5
+    copied_model, copied = how((model, optimizer))
+    assert copied.param_groups[0]["params"][0] is next(copied_model.parameters())
+    assert (copied.eps, copied.trust_coef) == (EPS, TRUST_COEF)
+    old = [param.detach().clone() for param in model.parameters()]
+    train(copied_model, copied, range(3, 6))
+    assert all(map(torch.equal, old, model.parameters()))
+    train(model, optimizer, range(3, 6))
+    assert_same(model, copied_model)
+
+
+def test_a_shallow_copy_shares_the_base():
+    model, optimizer = trained()
+    copied = copy.copy(optimizer)
+    assert copied is not optimizer
+    assert copied.optim is optimizer.optim
+    copied.trust_coef = 0.5
+    assert optimizer.trust_coef == TRUST_COEF
+    train(model, copied, range(1))
+
+
+def test_what_a_copy_holds_is_what_the_wrapper_owns():
+    optimizer = lars(network())
+    optimizer.step = None
+    assert optimizer.__getstate__().keys() == {"optim", "eps", "trust_coef"}
+    assert callable(copy.deepcopy(optimizer).step)
+
+
+# State dicts.
+
+
+def save(what):
+    buffer = io.BytesIO()
+    torch.save(what, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_training_goes_on_from_a_state_dict_that_was_saved_and_loaded_with_weights_only(base, backend):
+    model, optimizer = trained(BASES[base])
+    file = save({"model": model.state_dict(), "optimizer": optimizer.state_dict()})
+    loaded = torch.load(file, weights_only=True)
+    other = network(seed=1)
+    resumed = LARS(BASES[base](other))
+    other.load_state_dict(loaded["model"])
+    resumed.load_state_dict(loaded["optimizer"])
+    assert (resumed.eps, resumed.trust_coef) == (EPS, TRUST_COEF)
+    train(model, optimizer, range(3, 6))
+    train(other, resumed, range(3, 6))
+    assert_same(model, other)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_state_dict_is_the_bases_with_one_key_of_plain_numbers_more(base):
+    _, optimizer = trained(BASES[base])
+    state_dict, plain = optimizer.state_dict(), optimizer.optim.state_dict()
+    assert state_dict.pop("lars") == {"eps": EPS, "trust_coef": TRUST_COEF}
+    assert state_dict.keys() == plain.keys()
+    assert state_dict["param_groups"] == plain["param_groups"]
+    assert state_dict["state"].keys() == plain["state"].keys()
+
+
+@pytest.mark.parametrize("value", [1, torch.tensor(0.5).numpy()[()], True])
+def test_options_in_a_state_dict_are_plain_floats_whatever_was_assigned(value):
+    optimizer = lars(network())
+    optimizer.trust_coef = value
+    if value is True:
+        with pytest.raises(TypeError, match="trust_coef must be a positive number"):
+            optimizer.state_dict()
+    else:
+        assert type(optimizer.state_dict()["lars"]["trust_coef"]) is float
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_state_dict_of_the_plain_base_or_of_torchlars_0_1_2_loads_and_training_goes_on(base, backend):
+    model, reference = network(), network()
+    plain, expected = BASES[base](model), lars(reference, BASES[base])
+    train(model, plain, range(3))
+    train(reference, expected.optim, range(3))
+    file = save(plain.state_dict())  # torchlars 0.1.2 returned just that: its state_dict was the base's
+    resumed = lars(model, BASES[base])
+    resumed.load_state_dict(torch.load(file, weights_only=True))
+    assert (resumed.eps, resumed.trust_coef) == (EPS, TRUST_COEF)
+    train(model, resumed, range(3, 6))
+    train(reference, expected, range(3, 6))
+    assert_same(model, reference)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_the_wrappers_state_dict_loads_into_the_plain_base_and_training_goes_on(base, backend):
+    model, optimizer = trained(BASES[base])
+    other = copy.deepcopy(model)
+    plain = BASES[base](other)
+    plain.load_state_dict(torch.load(save(optimizer.state_dict()), weights_only=True))
+    train(model, optimizer.optim, range(3, 6))
+    train(other, plain, range(3, 6))
+    assert_same(model, other)
+
+
+def test_options_of_a_group_travel_with_the_state_dict():
+    _, optimizer = trained()
+    optimizer.param_groups[0].update(trust_coef=None)
+    optimizer.param_groups[1].update(trust_coef=0.5, eps=0.25)
+    resumed = lars(network())
+    resumed.load_state_dict(torch.load(save(optimizer.state_dict()), weights_only=True))
+    assert resumed.param_groups[0]["trust_coef"] is None
+    assert (resumed.param_groups[1]["trust_coef"], resumed.param_groups[1]["eps"]) == (0.5, 0.25)
+
+
+def test_options_of_a_group_stay_when_the_state_dict_says_nothing_of_them():
+    model = network()
+    optimizer = lars(model)
+    optimizer.param_groups[0].update(trust_coef=None)
+    optimizer.param_groups[1].update(eps=0.25)
+    optimizer.load_state_dict(sgd(network(), lr=0.125).state_dict())
+    assert optimizer.param_groups[0]["trust_coef"] is None
+    assert "eps" not in optimizer.param_groups[0]
+    assert optimizer.param_groups[1]["eps"] == 0.25
+    assert optimizer.param_groups[0]["lr"] == 0.125
+
+
+def test_eps_of_a_group_of_adam_is_adams_also_after_loading():
+    model = network()
+    optimizer = lars(model, adam, eps=1e-3)
+    state_dict = adam(network(), eps=1e-5).state_dict()
+    optimizer.load_state_dict(state_dict)
+    assert optimizer.param_groups[0]["eps"] == 1e-5
+    assert optimizer.eps == EPS
+
+
+@pytest.mark.parametrize(
+    ("entry", "error", "message"),
+    [
+        (None, TypeError, r"state_dict\['lars'\] must be a dict of options \(got: NoneType\)"),
+        ([0.1], TypeError, r"state_dict\['lars'\] must be a dict of options \(got: list\)"),
+        ({"eta": 0.1}, ValueError, r"state_dict\['lars'\] must hold eps, trust_coef \(got: eta\)"),
+        ({1: 0.1, "eps": 0.1}, ValueError, r"state_dict\['lars'\] must hold eps, trust_coef \(got: 1\)"),
+        ({"eps": -1.0}, ValueError, r"state_dict\['lars'\]\['eps'\] must be a non-negative number \(got: -1.0\)"),
+        (
+            {"eps": "0"},
+            TypeError,
+            r"state_dict\['lars'\]\['eps'\] must be a non-negative number \(got: '0' of type str",
+        ),
+        ({"trust_coef": math.nan}, ValueError, r"\['trust_coef'\] must be a positive number \(got: nan\)"),
+        (
+            {"eps": 0.5, "trust_coef": None},
+            TypeError,
+            r"\['trust_coef'\] must be a positive number \(got: None of type",
+        ),
+        ({"trust_coef": True}, TypeError, r"\['trust_coef'\] must be a positive number \(got: True of type bool\)"),
+        ({"trust_coef": torch.tensor(1.0)}, TypeError, r"\['trust_coef'\] must be a positive number \(got: tensor"),
+    ],
+)
+def test_a_state_dict_with_a_wrong_entry_is_refused_and_nothing_is_loaded(entry, error, message):
+    _, source = trained(steps=2)
+    _, optimizer = trained()
+    before = copy.deepcopy(optimizer.state_dict())
+    loaded = []
+    optimizer.optim.register_load_state_dict_pre_hook(lambda *_: loaded.append(None))
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict({**source.state_dict(), "lars": entry})
+    assert not loaded
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+
+
+def test_a_state_dict_that_the_base_refuses_leaves_the_options_as_they_were():
+    optimizer = lars(network())
+    wrong = LARS(torch.optim.SGD(network().parameters(), lr=0.1), trust_coef=0.75).state_dict()
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        optimizer.load_state_dict(wrong)
+    assert optimizer.trust_coef == TRUST_COEF
+
+
+# torch.distributed.
+
+
+@pytest.fixture
+def process_group():
+    """A world of one."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
+@pytest.mark.parametrize("base", BASES)
+def test_state_dict_functions_of_distributed_checkpoint_resume_training(base, flatten, backend):
+    options = dcp_state_dict.StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, optimizer = trained(BASES[base])
+    state_dict = copy.deepcopy(dcp_state_dict.get_optimizer_state_dict(model, optimizer, options=options))
+    other = network(seed=1)
+    other.load_state_dict(model.state_dict())
+    resumed = lars(other, BASES[base])
+    dcp_state_dict.set_optimizer_state_dict(other, resumed, state_dict, options=options)
+    assert_same(model, other)  # it takes a step on its own, with lr 0
+    train(model, optimizer, range(3, 6))
+    train(other, resumed, range(3, 6))
+    assert_same(model, other)
+
+
+@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
+def test_state_dict_functions_exchange_with_the_plain_base(flatten, backend):
+    options = dcp_state_dict.StateDictOptions(flatten_optimizer_state_dict=flatten)
+    model, optimizer = trained()
+    state_dicts = [
+        dcp_state_dict.get_optimizer_state_dict(model, one, options=options) for one in (optimizer, optimizer.optim)
+    ]
+    assert state_dicts[0].keys() == state_dicts[1].keys()
+    for state_dict, build in zip(state_dicts, (sgd, lars), strict=True):
+        reference, expected = copy.deepcopy((model, optimizer))
+        other = copy.deepcopy(model)
+        target = build(other)
+        dcp_state_dict.set_optimizer_state_dict(other, target, copy.deepcopy(state_dict), options=options)
+        train(other, target, range(3, 6))
+        train(reference, expected.optim if build is sgd else expected, range(3, 6))
+        assert_same(other, reference)
+
+
+@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
+def test_distributed_checkpoint_saves_and_loads_and_training_goes_on(flatten, process_group, tmp_path):
+    options = dcp_state_dict.StateDictOptions(flatten_optimizer_state_dict=flatten)
+
+    def state(model, optimizer):
+        return {
+            "model": dcp_state_dict.get_model_state_dict(model),
+            "optimizer": dcp_state_dict.get_optimizer_state_dict(model, optimizer, options=options),
+        }
+
+    model, optimizer = trained()
+    dcp.save(state(model, optimizer), checkpoint_id=tmp_path)
+    other = network(seed=1)
+    resumed = lars(other)
+    loaded = state(other, resumed)
+    dcp.load(loaded, checkpoint_id=tmp_path)
+    dcp_state_dict.set_model_state_dict(other, loaded["model"])
+    dcp_state_dict.set_optimizer_state_dict(other, resumed, loaded["optimizer"], options=options)
+    train(model, optimizer, range(3, 6))
+    train(other, resumed, range(3, 6))
+    assert_same(model, other)
+
+
+def test_distributed_checkpoint_takes_the_optimizer_itself_with_its_options(process_group, tmp_path):
+    model, optimizer = trained()
+    dcp.save({"optimizer": optimizer}, checkpoint_id=tmp_path)
+    other = network()
+    resumed = LARS(sgd(other))
+    train(other, resumed, range(1))  # what is not there cannot be loaded
+    other.load_state_dict(model.state_dict())
+    dcp.load({"optimizer": resumed}, checkpoint_id=tmp_path)
+    assert (resumed.eps, resumed.trust_coef) == (EPS, TRUST_COEF)
+    train(model, optimizer, range(3, 6))
+    train(other, resumed, range(3, 6))
+    assert_same(model, other)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when it is first imported
+@pytest.mark.parametrize("lars_is", ["inside", "outside"])
+def test_zero_redundancy_optimizer_works(lars_is, process_group, backend):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    options = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1}
+    model, reference = network(), network()
+    expected = LARS(torch.optim.SGD(reference.parameters(), **options))
+    if lars_is == "inside":
+        optimizer = ZeroRedundancyOptimizer(
+            model.parameters(), optimizer_class=lambda params, **k: LARS(torch.optim.SGD(params, **k)), **options
+        )
+    else:
+        optimizer = LARS(
+            ZeroRedundancyOptimizer(model.parameters(), optimizer_class=torch.optim.SGD, **options),
+        )
+    for step in range(4):
+        train(model, optimizer, [step])
+        train(reference, expected, [step])
+        assert_same(model, reference)
+        for one in (optimizer, expected):
+            one.param_groups[0]["lr"] *= 0.5
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
+# Mixed precision, clipping, accumulation.
+
+
+@pytest.mark.parametrize("fused", [False, True])
+def test_grad_scaler_skips_a_step_and_clips_and_accumulates_like_a_plain_loop(fused, backend):
+    model, reference = network(dtype=torch.float32), network(dtype=torch.float32)
+    optimizer, plain = lars(model, fused=fused), sgd(reference, foreach=False)
+    for group in plain.param_groups:
+        group["weight_decay"] = 0.0
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    for step in range(6):
+        overflow = step in (0, 3)
+        old = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+        for micro_step in range(2):
+            scaler.scale(loss_of(model, 10 * step + micro_step) * (math.inf if overflow else 1.0)).backward()
+            loss_of(reference, 10 * step + micro_step).backward()
+        scaler.unscale_(optimizer)
+        if step % 2:
+            for one in (model, reference):
+                torch.nn.utils.clip_grad_norm_(one.parameters(), 0.01)
+        assert scaler.step(optimizer) is None
+        scale = scaler.get_scale()
+        scaler.update()
+        if overflow:
+            assert scaler.get_scale() < scale
+            torch.testing.assert_close((model.state_dict(), optimizer.state_dict()), old, rtol=0, atol=0)
+        else:
+            by_hand(reference, plain)
+            plain.step()
+        assert_same(model, reference, 1e-6)
+        for one in (optimizer, plain):
+            one.zero_grad()
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.03]
+
+
+def test_grad_scaler_unscales_by_itself(backend):
+    model, reference = network(), network()
+    optimizer, expected = lars(model), lars(reference)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    for step in range(3):
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        scaler.step(optimizer)
+        scaler.update()
+    train(reference, expected, range(3))
+    assert_same(model, reference)  # a power of two leaves no trace
+
+
+@pytest.mark.parametrize("micro_steps", [1, 3])
+@pytest.mark.parametrize("max_norm", [None, 0.01])
+def test_accumulation_and_clipping_follow_the_contract(micro_steps, max_norm, backend):
+    model, reference = network(), network()
+    optimizer, plain = lars(model), sgd(reference)
+    for group in plain.param_groups:
+        group["weight_decay"] = 0.0
+    for step in range(4):
+        for one in (model, reference):
+            for micro_step in range(micro_steps):
+                loss_of(one, 10 * step + micro_step).backward()
+            if max_norm is not None:
+                torch.nn.utils.clip_grad_norm_(one.parameters(), max_norm)
+        by_hand(reference, plain)
+        for one in (optimizer, plain):
+            one.step()
+            one.zero_grad()
+        assert_same(model, reference, 1e-12)
+
+
+def test_step_returns_the_closures_loss_itself(backend):
+    model = network()
+    optimizer = lars(model)
+    losses = []
+
+    def closure():
+        optimizer.zero_grad()
+        losses.append(loss_of(model, 0))
+        losses[-1].backward()
+        return losses[-1]
+
+    assert optimizer.step(closure) is losses[0]
+    assert optimizer.step() is None
+
+
+def test_an_averaged_model_is_unaffected(backend):
+    model, reference = network(), network()
+    optimizer, expected = lars(model), lars(reference)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    states = []
+    for step in range(3):
+        train(model, optimizer, [step])
+        averaged.update_parameters(model)
+        train(reference, expected, [step])
+        states.append([param.detach().clone() for param in reference.parameters()])
+    assert_same(model, reference)
+    for param, history in zip(averaged.parameters(), zip(*states, strict=True), strict=True):
+        torch.testing.assert_close(param, torch.stack(history).mean(0), rtol=1e-12, atol=1e-12)
+
+
+# Profiler and compiler.
+
+
+def test_the_profiler_records_the_step_of_wrapper_and_base():
+    model, optimizer = trained()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        train(model, optimizer, range(1))
+    counts = {event.key: event.count for event in profile.key_averages()}
+    assert counts["Optimizer.step#LARS.step"] == 1
+    assert counts["Optimizer.step#SGD.step"] == 1
+
+
+compiles = pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning",  # torch's own, while it compiles
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+)
+
+
+@pytest.fixture
+def graphs():
+    """Where a compiler leaves the names of what it compiled."""
+    torch._dynamo.reset()
+    yield []
+    torch._dynamo.reset()
+
+
+def compiler(graphs):
+    from torch._dynamo.backends.registry import lookup_backend
+
+    def compile_and_note(module, inputs):
+        graphs.append([str(node.target) for node in module.graph.nodes if node.op.startswith("call")])
+        return lookup_backend("aot_eager")(module, inputs)
+
+    return compile_and_note
+
+
+@compiles
+def test_a_compiled_step_equals_an_eager_one_while_lr_and_decay_change(backend, graphs):
+    model, reference = network(), network()
+    optimizer, expected = lars(model), lars(reference)
+    optimizer.param_groups[1]["trust_coef"] = expected.param_groups[1]["trust_coef"] = None
+    step = torch.compile(optimizer.step, backend=compiler(graphs))
+    for number in range(4):
+        for one in (model, reference):
+            one.zero_grad()
+            loss_of(one, number).backward()
+        step()
+        expected.step()
+        assert_same(model, reference)
+        assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1 / (1 + number // 2), 0.03]
+        for p, q in zip(model.parameters(), reference.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
+        ratios = list(zip(optimizer.trust_ratios().values(), expected.trust_ratios().values(), strict=True))
+        assert len(ratios) == 2
+        assert all(a == b for a, b in ratios)
+        for one in (optimizer, expected):
+            one.param_groups[0]["lr"] *= 0.5
+            one.param_groups[0]["weight_decay"] = 0.1 / (1 + (number + 1) // 2)
+    if backend == "extension":
+        assert any("torchlars.scale_by_trust_ratios_" in graph for graph in graphs)
+    assert any("add_" in name for graph in graphs for name in graph)  # the base's step was compiled as well
+
+
+@compiles
+def test_a_compiled_step_takes_a_closure_and_a_scheduler(backend, graphs):
+    model, reference = network(), network()
+    optimizer, expected = lars(model), lars(reference)
+    schedulers = [torch.optim.lr_scheduler.ExponentialLR(one, 0.5) for one in (optimizer, expected)]
+
+    def closure(model, optimizer):
+        def evaluate():
+            optimizer.zero_grad()
+            loss = sum((param**2).sum() for param in model.parameters())
+            loss.backward()
+            return loss
+
+        return evaluate
+
+    step = torch.compile(optimizer.step, backend=compiler(graphs))
+    for _ in range(2):
+        assert torch.equal(step(closure(model, optimizer)), expected.step(closure(reference, expected)))
+        assert_same(model, reference)
+        for scheduler in schedulers:
+            scheduler.step()
+
+
+@compiles
+def test_a_compiled_step_that_raises_gives_hyper_parameters_back(backend, graphs):
+    class Raises(torch.optim.SGD):
+        def step(self, closure=None):
+            raise ZeroDivisionError("in the base")
+
+    model = network()
+    optimizer = LARS(Raises(model.parameters(), lr=0.1, weight_decay=0.25))
+    loss_of(model, 0).backward()
+    with pytest.raises(ZeroDivisionError, match="in the base"):
+        torch.compile(optimizer.step, backend=compiler(graphs))()
+    assert optimizer.param_groups[0]["weight_decay"] == 0.25
+
+
+@compiles
+@pytest.mark.skipif(not any(map(shutil.which, ["c++", "g++", "clang++"])), reason="inductor needs a C++ compiler")
+def test_inductor_compiles_a_step(graphs):
+    params = [torch.nn.Parameter(torch.arange(1.0, 7.0)) for _ in range(2)]
+    optimizers = [LARS(torch.optim.SGD([param], lr=0.5, weight_decay=0.1)) for param in params]
+    steps = [torch.compile(optimizers[0].step, backend="inductor"), optimizers[1].step]
+    for _ in range(2):
+        for param, step in zip(params, steps, strict=True):
+            param.grad = torch.ones_like(param)
+            step()
+        torch.testing.assert_close(params[0], params[1])
+        for optimizer in optimizers:
+            optimizer.param_groups[0]["lr"] = 0.25
