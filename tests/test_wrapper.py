@@ -358,6 +358,22 @@ def test_a_load_pre_hook_can_replace_what_is_loaded():
     assert (optimizer.trust_coef, optimizer.eps) == (0.75, EPS)
 
 
+def test_a_load_pre_hook_that_edits_its_argument_does_not_edit_the_callers():
+    optimizer = lars(network())
+    state_dict = optimizer.state_dict()
+
+    def hook(who, given):
+        given["lars"] = {"trust_coef": 0.75}
+        given.pop("unheard of", None)
+
+    optimizer.register_load_state_dict_pre_hook(hook)
+    before = {**state_dict, "unheard of": 1}
+    given = dict(before)
+    optimizer.load_state_dict(given)
+    assert optimizer.trust_coef == 0.75
+    assert given == before
+
+
 def test_hooks_are_dropped_by_copies_as_torch_drops_them():
     _, optimizer = trained()
     fired = []

@@ -166,6 +166,7 @@ class OptimizerWrapper(Optimizer):
         Raises:
             TypeError, ValueError: the wrapper's entry is wrong; nothing was loaded then.
         """
+        state_dict = state_dict.copy()  # hooks may edit it
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
