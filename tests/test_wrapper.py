@@ -194,6 +194,11 @@ def test_a_group_with_a_wrong_option_is_not_added(option, error, message):
     assert len(optimizer.param_groups) == 2
 
 
+def test_a_group_that_is_no_dict_is_refused_as_torch_refuses_it():
+    with pytest.raises(TypeError, match="param_group must be a dict, but got <class 'list'>"):
+        lars(network()).add_param_group([torch.nn.Parameter(torch.ones(2))])
+
+
 def test_repr_shows_the_options_and_the_base():
     optimizer = lars(network())
     assert repr(optimizer) == f"LARS(eps=0.05, trust_coef=0.3, optim={optimizer.optim!r})"

@@ -94,7 +94,8 @@ class OptimizerWrapper(Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a parameter group to the base. It may hold any of the wrapper's options as keys."""
-        self.group_options(len(self.param_groups), param_group)
+        if isinstance(param_group, dict):  # else the base says so
+            self.group_options(len(self.param_groups), param_group)
         self.optim.add_param_group(param_group)
 
     def train(self, mode: bool = True) -> None:
