@@ -115,7 +115,7 @@ class LARS(OptimizerWrapper):
 
         if closure is not None:
             args = (adapted_closure, *args)
-        elif args:
+        elif args:  # they keep their places
             args = (None, *args)
         try:
             if closure is None:
