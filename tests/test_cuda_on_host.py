@@ -1,0 +1,423 @@
+"""The CUDA kernels' own source, compiled by g++ and executed on the CPU, against the reference.
+
+tests/cuda_on_host/ holds what stands in for CUDA, and a driver that reads cases and writes results. A block's threads
+take turns only where they wait for each other, in an order chosen per run, so that a missing barrier shows. So do reads
+and writes outside of a tensor, misaligned packs, diverging threads, and blocks that rely on each other's order.
+
+What such a run cannot show: in which order real threads see each other's writes to memory (here they share one thread
+of the CPU, and see every write at once); real launches, their limits and streams; what nvcc makes of the source; speed.
+These take a GPU.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from torchlars import reference
+
+GXX = shutil.which("g++")
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux", reason="the host shim needs Linux: fibers and sections of its linker"),
+    pytest.mark.skipif(GXX is None, reason="the host shim needs g++, and none was found"),
+]
+
+TESTS = Path(__file__).parent
+CSRC = TESTS.parent / "csrc"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)  # in the order of the driver's
+ASCENDING, DESCENDING, SHUFFLED = 0, -1, 20180801  # in which threads and blocks take turns
+
+
+# --- Cases -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Layer:
+    numel: int
+    weight_decay: float = 0.1
+    offsets: tuple[int, int] = (0, 0)  # of parameter and gradient, in elements off a border of 16 bytes
+    fill: tuple[float | None, float | None] = (None, None)  # instead of random parameters, gradients
+    first: tuple[float | None, float | None] = (None, None)  # instead of the first random parameter, gradient
+
+
+def sizes(pack: int) -> list[int]:
+    """Return the numels around which a kernel changes its way: packs, a block's stride, an unrolled one, chunks."""
+    small = [1, 3, 4, 7, 8, 9, *(n * pack for n in (255, 256, 257)), 511 * pack + 1, 1024 * pack - 1, 1025 * pack + 1]
+    return [*small, 1023, 16383, 16384, 16385, 3 * 16384 + 5]
+
+
+def borders(pack: int) -> list[Layer]:
+    return [Layer(numel, weight_decay) for numel in sizes(pack) for weight_decay in (0.0, 0.1)]
+
+
+def misaligned(pack: int) -> list[Layer]:
+    offsets = [(1, 0), (0, 1), (1, 1), (pack - 1, 1)]
+    numels = (1, pack, 256 * pack + 1, 1025 * pack, 16385)
+    return [Layer(*numbers) for numbers in product(numels, (0.0, 0.1), offsets)]
+
+
+def zero(pack: int) -> list[Layer]:
+    fills = [(0.0, None), (None, 0.0), (0.0, 0.0), (None, None)]
+    layers = [Layer(37, weight_decay, fill=fill) for weight_decay in (0.0, 0.1) for fill in fills]
+    return [*layers, Layer(0), Layer(0, 0.0), Layer(0, offsets=(1, 1)), Layer(1), Layer(1, 0.0), Layer(0)]
+
+
+def not_finite(pack: int) -> list[Layer]:
+    firsts = [(torch.nan, None), (None, torch.nan), (torch.inf, None), (None, -torch.inf), (torch.nan, torch.inf)]
+    layers = [Layer(300, weight_decay, first=first) for weight_decay in (0.0, 0.1) for first in firsts]
+    return [Layer(300), *layers, Layer(37, fill=(0.0, torch.nan)), Layer(37, fill=(torch.nan, 0.0)), Layer(300)]
+
+
+def extreme(pack: int) -> list[Layer]:
+    big, tiny = (6e4, 6e-8) if pack == 8 else (1e30, 1e-30)
+    fills = [(big, tiny), (tiny, big), (big, big), (tiny, tiny)]
+    return [Layer(5000, weight_decay, fill=fill) for weight_decay in (0.0, 0.1) for fill in fills]
+
+
+SEVERAL_LAUNCHES = "several launches"  # of up to 600 layers each; takes longest
+
+CASES: dict[str, Callable[[int], list[Layer]]] = {
+    "borders": borders,
+    "misaligned views": misaligned,
+    "zero norms and empty layers": zero,
+    "NaN and infinity": not_finite,
+    "squares beyond the dtype": extreme,
+    "only an empty layer": lambda pack: [Layer(0)],
+    SEVERAL_LAUNCHES: lambda pack: [Layer(2 * 16384), *(Layer(i % 4, 0.1 * (i % 3)) for i in range(605))],
+}
+
+
+@dataclass
+class Case:
+    name: str
+    layers: list[Layer]
+    params: list[Tensor]
+    grads: list[Tensor]
+    weight_decays: list[float]
+    trust_coefs: list[float]
+    eps: list[float]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.params[0].dtype
+
+
+def new_case(name: str, dtype: torch.dtype) -> Case:
+    """Return a case in which layers differ in scale, weight decay, trust_coef and eps: none passes for another."""
+    random = torch.Generator().manual_seed(1)
+    layers = CASES[name](16 // dtype.itemsize)
+
+    def tensor(i: int, which: int) -> Tensor:
+        scale = (0.5 + i % 7) * (0.3 if which else 1)
+        values = scale * torch.randn(layers[i].numel, generator=random, dtype=torch.float64)
+        if layers[i].fill[which] is not None:
+            values.fill_(layers[i].fill[which])
+        if layers[i].first[which] is not None:
+            values[0] = layers[i].first[which]
+        return values.to(dtype)
+
+    count = range(len(layers))
+    return Case(
+        name,
+        layers,
+        params=[tensor(i, 0) for i in count],
+        grads=[tensor(i, 1) for i in count],
+        weight_decays=[layer.weight_decay * (1 + i % 5) for i, layer in enumerate(layers)],
+        trust_coefs=[0.5 / (1 + i % 3) for i in count],
+        eps=[(0.0, 1e-8, 0.25)[i % 3] for i in count],
+    )
+
+
+# --- The driver ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to run a case: fused or as three ops, in an order of threads and blocks."""
+
+    three_ops: bool
+    order: int
+    maximize: bool
+
+
+WAYS = [
+    Way(three_ops, order, maximize=order == SHUFFLED)
+    for order in (ASCENDING, DESCENDING, SHUFFLED)
+    for three_ops in (False, True)
+]
+
+
+@dataclass
+class Result:
+    grads: list[Tensor]
+    param_squared_norms: Tensor
+    grad_squared_norms: Tensor
+    ratios: Tensor
+
+
+NUMBERS = np.dtype(
+    [(name, np.int64) for name in ("numel", "param_offset", "grad_offset")]
+    + [(name, np.float64) for name in ("weight_decay", "trust_coef", "eps")]
+)
+
+BUILDS = {
+    "plain": ["-O1"],
+    "sanitized": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
+}
+COMPILES_FAST = ["-O0", "-g0", "-DONLY_FLOAT"]
+
+
+def compile_driver(folder: Path, csrc: Path, *flags: str) -> Path:
+    include = Path(torch.__file__).parent / "include"
+    sources = TESTS / "cuda_on_host"
+    options = ["-std=c++17", "-ffp-contract=off", "-isystem", include, "-I", csrc, *flags]
+    command = [GXX, *options, sources / "driver.cpp", "-o", folder / "driver"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return folder / "driver"
+
+
+def to_bytes(tensors: list[Tensor]) -> bytes:
+    return torch.cat(tensors).view(torch.uint8).numpy().tobytes()
+
+
+def to_input(case: Case, way: Way) -> bytes:
+    header = [DTYPES.index(case.dtype), way.three_ops, way.maximize, way.order, len(case.layers)]
+    numbers = [
+        (layer.numel, *layer.offsets, *others)
+        for layer, *others in zip(case.layers, case.weight_decays, case.trust_coefs, case.eps, strict=True)
+    ]
+    return (
+        np.array(header, np.int64).tobytes() + np.array(numbers, NUMBERS).tobytes() + to_bytes(case.params + case.grads)
+    )
+
+
+def execute(driver: Path, case: Case, ways: list[Way]) -> list[Result]:
+    """Run the kernels of a driver on a case, in several ways."""
+    name = f"{case.name}, {case.dtype}"
+    done = subprocess.run(
+        [driver], input=b"".join(to_input(case, way) for way in ways), capture_output=True, timeout=300
+    )
+    assert done.returncode == 0, f"{name}: {done.stderr.decode()}"
+    output, position = bytearray(done.stdout), 0
+
+    def take(count: int, dtype: torch.dtype) -> Tensor:
+        nonlocal position
+        begin, position = position, position + count * dtype.itemsize
+        return torch.frombuffer(output[begin:position], dtype=dtype) if count else torch.empty(0, dtype=dtype)
+
+    results = []
+    for _ in ways:
+        params, grads = ([take(layer.numel, case.dtype) for layer in case.layers] for _ in range(2))
+        assert to_bytes(params) == to_bytes(case.params), f"{name}: a parameter was written"
+        vectors = (torch.float64, torch.float64, reference.compute_dtype(case.dtype, case.dtype))
+        results.append(Result(grads, *(take(len(grads), dtype) for dtype in vectors)))
+    assert position == len(output)
+    return results
+
+
+def check(case: Case, ways: list[Way], results: list[Result]) -> None:
+    """Compare with the reference, and the ways with each other."""
+    squared_norms = [reference.squared_norms(tensors) for tensors in (case.params, case.grads)]
+    ratio_dtype = results[0].ratios.dtype
+    ratios = reference.trust_ratios(*squared_norms, case.weight_decays, case.trust_coefs, case.eps, ratio_dtype)
+    one_ulp = torch.finfo(ratio_dtype).eps
+    firsts: dict[bool, Result] = {}
+    for way, result in zip(ways, results, strict=True):
+
+        def compare(what: str, got: Tensor, expected: Tensor, rtol: float, way: Way = way) -> None:
+            message = f"{what} differ: {case.name}, {case.dtype}, {way}"
+            torch.testing.assert_close(
+                got, expected, rtol=rtol, atol=0, equal_nan=True, msg=lambda details: f"{message}\n{details}"
+            )
+
+        if way.three_ops:
+            compare("squared norms", result.param_squared_norms, squared_norms[0], rtol=1e-14)
+            compare("squared norms", result.grad_squared_norms, squared_norms[1], rtol=1e-14)
+        # In float64 the order in which squares are added shows in the last bits.
+        compare("ratios", result.ratios, ratios, rtol=1e-15 if ratio_dtype == torch.float64 else one_ulp)
+        # To the bit, with the ratios that the kernels told: what else is computed is the same in every backend.
+        grads = [grad.clone() for grad in case.grads]
+        reference.apply_trust_ratios_(grads, case.params, result.ratios, case.weight_decays, way.maximize)
+        compare("gradients", torch.cat(result.grads), torch.cat(grads), rtol=0)
+
+        first = firsts.setdefault(way.maximize, result)
+        compare("ratios of two ways", result.ratios, first.ratios, rtol=0)
+        compare("gradients of two ways", torch.cat(result.grads), torch.cat(first.grads), rtol=0)
+
+
+# --- Bugs ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Bug:
+    """A change of the sources, and what must be said of it."""
+
+    old: str
+    new: str
+    caught_by: str
+    case: str = "borders"
+    build: str = "plain"
+    file: str = "cuda/kernels.cuh"
+
+
+BUGS = {
+    "the tail of a sum ends early": Bug(
+        "peeled + threadIdx.x; i < count; i += kThreads) {\n    sum",
+        "peeled + threadIdx.x; i < count - 1; i += kThreads) {\n    sum",
+        "ratios differ",
+    ),
+    "the tail of a gradient ends early": Bug(
+        "peeled + threadIdx.x; i < count; i += kThreads) {\n    if",
+        "peeled + threadIdx.x; i < count - 1; i += kThreads) {\n    if",
+        "gradients differ",
+    ),
+    "a tail reads one past the end": Bug("(x[i])", "(x[i + 1])", "heap-buffer-overflow", build="sanitized"),
+    "a parameter is read one past the end": Bug(
+        "param[i], weight", "param[i + 1], weight", "heap-buffer-overflow", build="sanitized"
+    ),
+    "packs are read past the end": Bug(
+        "if (first + u * kThreads < num_packs) {\n          loaded",
+        "if (first < num_packs) {\n          loaded",
+        "heap-buffer-overflow",
+        build="sanitized",
+    ),
+    "packs need no alignment": Bug(
+        "return reinterpret_cast<uintptr_t>(pointer) % alignof(Pack<T>) == 0",
+        "return pointer == pointer",
+        "misaligned address",
+        case="misaligned views",
+        build="sanitized",
+    ),
+    "packs of a parameter need no alignment": Bug(
+        "is_aligned(grad) && is_aligned(param)",
+        "is_aligned(grad)",
+        "misaligned address",
+        case="misaligned views",
+        build="sanitized",
+    ),
+    "sums of warps are read too early": Bug("  __syncthreads();\n  double", "  double", "ratios differ"),
+    "sums of warps are overwritten too early": Bug("__syncthreads();  // warp_sums may be written again", "", "differ"),
+    "half of a block skips a barrier": Bug(
+        "  __syncthreads();\n  double",
+        "  if (threadIdx.x < 128) {\n    __syncthreads();\n  }\n  double",
+        "threads meet that wait in different places",
+    ),
+    "a thread ends early": Bug(
+        "  __shared__",
+        "  if (threadIdx.x == 100) {\n    return 0;\n  }\n  __shared__",
+        "waits for threads that never come",
+    ),
+    "shared memory is taken to be zero": Bug(
+        "if (threadIdx.x % kWarp == 0)",
+        "if (threadIdx.x % kWarp == 0 && value != 0)",
+        "ratios differ",
+        case="only an empty layer",
+    ),
+    "a shuffle is left out": Bug("offset = kWarp / 2; offset > 0", "offset = kWarp / 2; offset > 1", "ratios differ"),
+    "sums are floats": Bug("double sum = 0;\n  int64_t", "float sum = 0;\n  int64_t", "differ"),
+    "chunks are counted backwards from one too many": Bug(
+        "gridDim.x - 1 - blockIdx.x", "gridDim.x - blockIdx.x", "differ"
+    ),
+    "a layer's first chunk goes to the layer before": Bug("<= value", "< value", "differ", file="plan.h"),
+    "a ratio is not told": Bug("if (chunk == first &&", "if (blockIdx.x == 0 && chunk == first &&", "ratios differ"),
+    "a ratio is taken from another block": Bug(
+        "chunk - first), sign, ratio)", "chunk - first), sign, ratios[layer])", "differ"
+    ),
+    "a ratio too many is decided": Bug("layer < layers.count", "layer <= layers.count", "wrote outside of its memory"),
+    "maximize is ignored": Bug("sign * layers.weight_decay", "layers.weight_decay", "gradients differ"),
+    "a second launch reads the first one's sums": Bug(
+        "param_partials + chunk,",
+        "param_partials,",
+        "ratios differ",
+        case=SEVERAL_LAUNCHES,
+        file="cuda/launches.h",
+    ),
+}
+
+
+# --- Tests -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="session")
+def sanitizers(tmp_path_factory: pytest.TempPathFactory) -> bool:
+    """Tell whether programs under AddressSanitizer can be built and run here."""
+    program = tmp_path_factory.mktemp("sanitizers") / "program"
+    compiler = subprocess.run(
+        [GXX, *BUILDS["sanitized"], "-x", "c++", "-", "-o", program], input=b"int main() {}", capture_output=True
+    )
+    return compiler.returncode == 0 and subprocess.run([program], capture_output=True).returncode == 0
+
+
+def plant(bug: Bug, folder: Path) -> Path:
+    """Compile the kernels with a bug in them."""
+    shutil.copytree(CSRC, folder / "csrc")
+    file = folder / "csrc" / bug.file
+    source = file.read_text()
+    assert bug.old in source, f"{bug.file} has no such text: {bug.old}"
+    file.write_text(source.replace(bug.old, bug.new))
+    return compile_driver(folder, folder / "csrc", *BUILDS[bug.build], *COMPILES_FAST)
+
+
+@pytest.fixture(scope="session")
+def drivers(sanitizers: bool, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Path]]]:
+    """Compile the kernels as they are, in each build, and with each bug, by name; ahead of the tests."""
+
+    def folder() -> Path:
+        return tmp_path_factory.mktemp("driver")
+
+    def can(build: str) -> bool:
+        return build == "plain" or sanitizers
+
+    with ThreadPoolExecutor(2) as compilers:
+        sound = {
+            build: compilers.submit(compile_driver, folder(), CSRC, *BUILDS[build]) for build in BUILDS if can(build)
+        }
+        buggy = {name: compilers.submit(plant, bug, folder()) for name, bug in BUGS.items() if can(bug.build)}
+        yield sound | buggy
+        compilers.shutdown(cancel_futures=True)
+
+
+def skip_without(sanitizers: bool, build: str) -> None:
+    if build == "sanitized" and not sanitizers:
+        pytest.skip("this g++ cannot build programs that run under AddressSanitizer")
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name, dtype in product(CASES, DTYPES) if name != SEVERAL_LAUNCHES or dtype == torch.float32],
+    ids=str,
+)
+def test_kernels_equal_the_reference(
+    name: str, dtype: torch.dtype, build: str, drivers: dict[str, Future[Path]], sanitizers: bool
+) -> None:
+    skip_without(sanitizers, build)
+    case = new_case(name, dtype)
+    # Sanitizers look at which memory is used, and that does not depend on the order.
+    ways = WAYS if build == "plain" else WAYS[-2:]
+    if name == SEVERAL_LAUNCHES:
+        ways = WAYS[-2:] if build == "plain" else WAYS[:1]
+    check(case, ways, execute(drivers[build].result(), case, ways))
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_caught(name: str, drivers: dict[str, Future[Path]], sanitizers: bool) -> None:
+    bug = BUGS[name]
+    skip_without(sanitizers, bug.build)
+    case = new_case(bug.case, torch.float32)
+    ways = WAYS[:1] if bug.case == SEVERAL_LAUNCHES else [WAYS[0], WAYS[-1]]
+    driver = drivers[name].result()
+    with pytest.raises(AssertionError, match=bug.caught_by):
+        check(case, ways, execute(driver, case, ways))

@@ -1,0 +1,142 @@
+"""csrc/plan.h, which host and device share: how tensors are cut into chunks, and chunks into the shares of threads.
+
+On random sets of tensors, among them thousands of tensors, empty ones, and more than 2³¹ elements. None of them is
+allocated, for the plan is arithmetic on numels.
+"""
+
+from __future__ import annotations
+
+import bisect
+import random
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from torchlars._extension import extension
+
+pytestmark = pytest.mark.skipif(extension is None, reason="torchlars._C, through which plan.h is reached, is not built")
+
+CHUNK, CHUNK_STEP, MAX_CHUNKS = 16384, 1024, 1024  # as in plan.h
+
+
+def random_numels(seed: int) -> list[int]:
+    """Return thousands of small tensors or, mostly, a few of up to 2⁴⁰ elements; a fifth are empty or at a border."""
+    rng = random.Random(seed)
+    count, bits = (rng.randrange(1000, 4000), 18) if seed % 10 == 0 else (rng.randrange(1, 12), 40)
+
+    def numel() -> int:
+        kind = rng.randrange(10)
+        if kind == 0:
+            return 0
+        if kind == 1:
+            return max(0, CHUNK * 2 ** rng.randrange(max(1, bits - 14)) + rng.randrange(-1, 2))
+        return int(2 ** rng.uniform(0, bits))
+
+    return [numel() for _ in range(count)]
+
+
+RANDOM_SETS = [random_numels(seed) for seed in range(320)]
+
+
+def chunks_of(numels: list[int]) -> np.ndarray:
+    """Return the chunks as rows of tensor, begin, end."""
+    return np.array(extension.chunks(numels), dtype=np.int64).reshape(-1, 3)
+
+
+def test_random_sets_hold_what_they_should() -> None:
+    assert len(RANDOM_SETS) >= 300
+    assert sum(len(numels) >= 1000 for numels in RANDOM_SETS) >= 30
+    assert sum(0 in numels for numels in RANDOM_SETS) >= 100
+    assert sum(max(numels) > 2**31 for numels in RANDOM_SETS) >= 100
+
+
+def test_every_element_is_in_exactly_one_chunk() -> None:
+    for numels in RANDOM_SETS:
+        tensor, begin, end = chunks_of(numels).T
+        is_first = np.diff(tensor, prepend=-1) != 0
+        is_last = np.append(is_first[1:], True)
+        assert (tensor[is_first] == np.arange(len(numels))).all()  # every tensor, an empty one too, in order
+        assert (begin[is_first] == 0).all()
+        assert (begin[~is_first] == end[~is_last]).all()
+        assert (end[is_last] == numels).all()
+        assert ((end > begin) | (end == 0)).all()
+
+
+def test_chunks_are_few_aligned_and_no_longer_than_they_must_be() -> None:
+    for numels in RANDOM_SETS:
+        tensor, begin, end = chunks_of(numels).T
+        numel = np.array(numels)
+        size = np.maximum(CHUNK, -(-numel // (MAX_CHUNKS * CHUNK_STEP)) * CHUNK_STEP)[tensor]
+        assert np.bincount(tensor).max() <= MAX_CHUNKS
+        assert (begin % CHUNK_STEP == 0).all()
+        assert (end == np.minimum(begin + size, numel[tensor])).all()
+
+
+@pytest.mark.parametrize(
+    ("numel", "count", "size"),
+    [
+        (0, 1, 0),
+        (1, 1, 1),
+        (CHUNK, 1, CHUNK),
+        (CHUNK + 1, 2, CHUNK),
+        (CHUNK * MAX_CHUNKS, MAX_CHUNKS, CHUNK),
+        (CHUNK * MAX_CHUNKS + 1, 964, CHUNK + CHUNK_STEP),
+        (2**31 + 1, 1024, 2**21 + CHUNK_STEP),
+        (2**40, 1024, 2**30),
+    ],
+)
+def test_chunk_counts_and_sizes_by_hand(numel: int, count: int, size: int) -> None:
+    chunks = chunks_of([numel])
+    assert len(chunks) == count
+    assert chunks[0, 2] == size
+
+
+def test_shares_of_threads_visit_every_chunk_once() -> None:
+    for seed, numels in enumerate(RANDOM_SETS):
+        rng = random.Random(seed)
+        chunks = chunks_of(numels)
+        tensor, begin, end = chunks.T
+        start = np.concatenate([[0], np.cumsum(numels)])
+        total = int(start[-1])
+        borders = [int(start[tensor[i]] + begin[i]) for i in rng.choices(range(len(chunks)), k=3)]
+        cuts = [rng.randrange(total + 1) for _ in range(4)]
+        shares = pairwise(sorted([0, *borders, *cuts, *cuts[:1], total]))
+        visited = [chunk for share in shares for chunk in extension.chunks_starting_in(numels, *share)]
+
+        indices = np.array([index for _, index, _, _ in visited], dtype=np.int64)
+        assert [tuple(chunks[index]) for index in indices] == [(tensor, *share) for tensor, _, *share in visited]
+        times = np.bincount(indices, minlength=len(chunks))
+        assert (times[end > begin] == 1).all()
+        assert (times <= 1).all()
+        assert (np.diff(indices) > 0).all()
+
+
+def test_shares_hold_the_chunks_that_start_in_them() -> None:
+    numels = [5, 0, 3 * CHUNK + 1, 7]
+    assert extension.chunks_starting_in(numels, 0, 1) == [(0, 0, 0, 5)]
+    assert extension.chunks_starting_in(numels, 1, 6) == [(1, 1, 0, 0), (2, 2, 0, CHUNK)]
+    assert extension.chunks_starting_in(numels, 5 + CHUNK, 6 + CHUNK) == [(2, 3, CHUNK, 2 * CHUNK)]
+    assert extension.chunks_starting_in(numels, 6 + CHUNK, 5 + 2 * CHUNK) == []
+    assert extension.chunks_starting_in(numels, 6, 6) == []
+
+
+def test_runs_stay_within_the_limit() -> None:
+    for seed in range(300):
+        rng = random.Random(seed)
+        sizes = [rng.choice([0, 1, rng.randrange(100), rng.randrange(2**40)]) for _ in range(rng.randrange(60))]
+        limit = rng.choice([0, 10, 300, 2**39, 2**41])
+        runs = extension.runs_within(sizes, limit)
+        assert [i for begin, end in runs for i in range(begin, end)] == list(range(len(sizes)))
+        assert all(sum(sizes[begin:end]) <= limit or end - begin == 1 for begin, end in runs)
+        # None could have taken the next item as well.
+        assert all(sum(sizes[begin : end + 1]) > limit for begin, end in runs[:-1])
+
+
+def test_find_start_is_bisection() -> None:
+    for seed in range(300):
+        rng = random.Random(seed)
+        width = rng.choice([3, 100, 2**40])
+        starts = sorted(rng.randrange(width) for _ in range(rng.randrange(1, 50)))
+        values = [*starts, starts[-1] + width, *(rng.randrange(starts[0], starts[0] + width) for _ in range(20))]
+        assert [extension.find_start(starts, v) for v in values] == [bisect.bisect_right(starts, v) - 1 for v in values]
