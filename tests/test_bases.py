@@ -258,6 +258,45 @@ def test_base_follows_the_contract(name, options, backend):
         change_lr([optimizer, model.base], step)
 
 
+def test_groups_may_differ_in_direction(backend):
+    def build():
+        one, other = layers(0, [(3, 4), (4,)]), layers(1, [(2, 3), (5,)])
+        return torch.optim.SGD(
+            [{"params": one, "maximize": True}, {"params": other}], lr=0.5, momentum=0.9, weight_decay=0.25
+        )
+
+    optimizer, model = LARS(build(), EPS, TRUST_COEF), Model(build())
+    for step in range(3):
+        give_gradients([optimizer, model.base], step)
+        model.step()
+        optimizer.step()
+        assert_same(optimizer, model.base)
+
+
+@pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam", "AdamW", "RMSprop"])
+def test_a_complex_layer_is_stepped_like_its_real_view(name, backend):
+    generator = torch.Generator().manual_seed(0)
+    layer = torch.randn(3, 4, dtype=torch.complex128, generator=generator)
+    params = [torch.nn.Parameter(layer), torch.nn.Parameter(torch.view_as_real(layer).clone())]
+    optimizers = [LARS(classes()[name]([param], lr=0.1, weight_decay=0.25), EPS, TRUST_COEF) for param in params]
+    for _ in range(3):
+        params[0].grad = torch.randn(3, 4, dtype=torch.complex128, generator=generator)
+        params[1].grad = torch.view_as_real(params[0].grad).clone()
+        for optimizer in optimizers:
+            optimizer.step()
+        compare(torch.view_as_real(params[0].detach()), params[1].detach(), 1e-12, "parameter")
+        compare(torch.view_as_real(params[0].grad), params[1].grad, 1e-12, "gradient")
+
+
+def test_without_any_gradient_nothing_happens(backend):
+    optimizer = LARS(torch.optim.SGD(groups("SGD"), momentum=0.9))
+    before, old = hyper_parameters(optimizer), copy.deepcopy(optimizer)
+    optimizer.step()
+    assert_identical(before, hyper_parameters(optimizer))
+    assert_same(optimizer, old, tolerance=0)
+    assert optimizer.trust_ratios() == {}
+
+
 LOW_PRECISION = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
 
 
@@ -533,7 +572,7 @@ class Recorder(torch.optim.Optimizer):
 def recorder(**options):
     """A recorder with a decayed group, one without decay, and one that is not adapted."""
     a, b, c = layers(5, [(3, 2), (4,), (2,)])
-    decay, small = 0.25 + 0.25, 0.0078125 * 2  # new objects, to be recognised
+    decay, small = 1, 0.0078125 * 2  # an int must stay an int, and every object itself
     trust = {"params": [c], "weight_decay": small, "trust_coef": None}
     return Recorder([{"params": [a], "weight_decay": decay}, {"params": [b], "weight_decay": 0}, trust], **options)
 
@@ -548,7 +587,7 @@ def test_closure_sees_the_users_weight_decay_and_the_base_does_not(backend):
         return evaluate()
 
     optimizer.step(closure)
-    assert seen == [[0.5, 0, 0.015625]] * 3
+    assert seen == [[1, 0, 0.015625]] * 3
     assert base.seen == [[0, 0, 0.015625]] * 3
 
 
@@ -598,7 +637,7 @@ def test_groups_may_be_added_or_reordered_inside_a_closure(backend):
         return targets(optimizer)()
 
     optimizer.step(closure)
-    assert optimizer.optim.look() == [0.0625, 0.015625, 0, 0.5]
+    assert optimizer.optim.look() == [0.0625, 0.015625, 0, 1]
 
 
 @pytest.mark.parametrize(

@@ -655,6 +655,24 @@ def test_distributed_checkpoint_takes_the_optimizer_itself_with_its_options(proc
     assert_same(model, other)
 
 
+def test_gradients_are_scaled_in_the_buckets_of_distributed_data_parallel(process_group, backend):
+    model, reference = network(), network()
+    parallel = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+    optimizer, expected = lars(model), lars(reference)
+    for step in range(3):
+        optimizer.zero_grad(set_to_none=False)
+        inputs = torch.randn(6, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(step))
+        (parallel(inputs) ** 2).mean().backward()
+        grads = [(param.grad, param.grad.data_ptr(), param.grad._version) for param in model.parameters()]
+        optimizer.step()
+        for param, (grad, pointer, version) in zip(model.parameters(), grads, strict=True):
+            assert param.grad is grad
+            assert grad.data_ptr() == pointer
+            assert grad._version > version  # so that autograd sees that it was written
+        train(reference, expected, [step])
+        assert_same(model, reference)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when it is first imported
 @pytest.mark.parametrize("lars_is", ["inside", "outside"])
 def test_zero_redundancy_optimizer_works(lars_is, process_group, backend):
