@@ -137,10 +137,10 @@ def test_bad_numbers_are_refused(name, kind, value, error, message):
     params, base = make()
     with pytest.raises(error, match=f"^{name} must be a {kind} {message}"):
         LARS(base, **{name: value})
-    with pytest.raises(error, match=f"^{name} must be a {kind} {message}, in parameter group 1"):
+    with pytest.raises(error, match=f"^{name} of parameter group 1 must be a {kind} {message}"):
         LARS(SGD([{"params": params[:1]}, {"params": params[1:], name: value}], lr=0.1))
     optimizer = LARS(base)
-    with pytest.raises(error, match=f"^{name} must be a {kind} {message}, in parameter group 1"):
+    with pytest.raises(error, match=f"^{name} of parameter group 1 must be a {kind} {message}"):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], name: value})
     assert len(optimizer.param_groups) == 1
     setattr(optimizer, name, value)
@@ -165,7 +165,9 @@ def test_a_groups_weight_decay_must_be_a_number(weight_decay):
     params, base = make()
     base.param_groups[0]["weight_decay"] = weight_decay
     before = params[0].grad.clone()
-    with pytest.raises((TypeError, ValueError), match=r"weight_decay must be a non-negative number \(got: "):
+    with pytest.raises(
+        (TypeError, ValueError), match=r"weight_decay of parameter group 0 must be a non-negative number \(got: "
+    ):
         LARS(base).step()
     assert torch.equal(params[0].grad, before)
     assert base.param_groups[0]["weight_decay"] is weight_decay
@@ -218,6 +220,14 @@ def test_a_tied_parameter_is_scaled_once(backend):
 def test_an_expanded_gradient_is_replaced_by_its_values(backend):
     params, base = make([(3, 4)])
     params[0].grad = torch.tensor([[0.3]], dtype=torch.float64).expand(3, 4)
+    expected = adapted(params[0])
+    LARS(base).step()
+    torch.testing.assert_close(params[0].grad, expected, rtol=1e-13, atol=0)
+
+
+def test_a_gradient_of_overlapping_windows_is_replaced_by_its_values(backend):
+    params, base = make([(3, 4)])
+    params[0].grad = torch.arange(1.0, 7.0, dtype=torch.float64).as_strided((3, 4), (1, 1))
     expected = adapted(params[0])
     LARS(base).step()
     torch.testing.assert_close(params[0].grad, expected, rtol=1e-13, atol=0)

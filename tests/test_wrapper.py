@@ -179,10 +179,18 @@ def test_a_group_can_be_added_with_options_of_its_own(backend):
 @pytest.mark.parametrize(
     ("option", "error", "message"),
     [
-        ({"trust_coef": 0}, ValueError, r"trust_coef must be a positive number \(got: 0\), in parameter group 2"),
-        ({"trust_coef": "1"}, TypeError, r"trust_coef must be a positive number \(got: '1' of type str\), in par.* 2"),
-        ({"eps": -1.0}, ValueError, r"eps must be a non-negative number \(got: -1.0\), in parameter group 2"),
-        ({"eps": None}, TypeError, r"eps must be a non-negative number \(got: None of type NoneType\), in par.* 2"),
+        ({"trust_coef": 0}, ValueError, r"trust_coef of parameter group 2 must be a positive number \(got: 0\)"),
+        (
+            {"trust_coef": "1"},
+            TypeError,
+            r"trust_coef of parameter group 2 must be a positive number \(got: '1' of type str\)",
+        ),
+        ({"eps": -1.0}, ValueError, r"eps of parameter group 2 must be a non-negative number \(got: -1.0\)"),
+        (
+            {"eps": None},
+            TypeError,
+            r"eps of parameter group 2 must be a non-negative number \(got: None of type NoneType\)",
+        ),
     ],
 )
 def test_a_group_with_a_wrong_option_is_not_added(option, error, message):

@@ -149,7 +149,7 @@ class LARS(OptimizerWrapper):
             options = self.group_options(index, group)
             if options is None:
                 continue
-            weight_decay = coupled_weight_decay(self.optim, group)
+            weight_decay = coupled_weight_decay(self.optim, index, group)
             maximize = bool(group.get("maximize", False))
             for position, param in enumerate(group["params"]):
                 if param.grad is None or param in seen:
@@ -165,7 +165,7 @@ class LARS(OptimizerWrapper):
     def _hide_weight_decay(self, hidden: HiddenHyperParameters) -> None:
         """Hide the weight decay that the gradients hold already."""
         for index, group in enumerate(self.param_groups):
-            if self.group_options(index, group) is not None and coupled_weight_decay(self.optim, group) != 0:
+            if self.group_options(index, group) is not None and coupled_weight_decay(self.optim, index, group) != 0:
                 hidden.hide(group, "weight_decay", 0.0)
 
 
@@ -239,15 +239,15 @@ def _check_layer(group: int, position: int, param: Tensor, weight_decay: float) 
 def _writable_gradient(param: Tensor) -> Tensor:
     """Return what of a gradient can be written in place: itself, or the values of a sparse one.
 
-    A gradient that is a view of itself (expanded, lazily conjugated or negated) is replaced by its values first, an
-    uncoalesced sparse one by its sum.
+    A gradient that is a view of itself (expanded, overlapping, lazily conjugated or negated) is replaced by its values
+    first, an uncoalesced sparse one by its sum.
     """
     assert param.grad is not None
     grad = param.grad
     if grad.is_sparse:
         param.grad = grad = grad.coalesce()
         return grad._values()
-    if not grad.is_contiguous() and 0 in grad.stride():
+    if not grad.is_contiguous() and not ops.is_writable_in_place(grad):
         grad = grad.clone()
     grad = grad.resolve_conj().resolve_neg()
     if grad is not param.grad:

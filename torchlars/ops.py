@@ -19,11 +19,20 @@ from torch import Tensor
 from torchlars import reference
 from torchlars._extension import extension
 
-__all__ = ["DTYPES", "apply_trust_ratios_", "compute_dtype", "scale_by_trust_ratios_", "squared_norms", "trust_ratios"]
+__all__ = [
+    "DTYPES",
+    "apply_trust_ratios_",
+    "compute_dtype",
+    "is_writable_in_place",
+    "scale_by_trust_ratios_",
+    "squared_norms",
+    "trust_ratios",
+]
 
 OPS = ("squared_norms", "trust_ratios", "apply_trust_ratios_", "scale_by_trust_ratios_")
 DTYPES = reference.DTYPES
 compute_dtype = reference.compute_dtype
+is_writable_in_place = reference.is_writable_in_place
 
 _backend: Any = reference
 if extension is not None:

@@ -174,3 +174,19 @@ def _check_layers(
             f"{op}: expected grads and params of one shape "
             f"(grads[{i}]: {list(grad.shape)}, params[{i}]: {list(param.shape)})",
         )
+        _check(
+            is_writable_in_place(grad),
+            f"{op}: expected gradients that can be written in place "
+            f"(grads[{i}]: shape {list(grad.shape)}, strides {list(grad.stride())} overlap in memory); clone it first",
+        )
+
+
+def is_writable_in_place(tensor: Tensor) -> bool:
+    """Tell whether no two elements share memory, for every layout that slicing, permuting and expanding produce."""
+    dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
+    extent = 0
+    for stride, size in dims:
+        if stride <= extent:
+            return tensor.numel() == 0
+        extent += stride * (size - 1)
+    return True

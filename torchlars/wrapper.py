@@ -126,10 +126,12 @@ class OptimizerWrapper(Optimizer):
         own = {name: group[name] for name in self.options if name in group and name not in self.defaults}
         if own.get(self.opt_out, self.opt_out) is None:
             return None
-        try:
-            return {name: check(name, own.get(name, getattr(self, name))) for name, check in self.options.items()}
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{error}, in parameter group {index}") from None
+        return {
+            name: check(f"{name} of parameter group {index}", own[name])
+            if name in own
+            else check(name, getattr(self, name))
+            for name, check in self.options.items()
+        }
 
     def __getstate__(self) -> StateDict:
         """Return what the wrapper owns. Hooks are dropped, as torch drops them.
@@ -213,8 +215,10 @@ class HiddenHyperParameters:
             group[name] = value
 
 
-def coupled_weight_decay(optim: Optimizer, group: Group) -> float:
-    """Return the weight decay that the base would add to a group's gradients: 0 where it shrinks the weights apart.
+def coupled_weight_decay(optim: Optimizer, index: int, group: Group) -> float:
+    """Return the weight decay that the base would add to the gradients of its ``index``-th group.
+
+    It is 0 where the base shrinks the weights apart from the gradient.
 
     Adam, AdamW, NAdam and RAdam say which of the two they do; Muon and Adafactor always decouple, and do not say so.
 
@@ -226,7 +230,7 @@ def coupled_weight_decay(optim: Optimizer, group: Group) -> float:
     )
     if group.get("decoupled_weight_decay", isinstance(optim, decoupled_bases)):
         return 0.0
-    return non_negative_number("weight_decay", group.get("weight_decay", 0.0))
+    return non_negative_number(f"weight_decay of parameter group {index}", group.get("weight_decay", 0.0))
 
 
 def non_negative_number(name: str, value: Any) -> float:
