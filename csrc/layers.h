@@ -45,7 +45,9 @@ inline void write_back(const at::Tensor& computed, const at::Tensor& grad) {
   if (!computed.is_same(grad)) {
     grad.copy_(computed);
   }
-  grad.unsafeGetTensorImpl()->bump_version();
+  if (!grad.is_inference()) {
+    grad.unsafeGetTensorImpl()->bump_version();
+  }
 }
 
 // Numbers in memory: a complex one is two of them.

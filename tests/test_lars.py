@@ -251,6 +251,31 @@ def test_gradients_are_written_in_place(backend):
     torch.testing.assert_close(flat.view(3, 4), expected, rtol=1e-13, atol=0)
 
 
+def test_gradients_with_a_graph_are_adapted_without_it(backend):
+    params, base = make([(3, 4), (4,)])
+    loss = params[0].square().sum() + params[1].sum() ** 2  # the second gradient is expanded, and replaced
+    grads = torch.autograd.grad(loss, params, create_graph=True)
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+    expected = [adapted(param) for param in params]
+    LARS(base).step()
+    for param, gradient in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.grad.detach(), gradient, rtol=1e-13, atol=0)
+        assert param.is_leaf
+    assert not params[1].grad.requires_grad
+
+
+def test_step_in_inference_mode(backend):
+    params, base = make()
+    optimizer = LARS(base)
+    expected = [adapted(param) for param in params]
+    with torch.inference_mode():
+        params[1].grad = params[1].grad.clone()
+        optimizer._adapt()
+    for param, gradient in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.grad, gradient, rtol=1e-13, atol=0)
+
+
 def test_gradients_in_float32_of_parameters_in_bfloat16(backend):
     param = nn.Parameter(torch.randn(30, 5).bfloat16())
     param.grad_dtype = torch.float32

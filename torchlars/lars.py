@@ -137,6 +137,7 @@ class LARS(OptimizerWrapper):
             for param, ratio in zip(params, ratios.unbind(), strict=True)
         }
 
+    @torch.no_grad()
     def _adapt(self) -> None:
         """Measure, decide, apply."""
         self._last_step = [(bucket.params, bucket.adapt()) for bucket in self._gather()]
