@@ -3,7 +3,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
-#include <torch/version.h>
 
 #include "plan.h"
 
@@ -22,7 +21,6 @@ TORCH_LIBRARY(torchlars, m) {
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Loads the ops of torchlars into torch.ops.torchlars.";
-  m.attr("torch_version") = TORCH_VERSION;
 #ifdef TORCHLARS_WITH_CUDA
   m.attr("has_cuda") = true;
 #else

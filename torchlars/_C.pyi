@@ -1,4 +1,3 @@
-torch_version: str
 has_cuda: bool
 
 def chunks(numels: list[int]) -> list[tuple[int, int, int]]: ...
