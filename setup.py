@@ -79,7 +79,7 @@ def decide(torch):
     if wanted == "1" and (no_cpp or no_cuda):
         sys.exit(f"torchlars: TORCHLARS_CUDA=1, but CUDA cannot be built: {no_cpp or no_cuda}")
     if no_cpp:
-        return False, False, f"no extension, the reference in plain torch instead: {no_cpp}"
+        return False, False, f"no extension, but the reference in plain torch: {no_cpp}"
     if wanted == "0" or no_cuda:
         return True, False, f"CPU only: {'TORCHLARS_CUDA=0' if wanted == '0' else no_cuda}"
     os.environ["CUDA_HOME"] = toolkit
@@ -131,6 +131,8 @@ class Build(Base):
                 "torchlars: it is compiled against the torch that it will run with, and none was found for "
                 f"{sys.executable}; install torch first, then: pip install --no-build-isolation ."
             )
+        if [int(number) for number in torch.__version__.split(".")[:2]] < [2, 11]:
+            sys.exit(f"torchlars: torch must be 2.11 or newer (got: {torch.__version__})")
         print(f"torchlars: {decision}", flush=True)
         target = Path("." if self.inplace else self.build_lib) / "torchlars"
         target.mkdir(parents=True, exist_ok=True)
@@ -141,7 +143,8 @@ class Build(Base):
         super().run()
         (target / "_build.py").write_text(
             '"""What setup.py decided, and for which torch. Written by it."""\n\n'
-            f"torch_version = {torch.__version__!r}\ndecision = {decision!r}\n"
+            f"torch_version = {torch.__version__!r}\ntorch_cuda = {torch.version.cuda!r}\n"
+            f"has_extension = {has_extension!r}\ndecision = {decision!r}\n"
         )
 
 

@@ -106,7 +106,7 @@ def test_without_a_compiler_the_package_is_built_and_says_why(sources):
     result = run("setup.py", "-q", "build", "--build-lib", "built", cwd=sources, CXX="no-such-compiler")
     assert result.returncode == 0, result.stderr
     sentence = (
-        "no extension, the reference in plain torch instead: no C++ compiler was found (looked for: no-such-compiler)"
+        "no extension, but the reference in plain torch: no C++ compiler was found (looked for: no-such-compiler)"
     )
     assert f"torchlars: {sentence}" in result.stdout
     assert sentence in (sources / "built" / "torchlars" / "_build.py").read_text()
@@ -114,6 +114,7 @@ def test_without_a_compiler_the_package_is_built_and_says_why(sources):
     imported = run_copy("-c", "import torchlars", cwd=sources / "built")
     assert imported.returncode == 0
     assert imported.stderr.count("RuntimeWarning: torchlars uses its reference in plain torch") == 1
+    assert f"but slower: {sentence}. To repair it" in imported.stderr
 
 
 def test_cuda_cannot_be_forced_without_a_compiler(sources):
@@ -173,7 +174,8 @@ def imported(package):
 
 def write_note(package, torch_version):
     (package / "torchlars" / "_build.py").write_text(
-        f"torch_version = {torch_version!r}\ndecision = 'CPU only: a test'\n"
+        f"torch_version = {torch_version!r}\ntorch_cuda = {torch.version.cuda!r}\n"
+        "has_extension = True\ndecision = 'CPU only: a test'\n"
     )
 
 
@@ -185,6 +187,25 @@ def extension_file(package):
 
 def test_a_missing_extension_is_told_once(package):
     assert "its extension was never built here" in imported(package)
+
+
+def test_in_the_sources_the_remedy_is_to_build_in_place(package):
+    (package / "setup.py").touch()
+    told = imported(package)
+    assert f"this is its source folder ({package}), where it was not built: pip install --no-build-isolation" in told
+
+
+@pytest.mark.parametrize("note", ["torch_version = ", "torch_version = 3", ""])
+def test_a_damaged_note_is_told_once(package, note):
+    (package / "torchlars" / "_build.py").write_text(note)
+    assert "the note of its build is damaged (" in imported(package)
+
+
+def test_an_extension_for_a_torch_without_cuda_is_stale_under_one_with_it(package):
+    write_note(package, torch.__version__)
+    note = package / "torchlars" / "_build.py"
+    note.write_text(note.read_text().replace(f"torch_cuda = {torch.version.cuda!r}", "torch_cuda = '1.0'"))
+    assert f"it was built for torch {torch.__version__}, but {torch.__version__} is installed" in imported(package)
 
 
 def test_a_stale_extension_is_told_once_and_never_loaded(package):

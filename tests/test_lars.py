@@ -115,6 +115,12 @@ def test_what_is_no_optimizer_is_refused(optimizer, got):
         LARS(optimizer)
 
 
+def test_a_wrapper_is_no_base():
+    _, base = make()
+    with pytest.raises(TypeError, match=r"must be a base optimizer, not itself a wrapper \(got: LARS\)"):
+        LARS(LARS(base))
+
+
 def test_parameters_from_a_generator_are_refused():
     with pytest.raises(TypeError, match=r"\(got: generator\); construct the base first"):
         LARS(nn.Linear(2, 2).parameters())
@@ -124,6 +130,7 @@ BAD_NUMBERS = [
     (-0.001, ValueError, r"number \(got: -0.001\)"),
     (float("nan"), ValueError, r"number \(got: nan\)"),
     (float("inf"), ValueError, r"number \(got: inf\)"),
+    (10**400, ValueError, r"number \(got: 10*\)"),
     (True, TypeError, r"number \(got: True of type bool\)"),
     ("0.1", TypeError, r"number \(got: '0.1' of type str\)"),
     (1j, TypeError, r"number \(got: 1j of type complex\)"),
@@ -206,6 +213,64 @@ def test_several_dtypes_in_one_group(backend):
     for param, grad in zip(params, grads, strict=True):
         reference.scale_by_trust_ratios_([grad], [param.detach()], [0.1], [0.001], [1e-8], False)
         torch.testing.assert_close(param.grad, grad)
+
+
+def test_gradients_of_several_dtypes_under_parameters_of_one(backend):
+    params = [nn.Parameter(torch.randn(30, 5).bfloat16()) for _ in range(3)]
+    for param, dtype in zip(params, (torch.float32, torch.bfloat16, torch.float64), strict=True):
+        param.grad_dtype = dtype
+        param.grad = torch.randn(30, 5).to(dtype)
+    expected = [adapted(param.detach().double(), grad=param.grad.double()).to(param.grad.dtype) for param in params]
+    LARS(SGD(params, lr=0.0, weight_decay=0.01, foreach=False)).step()
+    for param, gradient in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.grad, gradient)
+
+
+def test_several_devices_in_one_group(backend):
+    (param,), _ = make([(3, 4)])
+    elsewhere = nn.Parameter(torch.ones(3, 4, dtype=torch.float64, device="meta"))
+    elsewhere.grad = torch.ones_like(elsewhere)
+    expected = adapted(param)
+    optimizer = LARS(SGD([elsewhere, param], lr=0.1, weight_decay=0.01, foreach=False))
+    optimizer.step()
+    torch.testing.assert_close(param.grad, expected, rtol=1e-13, atol=0)
+    assert [ratio.device.type for ratio in optimizer.trust_ratios().values()] == ["meta", "cpu"]
+
+
+def test_dense_and_sparse_layers_side_by_side(backend):
+    dense = nn.Parameter(torch.randn(10, 3, dtype=torch.float64))
+    sparse = nn.Parameter(torch.randn(10, 3, dtype=torch.float64))
+    dense.grad = torch.randn(10, 3, dtype=torch.float64)
+    sparse.grad = torch.sparse_coo_tensor(
+        [[1, 7]], torch.randn(2, 3, dtype=torch.float64), (10, 3), check_invariants=True
+    )
+    expected = [adapted(dense, 0.0), adapted(sparse, 0.0, grad=sparse.grad.to_dense())]
+    LARS(SGD([dense, sparse], lr=0.1)).step()
+    torch.testing.assert_close(dense.grad, expected[0], rtol=1e-13, atol=0)
+    torch.testing.assert_close(sparse.grad.to_dense(), expected[1], rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (1, 4)])
+def test_expanded_values_of_a_sparse_gradient_are_replaced(backend, shape):
+    param = nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
+    values = torch.tensor([[0.3]], dtype=torch.float64).expand(shape)
+    indices = torch.arange(shape[0]).reshape(1, -1)
+    param.grad = torch.sparse_coo_tensor(indices, values, (5, 4), is_coalesced=True, check_invariants=True)
+    expected = adapted(param, 0.0, grad=param.grad.to_dense())
+    LARS(SGD([param], lr=0.1)).step()
+    torch.testing.assert_close(param.grad.to_dense(), expected, rtol=1e-13, atol=0)
+
+
+def test_a_negated_view_and_an_inference_tensor_are_replaced_by_their_values(backend):
+    params, base = make([(3,), (4,)])
+    params[0].grad = torch._neg_view(params[0].grad)
+    with torch.inference_mode():
+        made = torch.randn(4, dtype=torch.float64)
+    params[1].grad = made
+    expected = [adapted(param) for param in params]
+    LARS(base).step()
+    for param, gradient in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.grad, gradient, rtol=1e-13, atol=0)
 
 
 def test_a_tied_parameter_is_scaled_once(backend):
@@ -326,6 +391,9 @@ def broken(kind):
     elif kind == "dtype":
         param.grad_dtype = None
         param.grad = torch.ones(3, 4, dtype=torch.complex64)
+    elif kind == "gradient":
+        param.grad_dtype = None
+        param.grad = torch.ones(3, 4).to(torch.float8_e4m3fn)
     elif kind == "float8":
         param = nn.Parameter(torch.ones(3, 4).to(torch.float8_e4m3fn))
         param.grad = torch.ones(3, 4).to(torch.float8_e4m3fn)
@@ -345,9 +413,14 @@ def broken(kind):
         ("shape", RuntimeError, r"gradients must have their parameter's shape \(gradient: \(3, 4\)\)"),
         ("device", RuntimeError, r"gradients must be on their parameter's device \(parameter: cpu, gradient: meta\)"),
         ("dtype", RuntimeError, r"of their parameter's kind \(parameter: torch.float32, gradient: torch.complex64\)"),
+        (
+            "gradient",
+            RuntimeError,
+            r"of their parameter's kind \(parameter: torch.float32, gradient: torch.float8_e4m3fn",
+        ),
         ("float8", TypeError, r"floating dtype with at least 16 bits .*float8_e4m3fn\); leave others to the base"),
         ("integer", TypeError, r"floating dtype with at least 16 bits .*int64\); leave others to the base"),
-        ("fsdp1", RuntimeError, r"FSDP1 flattens and splits them; use FSDP2's fully_shard, or DDP"),
+        ("fsdp1", RuntimeError, r"FSDP1 flattens and splits them; use DDP or ZeroRedundancyOptimizer"),
     ],
 )
 def test_what_cannot_be_adapted_is_named_and_nothing_changes(backend, kind, error, message):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -11,22 +12,31 @@ import torch
 __all__: list[str] = []
 
 REPAIR = "pip install --no-build-isolation --force-reinstall --no-deps ."
+BUILD_IN_PLACE = "pip install --no-build-isolation --no-deps -e ."
 
 
 def _load() -> tuple[ModuleType | None, str]:
     """Return the extension and what was decided when it was built, or None and why there is none."""
+    package = Path(__file__).parent
+    if not (package / "_build.py").exists():
+        if (package.parent / "setup.py").exists():
+            return None, f"this is its source folder ({package.parent}), where it was not built: {BUILD_IN_PLACE}"
+        return None, "its extension was never built here"
     try:
         build = importlib.import_module("torchlars._build")
-    except ImportError:
-        return None, "its extension was never built here"
-    built_for = build.torch_version.split(".")[:2]
-    if built_for != torch.__version__.split(".")[:2]:
+        built_for, has_extension, decision = build.torch_version, build.has_extension, build.decision
+        of_minor = [*built_for.split(".")[:2], build.torch_cuda]
+    except Exception as error:  # whatever a damaged file may raise
+        return None, f"the note of its build is damaged ({error!r})"
+    if of_minor != [*torch.__version__.split(".")[:2], torch.version.cuda]:
         # Compared before loading: an extension of another torch may crash instead of raising.
-        return None, f"it was built for torch {build.torch_version}, but {torch.__version__} is installed"
+        return None, f"it was built for torch {built_for}, but {torch.__version__} is installed"
+    if not has_extension:
+        return None, decision
     try:
-        return importlib.import_module("torchlars._C"), build.decision
+        return importlib.import_module("torchlars._C"), decision
     except ImportError as error:
-        return None, f"its extension, built for torch {build.torch_version}, cannot be loaded ({error})"
+        return None, f"its extension, built for torch {built_for}, cannot be loaded ({error})"
 
 
 extension, reason = _load()

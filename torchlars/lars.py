@@ -44,7 +44,7 @@ class LARS(OptimizerWrapper):
 
     **Weight decay** that the base would add to the gradient (SGD, Adam, RMSprop, ...) is taken over, and hidden from
     the base while it steps. Decoupled weight decay (AdamW, Muon, Adafactor, ``decoupled_weight_decay=True``) stays the
-    base's: then λ = 0.
+    base's: then λ = 0. A base of another library that decouples without saying so needs that key in its groups.
 
     **Other bases.** The Adam family, Muon, Adafactor and Rprop barely notice a gradient's scale, so that LARS does
     almost nothing over them.
@@ -214,8 +214,10 @@ def _check_layer(group: int, position: int, param: Tensor, weight_decay: float) 
     grad = param.grad
     assert grad is not None
     if getattr(param, "_fsdp_flattened", False):
-        problem = "parameters must be whole layers, but FSDP1 flattens and splits them; use FSDP2's fully_shard, or DDP"
-    elif hasattr(param, "device_mesh"):
+        problem = (
+            "parameters must be whole layers, but FSDP1 flattens and splits them; use DDP or ZeroRedundancyOptimizer"
+        )
+    elif getattr(param, "device_mesh", None) is not None:
         problem = "parameters must be whole layers, but a DTensor may be a shard; use DDP or ZeroRedundancyOptimizer"
     elif param.dtype not in ops.DTYPES:
         raise TypeError(
@@ -240,17 +242,22 @@ def _check_layer(group: int, position: int, param: Tensor, weight_decay: float) 
 def _writable_gradient(param: Tensor) -> Tensor:
     """Return what of a gradient can be written in place: itself, or the values of a sparse one.
 
-    A gradient that is a view of itself (expanded, overlapping, lazily conjugated or negated) is replaced by its values
-    first, an uncoalesced sparse one by its sum.
+    A gradient that is a view of itself (expanded, overlapping, lazily conjugated or negated) or was made in inference
+    mode is replaced by its values first, an uncoalesced sparse one by its sum.
     """
     assert param.grad is not None
     grad = param.grad
     if grad.is_sparse:
-        param.grad = grad = grad.coalesce()
-        return grad._values()
-    if not grad.is_contiguous() and not ops.is_writable_in_place(grad):
+        grad = grad.coalesce()
+        if not ops.is_writable_in_place(grad._values()):
+            values = grad._values().clone()
+            grad = torch.sparse_coo_tensor(
+                grad._indices(), values, grad.shape, is_coalesced=True, check_invariants=False
+            )
+    elif grad.is_inference() or not (grad.is_contiguous() or ops.is_writable_in_place(grad)):
         grad = grad.clone()
-    grad = grad.resolve_conj().resolve_neg()
+    else:
+        grad = grad.resolve_conj().resolve_neg()
     if grad is not param.grad:
         param.grad = grad
-    return grad
+    return grad._values() if grad.is_sparse else grad

@@ -50,7 +50,8 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
         tensors: n tensors, real or complex.
 
     Returns:
-        A float64 vector of n squared norms, on the tensors' device. Sums accumulate in float64.
+        A float64 vector of n squared norms, on the tensors' device. Sums accumulate in float64, whose range the squares
+        must not leave: float64 elements below 1e-162 count as 0, above 1e154 as infinite.
 
     Raises:
         RuntimeError: the list is empty, or devices, dtypes or layouts are mixed or unsupported.

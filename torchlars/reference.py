@@ -36,11 +36,16 @@ def trust_ratios(
     op, layers = "trust_ratios", param_squared_norms.numel()
     for name, vector in (("param_squared_norms", param_squared_norms), ("grad_squared_norms", grad_squared_norms)):
         _check(
-            vector.dim() == 1 and vector.dtype == torch.float64,
+            vector.dim() == 1 and vector.dtype == torch.float64 and vector.is_contiguous(),
             f"{op}: expected a contiguous vector of float64 ({name}: shape {list(vector.shape)}, {vector.dtype})",
         )
     _check_length(op, "grad_squared_norms", grad_squared_norms, "param_squared_norms", layers)
     _check_hyper_parameters(op, layers, "param_squared_norms", weight_decays, trust_coefs, eps)
+    _check(
+        param_squared_norms.device == grad_squared_norms.device,
+        f"{op}: expected tensors on one device (param_squared_norms: {param_squared_norms.device}, "
+        f"grad_squared_norms: {grad_squared_norms.device})",
+    )
     _check(dtype in (torch.float64, torch.float32), f"{op}: expected float64 or float32 (dtype: {dtype})")
 
     param_norms, grad_norms = param_squared_norms.sqrt(), grad_squared_norms.sqrt()
@@ -59,16 +64,22 @@ def apply_trust_ratios_(
     _check_layers(op, grads, params, weight_decays, equal_shapes=False)
     dtype = compute_dtype(grads[0].dtype, params[0].dtype)
     _check(
-        ratios.dim() == 1 and ratios.dtype == dtype,
+        ratios.dim() == 1 and ratios.dtype == dtype and ratios.is_contiguous(),
         f"{op}: expected ratios to be a contiguous vector of {dtype} (got: shape {list(ratios.shape)}, {ratios.dtype})",
     )
     _check_length(op, "ratios", ratios, "grads", len(grads))
+    _check(
+        ratios.device == grads[0].device,
+        f"{op}: expected tensors on one device (grads[0]: {grads[0].device}, ratios: {ratios.device})",
+    )
 
     for grad, param, ratio, weight_decay in zip(grads, params, ratios, weight_decays, strict=True):
-        adapted = grad.to(torch.promote_types(grad.dtype, dtype))
+        adapted = _real(grad.to(torch.promote_types(grad.dtype, dtype)))
         if weight_decay != 0:
-            adapted = adapted + (-weight_decay if maximize else weight_decay) * param.to(adapted.dtype)
-        grad.copy_(ratio * adapted)
+            decay = -weight_decay if maximize else weight_decay
+            adapted = adapted + decay * _real(param).to(adapted.dtype)
+        adapted = ratio * adapted
+        grad.copy_(torch.view_as_complex(adapted) if grad.is_complex() else adapted)
 
 
 def scale_by_trust_ratios_(
@@ -97,6 +108,11 @@ def compute_dtype(grad: torch.dtype, param: torch.dtype) -> torch.dtype:
 
 def _wide(tensor: Tensor) -> Tensor:
     return tensor.to(torch.promote_types(tensor.dtype, torch.float64))
+
+
+def _real(tensor: Tensor) -> Tensor:
+    """Return complex numbers as two real ones each: torch makes a real factor complex, and 0 · ∞ is NaN then."""
+    return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
 # What csrc/checks.h asks, in the same words.

@@ -54,6 +54,10 @@ class OptimizerWrapper(Optimizer):
                 f"optimizer must be a torch.optim.Optimizer (got: {type(optimizer).__name__}); "
                 f"construct the base first: {name}(torch.optim.SGD(params, lr=0.1))"
             )
+        if isinstance(optimizer, OptimizerWrapper):
+            raise TypeError(
+                f"optimizer must be a base optimizer, not itself a wrapper (got: {type(optimizer).__name__})"
+            )
         checked = {name: check(name, options[name]) for name, check in self.options.items()}
         self.__setstate__({"optim": optimizer, **checked})
         for index, group in enumerate(self.param_groups):
@@ -246,7 +250,10 @@ def positive_number(name: str, value: Any) -> float:
 def _number(name: str, value: Any, kind: str, in_range: Callable[[float], bool]) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a {kind} number (got: {value!r} of type {type(value).__name__})")
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
     if not math.isfinite(number) or not in_range(number):
         raise ValueError(f"{name} must be a {kind} number (got: {value!r})")
     return number
