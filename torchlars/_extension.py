@@ -11,17 +11,15 @@ import torch
 
 __all__: list[str] = []
 
-REPAIR = "pip install --no-build-isolation --force-reinstall --no-deps ."
-BUILD_IN_PLACE = "pip install --no-build-isolation --no-deps -e ."
+PACKAGE = Path(__file__).parent
+IN_SOURCES = (PACKAGE.parent / "setup.py").exists()  # a checkout, which comes before any installed torchlars
+REPAIR = f"pip install --no-build-isolation --force-reinstall --no-deps {'-e ' if IN_SOURCES else ''}."
 
 
 def _load() -> tuple[ModuleType | None, str]:
     """Return the extension and what was decided when it was built, or None and why there is none."""
-    package = Path(__file__).parent
-    if not (package / "_build.py").exists():
-        if (package.parent / "setup.py").exists():
-            return None, f"this is its source folder ({package.parent}), where it was not built: {BUILD_IN_PLACE}"
-        return None, "its extension was never built here"
+    if not (PACKAGE / "_build.py").exists():
+        return None, f"its extension was never built here ({PACKAGE})"
     try:
         build = importlib.import_module("torchlars._build")
         built_for, has_extension, decision = build.torch_version, build.has_extension, build.decision
