@@ -229,10 +229,8 @@ def coupled_weight_decay(optim: Optimizer, index: int, group: Group) -> float:
     Raises:
         TypeError, ValueError: the group's weight decay is not a non-negative number.
     """
-    decoupled_bases = tuple(
-        getattr(torch.optim, name) for name in ("AdamW", "Muon", "Adafactor") if hasattr(torch.optim, name)
-    )
-    if group.get("decoupled_weight_decay", isinstance(optim, decoupled_bases)):
+    always_decouples = isinstance(optim, (torch.optim.Adafactor, torch.optim.Muon))
+    if group.get("decoupled_weight_decay", always_decouples):
         return 0.0
     return non_negative_number(f"weight_decay of parameter group {index}", group.get("weight_decay", 0.0))
 
