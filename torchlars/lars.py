@@ -247,6 +247,7 @@ def _writable_gradient(param: Tensor) -> Tensor:
     """
     assert param.grad is not None
     grad = param.grad
+    is_inference = not torch.compiler.is_compiling() and grad.is_inference()  # to ask would break a graph
     if grad.is_sparse:
         grad = grad.coalesce()
         if not ops.is_writable_in_place(grad._values()):
@@ -254,7 +255,7 @@ def _writable_gradient(param: Tensor) -> Tensor:
             grad = torch.sparse_coo_tensor(
                 grad._indices(), values, grad.shape, is_coalesced=True, check_invariants=False
             )
-    elif grad.is_inference() or not (grad.is_contiguous() or ops.is_writable_in_place(grad)):
+    elif is_inference or not (grad.is_contiguous() or ops.is_writable_in_place(grad)):
         grad = grad.clone()
     else:
         grad = grad.resolve_conj().resolve_neg()
