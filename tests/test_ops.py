@@ -61,7 +61,7 @@ def test_extension_equals_the_reference(extension, device, case, dtype, route):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @named(CASES)
-def test_fused_gives_the_bits_of_the_three(backend, device, case, dtype):
+def test_fused_gives_the_bits_of_the_three(extension, device, case, dtype):
     arguments = case.make(dtype, device)
     one, other = copies(arguments), copies(arguments)
     assert torch.equal(fused(*one), three(*other))
