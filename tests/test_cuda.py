@@ -1,4 +1,4 @@
-"""What only a GPU can show: that the host never waits, and that streams, devices and graphs are respected.
+"""What only a GPU can show: that the host never waits, and that streams and devices are respected.
 
 That the kernels compute the right numbers is shown by tests/test_ops.py, which takes in every device there is.
 """

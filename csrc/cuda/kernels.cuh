@@ -232,8 +232,8 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Gradients in place, from trust ratios. One block a chunk, the last chunk first: what was measured last is still in
-// cache.
+// Gradients in place, from trust ratios. One block a chunk, the last chunk first: what was measured last may still be
+// in cache.
 template <typename T, typename Ratio>
 __global__ void __launch_bounds__(kThreads)
     apply(const __grid_constant__ Layers layers, const Ratio* ratios, double sign) {
