@@ -7,6 +7,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <optional>
 #include <utility>
 #include <vector>
 
@@ -113,8 +114,14 @@ inline void check_layers(const char* op, at::TensorList grads, at::TensorList pa
     TORCH_CHECK(grads[i].sizes() == params[i].sizes() || (weight_decays[i] == 0 && !equal_shapes), op,
                 ": expected grads and params of one shape (grads[", i, "]: ", grads[i].sizes(), ", params[", i,
                 "]: ", params[i].sizes(), ")");
-    TORCH_CHECK(is_writable_in_place(grads[i]), op, ": expected gradients that can be written in place (grads[", i,
-                "]: shape ", grads[i].sizes(), ", strides ", grads[i].strides(), " overlap in memory); clone it first");
+  }
+}
+
+inline void check_writable(const char* op, const char* name, at::TensorList tensors) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    TORCH_CHECK(is_writable_in_place(tensors[i]), op, ": expected ", name, " that can be written in place (", name, "[",
+                i, "]: shape ", tensors[i].sizes(), ", strides ", tensors[i].strides(),
+                " overlap in memory); clone it first");
   }
 }
 
@@ -147,6 +154,66 @@ inline void check_ratios(const char* op, const at::Tensor& ratios, at::TensorLis
   check_length(op, "ratios", ratios.size(0), "grads", grads.size());
   TORCH_CHECK(ratios.device() == grads[0].device(), op,
               ": expected tensors on one device (grads[0]: ", grads[0].device(), ", ratios: ", ratios.device(), ")");
+}
+
+// What a step of SGD takes, per layer.
+struct SgdArguments {
+  at::TensorList params;
+  at::TensorList grads;
+  at::TensorList momentum_buffers;  // empty: no momentum
+  at::ArrayRef<double> weight_decays;
+  at::ArrayRef<double> lrs;
+  at::ArrayRef<double> momentums;
+  at::ArrayRef<double> dampenings;
+  bool nesterov;
+  bool maximize;
+  const std::optional<at::Tensor>& lr_scale;
+};
+
+inline void check_sgd(const char* op, const SgdArguments& sgd) {
+  check_layers(op, sgd.grads, sgd.params, sgd.weight_decays, /*equal_shapes=*/true);
+  check_writable(op, "params", sgd.params);
+  check_length(op, "lrs", sgd.lrs.size(), "grads", sgd.grads.size());
+  check_length(op, "momentums", sgd.momentums.size(), "grads", sgd.grads.size());
+  check_length(op, "dampenings", sgd.dampenings.size(), "grads", sgd.grads.size());
+  check_numbers(op, "lrs", sgd.lrs, true);
+  check_numbers(op, "momentums", sgd.momentums, true);
+  for (size_t i = 0; i < sgd.dampenings.size(); ++i) {
+    TORCH_CHECK(std::isfinite(sgd.dampenings[i]), op, ": expected finite numbers (dampenings[", i,
+                "]: ", sgd.dampenings[i], ")");
+  }
+  const at::Tensor& param = sgd.params[0];
+  if (sgd.momentum_buffers.empty()) {
+    for (size_t i = 0; i < sgd.momentums.size(); ++i) {
+      TORCH_CHECK(sgd.momentums[i] == 0, op, ": expected momentum_buffers where there is momentum (momentums[", i,
+                  "]: ", sgd.momentums[i], ")");
+    }
+    TORCH_CHECK(!sgd.nesterov, op, ": expected momentum_buffers where nesterov is True");
+  } else {
+    check_tensors(op, "momentum_buffers", sgd.momentum_buffers);
+    check_length(op, "momentum_buffers", sgd.momentum_buffers.size(), "grads", sgd.grads.size());
+    check_writable(op, "momentum_buffers", sgd.momentum_buffers);
+    const at::Tensor& buffer = sgd.momentum_buffers[0];
+    TORCH_CHECK(buffer.device() == param.device(), op, ": expected tensors on one device (params[0]: ", param.device(),
+                ", momentum_buffers[0]: ", buffer.device(), ")");
+    TORCH_CHECK(buffer.scalar_type() == param.scalar_type() ||
+                    (param.element_size() == 2 && buffer.scalar_type() == c10::kFloat),
+                op,
+                ": expected momentum_buffers of the dtype of params, or of float32 for 16-bit ones "
+                "(params[0]: ",
+                param.scalar_type(), ", momentum_buffers[0]: ", buffer.scalar_type(), ")");
+    for (size_t i = 0; i < sgd.params.size(); ++i) {
+      TORCH_CHECK(sgd.momentum_buffers[i].sizes() == sgd.params[i].sizes(), op,
+                  ": expected params and momentum_buffers of one shape (params[", i, "]: ", sgd.params[i].sizes(),
+                  ", momentum_buffers[", i, "]: ", sgd.momentum_buffers[i].sizes(), ")");
+    }
+  }
+  if (sgd.lr_scale.has_value()) {
+    const at::Tensor& lr_scale = *sgd.lr_scale;
+    TORCH_CHECK(lr_scale.numel() == 1 && lr_scale.scalar_type() == c10::kDouble && lr_scale.device() == param.device(),
+                op, ": expected lr_scale to be one float64 on ", param.device(), " (got: shape ", lr_scale.sizes(),
+                ", ", lr_scale.scalar_type(), ", ", lr_scale.device(), ")");
+  }
 }
 
 }  // namespace torchlars

@@ -2,14 +2,24 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/util/MaybeOwned.h>
+
+#include <utility>
 
 #include "checks.h"
 
 namespace torchlars {
 
-// The tensor itself if its elements fill memory without gaps (contiguous, channels_last, transposed, ...), else a copy.
-inline at::Tensor dense(const at::Tensor& tensor) {
-  return tensor.is_non_overlapping_and_dense() ? tensor : tensor.contiguous();
+// A tensor as kernels can sweep it: its elements fill memory without gaps. The user's own wherever that is already so,
+// else a copy.
+using Swept = c10::MaybeOwned<at::Tensor>;
+
+inline Swept dense(const at::Tensor& tensor) {
+  return tensor.is_non_overlapping_and_dense() ? Swept::borrowed(tensor) : Swept::owned(tensor.contiguous());
+}
+
+inline Swept dense(const at::Tensor& tensor, c10::ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? dense(tensor) : Swept::owned(at::Tensor(*dense(tensor.to(dtype))));
 }
 
 inline bool same_strides(const at::Tensor& a, const at::Tensor& b) {
@@ -21,32 +31,60 @@ inline bool same_strides(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
-// Gradient and parameter as a kernel can sweep them side by side: dense, of one dtype, in one memory order. Each is
-// the tensor itself wherever that is already so, else a copy. param is undefined where nothing decays.
-struct Pair {
-  at::Tensor grad;
-  at::Tensor param;
-};
-
-inline Pair side_by_side(const at::Tensor& grad, const at::Tensor& param, double weight_decay) {
-  const auto dtype = c10::promoteTypes(grad.scalar_type(), param.scalar_type());
-  Pair pair{dense(grad.to(dtype)), at::Tensor()};
-  if (weight_decay != 0) {
-    pair.param = dense(param.to(dtype));
-    if (!same_strides(pair.grad, pair.param)) {
-      pair.param = pair.grad.new_empty_strided(pair.grad.sizes(), pair.grad.strides()).copy_(pair.param);
-    }
+// Dense, and in the memory order of another dense tensor, so that the two can be swept side by side.
+inline Swept beside(const at::Tensor& other, const at::Tensor& tensor, c10::ScalarType dtype) {
+  if (tensor.scalar_type() == dtype && tensor.is_non_overlapping_and_dense() && same_strides(other, tensor)) {
+    return Swept::borrowed(tensor);
   }
-  return pair;
+  at::Tensor copy = other.new_empty_strided(other.sizes(), other.strides(), tensor.options().dtype(dtype));
+  copy.copy_(tensor);
+  return Swept::owned(std::move(copy));
 }
 
-// Puts a computed gradient where the user's is, in the same tensor object, and lets autograd know.
-inline void write_back(const at::Tensor& computed, const at::Tensor& grad) {
-  if (!computed.is_same(grad)) {
-    grad.copy_(computed);
+// The dtype in which gradient and parameter can be swept side by side.
+inline c10::ScalarType swept_dtype(const at::Tensor& grad, const at::Tensor& param) {
+  return grad.scalar_type() == param.scalar_type() ? grad.scalar_type()
+                                                   : c10::promoteTypes(grad.scalar_type(), param.scalar_type());
+}
+
+// What a sweep over gradients takes of a layer. param is undefined where nothing decays.
+struct Pair {
+  Pair(const at::Tensor& grad, const at::Tensor& param, double weight_decay) {
+    const auto dtype = swept_dtype(grad, param);
+    this->grad = dense(grad, dtype);
+    if (weight_decay != 0) {
+      this->param = beside(*this->grad, param, dtype);
+    }
   }
-  if (!grad.is_inference()) {
-    grad.unsafeGetTensorImpl()->bump_version();
+
+  Swept grad;
+  Swept param;
+};
+
+// What a step of SGD takes of a layer. momentum is undefined where there is none.
+struct Triple {
+  Triple(const at::Tensor& param, const at::Tensor& grad, const at::Tensor* momentum) {
+    const auto dtype = swept_dtype(grad, param);
+    this->param = dense(param, dtype);
+    this->grad = beside(*this->param, grad, dtype);
+    if (momentum != nullptr) {
+      const bool is_float = momentum->scalar_type() == c10::kFloat;
+      this->momentum = beside(*this->param, *momentum, is_float && dtype != c10::kDouble ? c10::kFloat : dtype);
+    }
+  }
+
+  Swept param;
+  Swept grad;
+  Swept momentum;
+};
+
+// Puts what was computed where the user's is, in the same tensor object, and lets autograd know.
+inline void write_back(const Swept& computed, const at::Tensor& tensor) {
+  if (!computed->is_same(tensor)) {
+    tensor.copy_(*computed);
+  }
+  if (!tensor.is_inference()) {
+    tensor.unsafeGetTensorImpl()->bump_version();
   }
 }
 

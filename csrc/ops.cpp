@@ -17,6 +17,14 @@ TORCH_LIBRARY(torchlars, m) {
   m.def(
       "scale_by_trust_ratios_(Tensor(a!)[] grads, Tensor[] params, float[] weight_decays, "
       "float[] trust_coefs, float[] eps, bool maximize) -> Tensor");
+  m.def(
+      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor? ratios, "
+      "float[] weight_decays, float[] lrs, float[] momentums, float[] dampenings, bool nesterov, bool maximize, "
+      "Tensor? lr_scale) -> ()");
+  m.def(
+      "lars_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, float[] weight_decays, "
+      "float[] trust_coefs, float[] eps, float[] lrs, float[] momentums, float[] dampenings, bool nesterov, "
+      "bool maximize, Tensor? lr_scale) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, m) {
@@ -43,15 +51,16 @@ PYBIND11_MODULE(_C, m) {
       pybind11::arg("numels"), "Every chunk of the plan as (tensor, begin, end), in order.");
   m.def(
       "chunks_starting_in",
-      [](std::vector<int64_t> numels, int64_t begin, int64_t end) {
+      [](std::vector<int64_t> numels, int64_t begin, int64_t end, bool backwards) {
         const torchlars::Plan plan(std::move(numels));
         std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> chunks;
-        plan.for_chunks_starting_in(begin, end, [&](int64_t tensor, int64_t chunk, torchlars::Range range) {
+        const auto order = backwards ? torchlars::Order::kBackwards : torchlars::Order::kForwards;
+        plan.for_chunks_starting_in(begin, end, order, [&](int64_t tensor, int64_t chunk, torchlars::Range range) {
           chunks.emplace_back(tensor, chunk, range.begin, range.end);
         });
         return chunks;
       },
-      pybind11::arg("numels"), pybind11::arg("begin"), pybind11::arg("end"),
+      pybind11::arg("numels"), pybind11::arg("begin"), pybind11::arg("end"), pybind11::arg("backwards") = false,
       "The share of a CPU thread: (tensor, chunk, begin, end) of every chunk that starts in elements [begin, end).");
   m.def(
       "runs_within",

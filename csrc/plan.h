@@ -56,6 +56,8 @@ C10_HOST_DEVICE inline int64_t find_start(const T* starts, int64_t count, int64_
   return low;
 }
 
+enum class Order { kForwards, kBackwards };
+
 // Consecutive tensors laid end to end: the i-th one's chunks and elements are counted from first_chunk[i] and start[i].
 struct Plan {
   explicit Plan(std::vector<int64_t> numels) : numel(std::move(numels)) {
@@ -76,19 +78,30 @@ struct Plan {
   // Calls visit(tensor, chunk of the plan, range of the tensor) for every chunk that starts in elements [begin, end).
   // Equal shares of elements are equal work, which equal shares of chunks are not; an empty chunk may go unvisited.
   template <typename Visit>
-  void for_chunks_starting_in(int64_t begin, int64_t end, const Visit& visit) const {
-    const int64_t count = static_cast<int64_t>(numel.size());
-    for (int64_t tensor = find_start(start.data(), count, begin); tensor < count && start[tensor] < end; ++tensor) {
-      const int64_t from = begin - start[tensor];
-      int64_t chunk = from <= 0 ? 0 : divide_up(from, chunk_size(numel[tensor]));
-      for (; chunk < num_chunks(numel[tensor]); ++chunk) {
-        const Range range = chunk_range(numel[tensor], chunk);
-        if (start[tensor] + range.begin >= end) {
-          return;
-        }
-        visit(tensor, first_chunk[tensor] + chunk, range);
+  void for_chunks_starting_in(int64_t begin, int64_t end, Order order, const Visit& visit) const {
+    const int64_t from = first_chunk_starting_at(begin);
+    const int64_t to = first_chunk_starting_at(end);
+    const int64_t step = order == Order::kForwards ? 1 : -1;
+    int64_t chunk = order == Order::kForwards ? from : to - 1;
+    int64_t tensor = find_start(first_chunk.data(), static_cast<int64_t>(numel.size()), chunk < 0 ? 0 : chunk);
+    for (; from <= chunk && chunk < to; chunk += step) {
+      while (chunk < first_chunk[tensor] || chunk >= first_chunk[tensor] + num_chunks(numel[tensor])) {
+        tensor += step;
       }
+      visit(tensor, chunk, chunk_range(numel[tensor], chunk - first_chunk[tensor]));
     }
+  }
+
+ private:
+  // The first chunk of the plan that starts at this element or behind it, or `chunks`.
+  int64_t first_chunk_starting_at(int64_t element) const {
+    const int64_t count = static_cast<int64_t>(numel.size());
+    if (element >= elements) {
+      return chunks;
+    }
+    int64_t tensor = find_start(start.data(), count, element);
+    const int64_t chunk = divide_up(element - start[tensor], chunk_size(numel[tensor]));
+    return first_chunk[tensor] + chunk;
   }
 };
 

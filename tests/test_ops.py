@@ -172,11 +172,14 @@ def test_opcheck(extension, device, op, dtype):
     case = Case("opcheck", "", [Layer((3, 4)), Layer((5,), weight_decay=0.01), Layer((0,))])
     grads, params, weight_decays, trust_coefs, eps, maximize = case.make(dtype, device)
     squares = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64, device=device)
+    momenta, sgd = [torch.ones_like(param) for param in params], ([0.1] * 3, [0.9] * 3, [0.0] * 3, True)
     arguments = {
         "squared_norms": (params,),
         "trust_ratios": (squares, squares.flip(0).contiguous(), weight_decays, trust_coefs, eps, torch.float32),
         "apply_trust_ratios_": (grads, params, squares.float(), weight_decays, maximize),
         "scale_by_trust_ratios_": (grads, params, weight_decays, trust_coefs, eps, maximize),
+        "sgd_": (params, grads, momenta, squares.float(), weight_decays, *sgd, maximize, squares[0]),
+        "lars_sgd_": (params, grads, momenta, weight_decays, trust_coefs, eps, *sgd, maximize, None),
     }[op]
     torch.library.opcheck(getattr(torch.ops.torchlars, op).default, arguments)
 

@@ -1,4 +1,4 @@
-"""The door to the arithmetic: the four ops of LARS, each called once for all layers of a bucket.
+"""The door to the arithmetic: each op is called once for all layers of a bucket.
 
 A bucket's tensors share one device and one dtype; gradients and parameters may differ in dtype. Shapes, strides and
 numbers of elements are free, empty tensors included. No kernel makes the host wait for its device, none is
@@ -24,12 +24,14 @@ __all__ = [
     "apply_trust_ratios_",
     "compute_dtype",
     "is_writable_in_place",
+    "lars_sgd_",
     "scale_by_trust_ratios_",
+    "sgd_",
     "squared_norms",
     "trust_ratios",
 ]
 
-OPS = ("squared_norms", "trust_ratios", "apply_trust_ratios_", "scale_by_trust_ratios_")
+OPS = ("squared_norms", "trust_ratios", "apply_trust_ratios_", "scale_by_trust_ratios_", "sgd_", "lars_sgd_")
 DTYPES = reference.DTYPES
 compute_dtype = reference.compute_dtype
 is_writable_in_place = reference.is_writable_in_place
@@ -140,4 +142,102 @@ def scale_by_trust_ratios_(
     """
     return _backend.scale_by_trust_ratios_(  # type: ignore[no-any-return]
         grads, params, weight_decays, trust_coefs, eps, maximize
+    )
+
+
+@torch.no_grad()
+def sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    ratios: Tensor | None,
+    weight_decays: Sequence[float],
+    lrs: Sequence[float],
+    momentums: Sequence[float],
+    dampenings: Sequence[float],
+    nesterov: bool,
+    maximize: bool,
+    lr_scale: Tensor | None = None,
+) -> None:
+    """Update: SGD's own step in place, along d = r · (g + λw) instead of g + λw.
+
+    m ← μm + (1 − τ)d, then w ← w − γm, or w ← w − γ(d + μm) with ``nesterov``, or w ← w − γd without momentum.
+    With ``maximize``, g is negated first. Gradients are only read. Computed in float32 (float64 for float64 layers); a
+    parameter and a momentum are each rounded once, when they are written.
+
+    Args:
+        params: n parameters, written in place.
+        grads: n gradients, of the parameters' shapes.
+        momentum_buffers: n buffers m, of the parameters' shapes, written in place; or none at all, for no momentum. Of
+            the parameters' dtype, or of float32 for bfloat16 and float16 ones. A first step starts from zeros and with
+            τ = 0.
+        ratios: the vector of :func:`trust_ratios`; None is plain SGD.
+        weight_decays: λ ≥ 0 of each layer.
+        lrs: γ ≥ 0 of each layer.
+        momentums: μ ≥ 0 of each layer, 0 where there are no buffers.
+        dampenings: τ of each layer.
+        nesterov: whether to look ahead.
+        maximize: whether to ascend.
+        lr_scale: multiplies all lrs if given: a float64 tensor of one element on the layers' device, which the host
+            need not know.
+
+    Raises:
+        RuntimeError: lengths, shapes, devices or dtypes disagree, a number is out of its range, or elements of a
+            tensor to write share memory. Nothing was written then.
+    """
+    _backend.sgd_(
+        params, grads, momentum_buffers, ratios, weight_decays, lrs, momentums, dampenings, nesterov, maximize, lr_scale
+    )
+
+
+@torch.no_grad()
+def lars_sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    weight_decays: Sequence[float],
+    trust_coefs: Sequence[float],
+    eps: Sequence[float],
+    lrs: Sequence[float],
+    momentums: Sequence[float],
+    dampenings: Sequence[float],
+    nesterov: bool,
+    maximize: bool,
+    lr_scale: Tensor | None = None,
+) -> Tensor:
+    """Measure, decide and update at once, with the bits of the three ops, reading from cache what was just measured.
+
+    Args:
+        params: as in :func:`sgd_`, like all arguments that are not listed here.
+        grads: only read.
+        momentum_buffers: written in place.
+        weight_decays: λ ≥ 0 of each layer.
+        trust_coefs: η > 0 of each layer.
+        eps: ε ≥ 0 of each layer.
+        lrs: γ ≥ 0 of each layer.
+        momentums: μ ≥ 0 of each layer.
+        dampenings: τ of each layer.
+        nesterov: whether to look ahead.
+        maximize: whether to ascend.
+        lr_scale: multiplies all lrs if given.
+
+    Returns:
+        The vector of n trust ratios that were applied, float64 for float64 layers, float32 for all others.
+
+    Raises:
+        RuntimeError: as :func:`sgd_` and :func:`trust_ratios` do. Nothing was written then.
+    """
+    return _backend.lars_sgd_(  # type: ignore[no-any-return]
+        params,
+        grads,
+        momentum_buffers,
+        weight_decays,
+        trust_coefs,
+        eps,
+        lrs,
+        momentums,
+        dampenings,
+        nesterov,
+        maximize,
+        lr_scale,
     )

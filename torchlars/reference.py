@@ -62,16 +62,9 @@ def apply_trust_ratios_(
     """G ← r · (g + λw), with −λ where the group maximizes."""
     op = "apply_trust_ratios_"
     _check_layers(op, grads, params, weight_decays, equal_shapes=False)
+    _check_writable(op, "grads", grads)
+    _check_ratios(op, ratios, grads, params)
     dtype = compute_dtype(grads[0].dtype, params[0].dtype)
-    _check(
-        ratios.dim() == 1 and ratios.dtype == dtype and ratios.is_contiguous(),
-        f"{op}: expected ratios to be a contiguous vector of {dtype} (got: shape {list(ratios.shape)}, {ratios.dtype})",
-    )
-    _check_length(op, "ratios", ratios, "grads", len(grads))
-    _check(
-        ratios.device == grads[0].device,
-        f"{op}: expected tensors on one device (grads[0]: {grads[0].device}, ratios: {ratios.device})",
-    )
 
     for grad, param, ratio, weight_decay in zip(grads, params, ratios, weight_decays, strict=True):
         adapted = _real(grad.to(torch.promote_types(grad.dtype, dtype)))
@@ -79,7 +72,7 @@ def apply_trust_ratios_(
             decay = -weight_decay if maximize else weight_decay
             adapted = adapted + decay * _real(param).to(adapted.dtype)
         adapted = ratio * adapted
-        grad.copy_(torch.view_as_complex(adapted) if grad.is_complex() else adapted)
+        _write(grad, adapted)
 
 
 def scale_by_trust_ratios_(
@@ -93,10 +86,74 @@ def scale_by_trust_ratios_(
     """Do all three of the above: measure, decide, apply."""
     op = "scale_by_trust_ratios_"
     _check_layers(op, grads, params, weight_decays, equal_shapes=True)
+    _check_writable(op, "grads", grads)
     _check_hyper_parameters(op, len(grads), "grads", weight_decays, trust_coefs, eps)
     dtype = compute_dtype(grads[0].dtype, params[0].dtype)
     ratios = trust_ratios(squared_norms(params), squared_norms(grads), weight_decays, trust_coefs, eps, dtype)
     apply_trust_ratios_(grads, params, ratios, weight_decays, maximize)
+    return ratios
+
+
+def sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    ratios: Tensor | None,
+    weight_decays: Sequence[float],
+    lrs: Sequence[float],
+    momentums: Sequence[float],
+    dampenings: Sequence[float],
+    nesterov: bool,
+    maximize: bool,
+    lr_scale: Tensor | None,
+) -> None:
+    """D = r · (±g + λw), m ← μm + (1 − τ)d, d ← d + μm or m, w ← w − γd."""
+    op = "sgd_"
+    _check_sgd(op, params, grads, momentum_buffers, weight_decays, lrs, momentums, dampenings, nesterov, lr_scale)
+    dtype = compute_dtype(grads[0].dtype, params[0].dtype)
+    if ratios is not None:
+        _check_ratios(op, ratios, grads, params)
+
+    for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
+        w = _real(param).to(dtype)
+        direction = _real(grad).to(dtype)
+        if maximize:
+            direction = -direction
+        if weight_decays[i] != 0:
+            direction = direction + weight_decays[i] * w
+        if ratios is not None:
+            direction = ratios[i] * direction
+        if momentum_buffers:
+            buffer = momentums[i] * _real(momentum_buffers[i]).to(dtype) + (1 - dampenings[i]) * direction
+            _write(momentum_buffers[i], buffer)
+            direction = direction + momentums[i] * buffer if nesterov else buffer
+        lr = lrs[i] if lr_scale is None else (lrs[i] * lr_scale.reshape(())).to(dtype)
+        _write(param, w - lr * direction)
+
+
+def lars_sgd_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    weight_decays: Sequence[float],
+    trust_coefs: Sequence[float],
+    eps: Sequence[float],
+    lrs: Sequence[float],
+    momentums: Sequence[float],
+    dampenings: Sequence[float],
+    nesterov: bool,
+    maximize: bool,
+    lr_scale: Tensor | None,
+) -> Tensor:
+    """Measure and decide, and let ``sgd_`` apply the ratios."""
+    op = "lars_sgd_"
+    _check_sgd(op, params, grads, momentum_buffers, weight_decays, lrs, momentums, dampenings, nesterov, lr_scale)
+    _check_hyper_parameters(op, len(grads), "grads", weight_decays, trust_coefs, eps)
+    dtype = compute_dtype(grads[0].dtype, params[0].dtype)
+    ratios = trust_ratios(squared_norms(params), squared_norms(grads), weight_decays, trust_coefs, eps, dtype)
+    sgd_(
+        params, grads, momentum_buffers, ratios, weight_decays, lrs, momentums, dampenings, nesterov, maximize, lr_scale
+    )
     return ratios
 
 
@@ -113,6 +170,10 @@ def _wide(tensor: Tensor) -> Tensor:
 def _real(tensor: Tensor) -> Tensor:
     """Return complex numbers as two real ones each: torch makes a real factor complex, and 0 · ∞ is NaN then."""
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
+
+
+def _write(tensor: Tensor, real: Tensor) -> None:
+    tensor.copy_(torch.view_as_complex(real) if tensor.is_complex() else real)
 
 
 # What csrc/checks.h asks, in the same words.
@@ -190,10 +251,81 @@ def _check_layers(
             f"{op}: expected grads and params of one shape "
             f"(grads[{i}]: {list(grad.shape)}, params[{i}]: {list(param.shape)})",
         )
+
+
+def _check_writable(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    for i, tensor in enumerate(tensors):
         _check(
-            is_writable_in_place(grad),
-            f"{op}: expected gradients that can be written in place "
-            f"(grads[{i}]: shape {list(grad.shape)}, strides {list(grad.stride())} overlap in memory); clone it first",
+            is_writable_in_place(tensor),
+            f"{op}: expected {name} that can be written in place ({name}[{i}]: shape {list(tensor.shape)}, "
+            f"strides {list(tensor.stride())} overlap in memory); clone it first",
+        )
+
+
+def _check_ratios(op: str, ratios: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    dtype = compute_dtype(grads[0].dtype, params[0].dtype)
+    _check(
+        ratios.dim() == 1 and ratios.dtype == dtype and ratios.is_contiguous(),
+        f"{op}: expected ratios to be a contiguous vector of {dtype} (got: shape {list(ratios.shape)}, {ratios.dtype})",
+    )
+    _check_length(op, "ratios", ratios, "grads", len(grads))
+    _check(
+        ratios.device == grads[0].device,
+        f"{op}: expected tensors on one device (grads[0]: {grads[0].device}, ratios: {ratios.device})",
+    )
+
+
+def _check_sgd(
+    op: str,
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    momentum_buffers: Sequence[Tensor],
+    weight_decays: Sequence[float],
+    lrs: Sequence[float],
+    momentums: Sequence[float],
+    dampenings: Sequence[float],
+    nesterov: bool,
+    lr_scale: Tensor | None,
+) -> None:
+    _check_layers(op, grads, params, weight_decays, equal_shapes=True)
+    _check_writable(op, "params", params)
+    for name, values in (("lrs", lrs), ("momentums", momentums), ("dampenings", dampenings)):
+        _check_length(op, name, values, "grads", len(grads))
+    _check_numbers(op, "lrs", lrs, may_be_zero=True)
+    _check_numbers(op, "momentums", momentums, may_be_zero=True)
+    for i, dampening in enumerate(dampenings):
+        _check(math.isfinite(dampening), f"{op}: expected finite numbers (dampenings[{i}]: {dampening})")
+    if momentum_buffers:
+        _check_tensors(op, "momentum_buffers", momentum_buffers)
+        _check_length(op, "momentum_buffers", momentum_buffers, "grads", len(grads))
+        _check_writable(op, "momentum_buffers", momentum_buffers)
+        buffer, param = momentum_buffers[0], params[0]
+        _check(
+            buffer.device == param.device,
+            f"{op}: expected tensors on one device (params[0]: {param.device}, momentum_buffers[0]: {buffer.device})",
+        )
+        _check(
+            buffer.dtype in (param.dtype, torch.float32) if param.dtype.itemsize == 2 else buffer.dtype == param.dtype,
+            f"{op}: expected momentum_buffers of the dtype of params, or of float32 for 16-bit ones "
+            f"(params[0]: {param.dtype}, momentum_buffers[0]: {buffer.dtype})",
+        )
+        for i, (buffer, param) in enumerate(zip(momentum_buffers, params, strict=True)):
+            _check(
+                buffer.shape == param.shape,
+                f"{op}: expected params and momentum_buffers of one shape "
+                f"(params[{i}]: {list(param.shape)}, momentum_buffers[{i}]: {list(buffer.shape)})",
+            )
+    else:
+        for i, momentum in enumerate(momentums):
+            _check(
+                momentum == 0, f"{op}: expected momentum_buffers where there is momentum (momentums[{i}]: {momentum})"
+            )
+        _check(not nesterov, f"{op}: expected momentum_buffers where nesterov is True")
+    if lr_scale is not None:
+        _check(
+            lr_scale.numel() == 1 and lr_scale.dtype == torch.float64 and lr_scale.device == params[0].device,
+            f"{op}: expected lr_scale to be one float64 on {params[0].device} "
+            f"(got: shape {list(lr_scale.shape)}, {lr_scale.dtype}, {lr_scale.device})",
         )
 
 

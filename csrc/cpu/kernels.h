@@ -4,9 +4,13 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <algorithm>
 #include <cstdint>
+#include <type_traits>
 
+#include "../sgd.h"
 #include "../trust_ratio.h"
+#include "half.h"
 
 // One binary for every x86-64: the loader picks the widest version that the processor runs. Elsewhere the same loops
 // are compiled once, for the baseline.
@@ -44,33 +48,130 @@ TORCHLARS_INLINE double sum_of_squares_loop(const T* x, int64_t count) {
   return lanes[0];
 }
 
-template <typename T, typename Compute>
+template <bool kDecays, typename T, typename Compute>
 TORCHLARS_INLINE void adapt_loop(T* __restrict grad, const T* __restrict param, int64_t count, Compute weight_decay,
                                  Compute ratio) {
-  if (param == nullptr) {
-    for (int64_t i = 0; i < count; ++i) {
-      grad[i] = static_cast<T>(adapted_gradient(static_cast<Compute>(grad[i]), ratio));
+  for (int64_t i = 0; i < count; ++i) {
+    const auto value = static_cast<Compute>(grad[i]);
+    if constexpr (kDecays) {
+      grad[i] = static_cast<T>(adapted_gradient(value, static_cast<Compute>(param[i]), weight_decay, ratio));
+    } else {
+      grad[i] = static_cast<T>(adapted_gradient(value, ratio));
     }
-  } else {
-    for (int64_t i = 0; i < count; ++i) {
-      grad[i] = static_cast<T>(
-          adapted_gradient(static_cast<Compute>(grad[i]), static_cast<Compute>(param[i]), weight_decay, ratio));
+  }
+}
+
+template <bool kDecays, bool kMomentum, bool kNesterov, typename T, typename M, typename Compute>
+TORCHLARS_INLINE void sgd_loop(T* __restrict param, const T* __restrict grad, M* __restrict momentum, int64_t count,
+                               const SgdNumbers<Compute>& given) {
+  const SgdNumbers<Compute> numbers = given;  // of which no write can change anything
+  for (int64_t i = 0; i < count; ++i) {
+    Compute m = 0;
+    if constexpr (kMomentum) {
+      m = static_cast<Compute>(momentum[i]);
+    }
+    param[i] = static_cast<T>(
+        sgd<kDecays, kMomentum, kNesterov>(static_cast<Compute>(param[i]), static_cast<Compute>(grad[i]), m, numbers));
+    if constexpr (kMomentum) {
+      momentum[i] = static_cast<M>(m);
     }
   }
 }
 
 // Clones are made of functions, not of templates: hence an overload a type.
-#define TORCHLARS_KERNELS(T, Compute)                                                                         \
-  TORCHLARS_CLONES double sum_of_squares(const T* x, int64_t count) { return sum_of_squares_loop(x, count); } \
-  TORCHLARS_CLONES void adapt(T* grad, const T* param, int64_t count, Compute weight_decay, Compute ratio) {  \
-    adapt_loop<T, Compute>(grad, param, count, weight_decay, ratio);                                          \
+#define TORCHLARS_SUM(T) \
+  TORCHLARS_CLONES double sum_of_squares(const T* x, int64_t count) { return sum_of_squares_loop(x, count); }
+
+#define TORCHLARS_ADAPT(T, Compute)                                                                          \
+  TORCHLARS_CLONES void adapt(T* grad, const T* param, int64_t count, Compute weight_decay, Compute ratio) { \
+    if (param == nullptr) {                                                                                  \
+      adapt_loop<false>(grad, param, count, weight_decay, ratio);                                            \
+    } else {                                                                                                 \
+      adapt_loop<true>(grad, param, count, weight_decay, ratio);                                             \
+    }                                                                                                        \
   }
 
-TORCHLARS_KERNELS(double, double)
-TORCHLARS_KERNELS(float, float)
-TORCHLARS_KERNELS(c10::BFloat16, float)
-TORCHLARS_KERNELS(c10::Half, float)
+#define TORCHLARS_SGD(T, M, Compute)                                                            \
+  TORCHLARS_CLONES void sgd(T* param, const T* grad, M* momentum, int64_t count, bool nesterov, \
+                            const SgdNumbers<Compute>& numbers) {                               \
+    const bool decays = numbers.weight_decay != 0;                                              \
+    if (momentum == nullptr) {                                                                  \
+      decays ? sgd_loop<true, false, false>(param, grad, momentum, count, numbers)              \
+             : sgd_loop<false, false, false>(param, grad, momentum, count, numbers);            \
+    } else if (nesterov) {                                                                      \
+      decays ? sgd_loop<true, true, true>(param, grad, momentum, count, numbers)                \
+             : sgd_loop<false, true, true>(param, grad, momentum, count, numbers);              \
+    } else {                                                                                    \
+      decays ? sgd_loop<true, true, false>(param, grad, momentum, count, numbers)               \
+             : sgd_loop<false, true, false>(param, grad, momentum, count, numbers);             \
+    }                                                                                           \
+  }
 
-#undef TORCHLARS_KERNELS
+TORCHLARS_SUM(double)
+TORCHLARS_SUM(float)
+TORCHLARS_SUM(c10::BFloat16)
+TORCHLARS_ADAPT(double, double)
+TORCHLARS_ADAPT(float, float)
+TORCHLARS_ADAPT(c10::BFloat16, float)
+TORCHLARS_SGD(double, double, double)
+TORCHLARS_SGD(float, float, float)
+TORCHLARS_SGD(c10::BFloat16, c10::BFloat16, float)
+TORCHLARS_SGD(c10::BFloat16, float, float)
+
+#undef TORCHLARS_SUM
+#undef TORCHLARS_ADAPT
+#undef TORCHLARS_SGD
+
+// float16 takes the loops of float, block by block: compilers know no vector conversions for it.
+constexpr int64_t kBlock = 1024;
+
+inline double sum_of_squares(const c10::Half* x, int64_t count) {
+  float block[kBlock];
+  double sum = 0;
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const int64_t size = std::min(kBlock, count - i);
+    to_float(x + i, block, size);
+    sum += sum_of_squares(block, size);
+  }
+  return sum;
+}
+
+inline void adapt(c10::Half* grad, const c10::Half* param, int64_t count, float weight_decay, float ratio) {
+  float grad_block[kBlock];
+  float param_block[kBlock];
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const int64_t size = std::min(kBlock, count - i);
+    to_float(grad + i, grad_block, size);
+    if (param != nullptr) {
+      to_float(param + i, param_block, size);
+    }
+    adapt(grad_block, param ? param_block : nullptr, size, weight_decay, ratio);
+    to_half(grad_block, grad + i, size);
+  }
+}
+
+// M: the type of the momentum, c10::Half or float.
+template <typename M>
+inline void sgd(c10::Half* param, const c10::Half* grad, M* momentum, int64_t count, bool nesterov,
+                const SgdNumbers<float>& numbers) {
+  float param_block[kBlock];
+  float grad_block[kBlock];
+  float momentum_block[kBlock];
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const int64_t size = std::min(kBlock, count - i);
+    to_float(param + i, param_block, size);
+    to_float(grad + i, grad_block, size);
+    if constexpr (std::is_same_v<M, float>) {
+      sgd(param_block, grad_block, momentum ? momentum + i : nullptr, size, nesterov, numbers);
+    } else if (momentum == nullptr) {
+      sgd(param_block, grad_block, static_cast<float*>(nullptr), size, nesterov, numbers);
+    } else {
+      to_float(momentum + i, momentum_block, size);
+      sgd(param_block, grad_block, momentum_block, size, nesterov, numbers);
+      to_half(momentum_block, momentum + i, size);
+    }
+    to_half(param_block, param + i, size);
+  }
+}
 
 }  // namespace torchlars::cpu

@@ -6,104 +6,168 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <array>
 #include <numeric>
 
 #include "../checks.h"
 #include "../layers.h"
 #include "../plan.h"
+#include "../sgd.h"
 #include "../trust_ratio.h"
 #include "kernels.h"
 
 namespace torchlars::cpu {
 namespace {
 
-// Layers are measured and then adapted in runs of this size, so that the second pass finds them in cache.
+// Layers are measured and then swept in runs of this size, so that the second pass finds them in cache.
 constexpr int64_t kRunBytes = 4 << 20;
 constexpr int64_t kGrainBytes = 512 << 10;  // less than this is not worth another thread
 
 #define TORCHLARS_DISPATCH(TYPE, NAME, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(c10::kBFloat16, c10::kHalf, TYPE, NAME, __VA_ARGS__)
 
-int64_t grain(const at::Tensor& tensor) {
-  return kGrainBytes / static_cast<int64_t>(c10::elementSize(real_dtype(tensor)));
+// Calls visit(tensor, chunk, range) for every chunk, on all cores. A thread takes the same chunks in both directions.
+template <typename Visit>
+void for_chunks(const Plan& plan, int64_t bytes_per_element, Order order, const Visit& visit) {
+  at::parallel_for(0, plan.elements, kGrainBytes / bytes_per_element,
+                   [&](int64_t begin, int64_t end) { plan.for_chunks_starting_in(begin, end, order, visit); });
 }
 
-Plan plan_of(const std::vector<at::Tensor>& tensors) {
+Plan plan_of(at::TensorList tensors) {
   std::vector<int64_t> numels;
+  numels.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) {
     numels.push_back(real_numel(tensor));
   }
   return Plan(std::move(numels));
 }
 
-double sum_of_squares(const at::Tensor& tensor, Range range) {
-  double sum = 0;
-  TORCHLARS_DISPATCH(real_dtype(tensor), "squared_norms", [&] {
-    const auto* data = static_cast<const scalar_t*>(tensor.const_data_ptr());
-    sum = cpu::sum_of_squares(data + range.begin, range.end - range.begin);
+int64_t real_size(const at::Tensor& tensor) { return static_cast<int64_t>(c10::elementSize(real_dtype(tensor))); }
+
+using SumOfSquares = double (*)(const void* x, Range range);
+
+SumOfSquares sum_of_squares_of(c10::ScalarType dtype) {
+  SumOfSquares function = nullptr;
+  TORCHLARS_DISPATCH(dtype, "squared_norms", [&] {
+    function = [](const void* x, Range range) {
+      return cpu::sum_of_squares(static_cast<const scalar_t*>(x) + range.begin, range.end - range.begin);
+    };
   });
-  return sum;
-}
-
-void adapt(const Pair& layer, Range range, double weight_decay, double ratio) {
-  TORCHLARS_DISPATCH(real_dtype(layer.grad), "apply_trust_ratios_", [&] {
-    using compute_t = at::opmath_type<scalar_t>;
-    auto* grad = static_cast<scalar_t*>(layer.grad.mutable_data_ptr());
-    const auto* param = layer.param.defined() ? static_cast<const scalar_t*>(layer.param.const_data_ptr()) : nullptr;
-    cpu::adapt(grad + range.begin, param ? param + range.begin : nullptr, range.end - range.begin,
-               static_cast<compute_t>(weight_decay), static_cast<compute_t>(ratio));
-  });
-}
-
-using Tensors = std::vector<at::Tensor>;
-
-Tensors all_dense(at::TensorList tensors) {
-  Tensors result;
-  for (const at::Tensor& tensor : tensors) {
-    result.push_back(dense(tensor));
-  }
-  return result;
+  return function;
 }
 
 // Squared norms of several lists of tensors of the same sizes, one vector a list. A thread takes a chunk of all lists,
-// so that what it measures side by side it can later adapt side by side.
-std::vector<std::vector<double>> measure(const std::vector<Tensors>& lists) {
+// so that what it measures side by side it can later sweep side by side.
+template <size_t kLists>
+std::array<std::vector<double>, kLists> measure(const std::array<at::TensorList, kLists>& lists) {
   const Plan plan = plan_of(lists[0]);
-  std::vector<std::vector<double>> partial(lists.size(), std::vector<double>(plan.chunks));
-  at::parallel_for(0, plan.elements, grain(lists[0][0]), [&](int64_t begin, int64_t end) {
-    plan.for_chunks_starting_in(begin, end, [&](int64_t tensor, int64_t chunk, Range range) {
-      for (size_t i = 0; i < lists.size(); ++i) {
-        partial[i][chunk] = sum_of_squares(lists[i][tensor], range);
-      }
-    });
+  std::array<std::vector<Swept>, kLists> swept;
+  std::array<SumOfSquares, kLists> sum_of_squares;
+  std::array<std::vector<double>, kLists> partials;
+  for (size_t list = 0; list < kLists; ++list) {
+    swept[list].reserve(plan.numel.size());
+    for (const at::Tensor& tensor : lists[list]) {
+      swept[list].push_back(dense(tensor));
+    }
+    sum_of_squares[list] = sum_of_squares_of(real_dtype(lists[list][0]));
+    partials[list].resize(plan.chunks);
+  }
+  for_chunks(plan, real_size(lists[0][0]), Order::kForwards, [&](int64_t tensor, int64_t chunk, Range range) {
+    for (size_t list = 0; list < kLists; ++list) {
+      partials[list][chunk] = sum_of_squares[list](swept[list][tensor]->const_data_ptr(), range);
+    }
   });
-  std::vector<std::vector<double>> squared_norms(lists.size());
-  for (size_t i = 0; i < lists.size(); ++i) {
+  std::array<std::vector<double>, kLists> squared_norms;
+  for (size_t list = 0; list < kLists; ++list) {
+    squared_norms[list].reserve(plan.numel.size());
     for (size_t tensor = 0; tensor < plan.numel.size(); ++tensor) {
-      const auto first = partial[i].begin() + plan.first_chunk[tensor];
-      squared_norms[i].push_back(std::accumulate(first, first + num_chunks(plan.numel[tensor]), 0.0));
+      const auto first = partials[list].begin() + plan.first_chunk[tensor];
+      squared_norms[list].push_back(std::accumulate(first, first + num_chunks(plan.numel[tensor]), 0.0));
     }
   }
   return squared_norms;
 }
 
+using Adapt = void (*)(void* grad, const void* param, Range range, double weight_decay, double ratio);
+
+Adapt adapt_of(c10::ScalarType dtype) {
+  Adapt function = nullptr;
+  TORCHLARS_DISPATCH(dtype, "apply_trust_ratios_", [&] {
+    function = [](void* grad, const void* param, Range range, double weight_decay, double ratio) {
+      using compute_t = at::opmath_type<scalar_t>;
+      cpu::adapt(static_cast<scalar_t*>(grad) + range.begin,
+                 param ? static_cast<const scalar_t*>(param) + range.begin : nullptr, range.end - range.begin,
+                 static_cast<compute_t>(weight_decay), static_cast<compute_t>(ratio));
+    };
+  });
+  return function;
+}
+
 // Adapts gradients in place, given their trust ratios.
 void adapt(at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays, at::ArrayRef<double> ratios,
            bool maximize) {
-  std::vector<Pair> pairs;
-  Tensors swept;
+  std::vector<Pair> layers;
+  layers.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
-    pairs.push_back(side_by_side(grads[i], params[i], weight_decays[i]));
-    swept.push_back(pairs[i].grad);
+    layers.emplace_back(grads[i], params[i], weight_decays[i]);
   }
-  const Plan plan = plan_of(swept);
-  at::parallel_for(0, plan.elements, grain(swept[0]), [&](int64_t begin, int64_t end) {
-    plan.for_chunks_starting_in(begin, end, [&](int64_t i, int64_t, Range range) {
-      adapt(pairs[i], range, maximize ? -weight_decays[i] : weight_decays[i], ratios[i]);
-    });
+  const Adapt adapt_range = adapt_of(real_dtype(*layers[0].grad));
+  const double sign = maximize ? -1 : 1;
+  for_chunks(plan_of(grads), real_size(*layers[0].grad), Order::kBackwards, [&](int64_t i, int64_t, Range range) {
+    const void* param = layers[i].param->defined() ? layers[i].param->const_data_ptr() : nullptr;
+    adapt_range(layers[i].grad->mutable_data_ptr(), param, range, sign * weight_decays[i], ratios[i]);
   });
   for (size_t i = 0; i < grads.size(); ++i) {
-    write_back(pairs[i].grad, grads[i]);
+    write_back(layers[i].grad, grads[i]);
+  }
+}
+
+using Sgd = void (*)(void* param, const void* grad, void* momentum, Range range, bool nesterov,
+                     const SgdNumbers<double>& numbers);
+
+template <typename T, typename M>
+void sgd_range(void* param, const void* grad, void* momentum, Range range, bool nesterov,
+               const SgdNumbers<double>& numbers) {
+  cpu::sgd(static_cast<T*>(param) + range.begin, static_cast<const T*>(grad) + range.begin,
+           momentum ? static_cast<M*>(momentum) + range.begin : nullptr, range.end - range.begin, nesterov,
+           SgdNumbers<at::opmath_type<T>>(numbers));
+}
+
+Sgd sgd_of(c10::ScalarType dtype, c10::ScalarType momentum_dtype) {
+  Sgd function = nullptr;
+  TORCHLARS_DISPATCH(dtype, "sgd_", [&] {
+    using compute_t = at::opmath_type<scalar_t>;
+    function = momentum_dtype == dtype ? sgd_range<scalar_t, scalar_t> : sgd_range<scalar_t, compute_t>;
+  });
+  return function;
+}
+
+// Steps of SGD for layers [begin, end), with their trust ratios or, where that is empty, without.
+void update(const SgdArguments& sgd, Range run, at::ArrayRef<double> ratios) {
+  std::vector<Triple> layers;
+  std::vector<SgdNumbers<double>> numbers;
+  layers.reserve(run.end - run.begin);
+  numbers.reserve(run.end - run.begin);
+  const double lr_scale = sgd.lr_scale.has_value() ? *sgd.lr_scale->const_data_ptr<double>() : 1;
+  for (int64_t i = run.begin; i < run.end; ++i) {
+    layers.emplace_back(sgd.params[i], sgd.grads[i], sgd.momentum_buffers.empty() ? nullptr : &sgd.momentum_buffers[i]);
+    numbers.emplace_back(ratios.empty() ? 1 : ratios[i], sgd.weight_decays[i], sgd.lrs[i] * lr_scale, sgd.momentums[i],
+                         sgd.dampenings[i], sgd.maximize);
+  }
+  const Triple& first = layers[0];
+  const auto dtype = real_dtype(*first.param);
+  const Sgd sgd_chunk = sgd_of(dtype, first.momentum->defined() ? real_dtype(*first.momentum) : dtype);
+  const Plan plan = plan_of(sgd.params.slice(run.begin, run.end - run.begin));
+  for_chunks(plan, real_size(*first.param), Order::kBackwards, [&](int64_t i, int64_t, Range range) {
+    void* momentum = layers[i].momentum->defined() ? layers[i].momentum->mutable_data_ptr() : nullptr;
+    sgd_chunk(layers[i].param->mutable_data_ptr(), layers[i].grad->const_data_ptr(), momentum, range, sgd.nesterov,
+              numbers[i]);
+  });
+  for (size_t i = 0; i < layers.size(); ++i) {
+    write_back(layers[i].param, sgd.params[run.begin + i]);
+    if (layers[i].momentum->defined()) {
+      write_back(layers[i].momentum, sgd.momentum_buffers[run.begin + i]);
+    }
   }
 }
 
@@ -113,10 +177,33 @@ at::Tensor vector_of(const std::vector<double>& values) {
   return vector;
 }
 
+// The trust ratios of all layers, measured in runs; each run is handed to sweep(range of layers, all ratios so far)
+// while it is still in cache.
+template <typename Sweep>
+at::Tensor measure_and_sweep(at::TensorList params, at::TensorList grads, at::ArrayRef<double> weight_decays,
+                             at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps, const Sweep& sweep) {
+  std::vector<int64_t> bytes;
+  bytes.reserve(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    bytes.push_back(static_cast<int64_t>(grads[i].nbytes() + params[i].nbytes()));
+  }
+  std::vector<double> ratios(grads.size());
+  for (const Range& run : runs_within(bytes, kRunBytes)) {
+    const auto count = static_cast<size_t>(run.end - run.begin);
+    const auto [param_norms, grad_norms] = measure<2>({params.slice(run.begin, count), grads.slice(run.begin, count)});
+    for (size_t i = 0; i < count; ++i) {
+      const size_t layer = run.begin + i;
+      ratios[layer] = trust_ratio(param_norms[i], grad_norms[i], weight_decays[layer], trust_coefs[layer], eps[layer]);
+    }
+    sweep(run, ratios);
+  }
+  return vector_of(ratios).to(compute_dtype(grads[0].scalar_type(), params[0].scalar_type()));
+}
+
 at::Tensor squared_norms(at::TensorList tensors) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_tensors("squared_norms", "tensors", tensors);
-  return vector_of(measure({all_dense(tensors)})[0]);
+  return vector_of(measure<1>({tensors})[0]);
 }
 
 at::Tensor trust_ratios(const at::Tensor& param_squared_norms, const at::Tensor& grad_squared_norms,
@@ -138,6 +225,7 @@ void apply_trust_ratios_(at::TensorList grads, at::TensorList params, const at::
                          at::ArrayRef<double> weight_decays, bool maximize) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_layers("apply_trust_ratios_", grads, params, weight_decays, /*equal_shapes=*/false);
+  check_writable("apply_trust_ratios_", "grads", grads);
   check_ratios("apply_trust_ratios_", ratios, grads, params);
   const at::Tensor values = ratios.to(c10::kDouble);
   adapt(grads, params, weight_decays, {values.const_data_ptr<double>(), grads.size()}, maximize);
@@ -147,25 +235,44 @@ at::Tensor scale_by_trust_ratios_(at::TensorList grads, at::TensorList params, a
                                   at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps, bool maximize) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_layers("scale_by_trust_ratios_", grads, params, weight_decays, /*equal_shapes=*/true);
+  check_writable("scale_by_trust_ratios_", "grads", grads);
   check_hyper_parameters("scale_by_trust_ratios_", grads.size(), "grads", weight_decays, trust_coefs, eps);
-  std::vector<int64_t> bytes;
-  for (size_t i = 0; i < grads.size(); ++i) {
-    bytes.push_back(static_cast<int64_t>(grads[i].nbytes() + params[i].nbytes()));
-  }
-  std::vector<double> ratios(grads.size());
-  for (const Range& run : runs_within(bytes, kRunBytes)) {
+  return measure_and_sweep(params, grads, weight_decays, trust_coefs, eps, [&](Range run, at::ArrayRef<double> ratios) {
     const auto count = static_cast<size_t>(run.end - run.begin);
-    const auto run_grads = grads.slice(run.begin, count);
-    const auto run_params = params.slice(run.begin, count);
-    const auto norms = measure({all_dense(run_params), all_dense(run_grads)});
-    for (size_t i = 0; i < count; ++i) {
-      const size_t layer = run.begin + i;
-      ratios[layer] = trust_ratio(norms[0][i], norms[1][i], weight_decays[layer], trust_coefs[layer], eps[layer]);
-    }
-    adapt(run_grads, run_params, weight_decays.slice(run.begin, count),
-          at::ArrayRef<double>(ratios).slice(run.begin, count), maximize);
+    adapt(grads.slice(run.begin, count), params.slice(run.begin, count), weight_decays.slice(run.begin, count),
+          ratios.slice(run.begin, count), maximize);
+  });
+}
+
+void sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+          const std::optional<at::Tensor>& ratios, at::ArrayRef<double> weight_decays, at::ArrayRef<double> lrs,
+          at::ArrayRef<double> momentums, at::ArrayRef<double> dampenings, bool nesterov, bool maximize,
+          const std::optional<at::Tensor>& lr_scale) {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const SgdArguments sgd{params,    grads,      momentum_buffers, weight_decays, lrs,
+                         momentums, dampenings, nesterov,         maximize,      lr_scale};
+  check_sgd("sgd_", sgd);
+  const Range all{0, static_cast<int64_t>(params.size())};
+  if (ratios.has_value()) {
+    check_ratios("sgd_", *ratios, grads, params);
+    const at::Tensor values = ratios->to(c10::kDouble);
+    update(sgd, all, {values.const_data_ptr<double>(), params.size()});
+  } else {
+    update(sgd, all, {});
   }
-  return vector_of(ratios).to(compute_dtype(grads[0].scalar_type(), params[0].scalar_type()));
+}
+
+at::Tensor lars_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                     at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
+                     at::ArrayRef<double> lrs, at::ArrayRef<double> momentums, at::ArrayRef<double> dampenings,
+                     bool nesterov, bool maximize, const std::optional<at::Tensor>& lr_scale) {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const SgdArguments sgd{params,    grads,      momentum_buffers, weight_decays, lrs,
+                         momentums, dampenings, nesterov,         maximize,      lr_scale};
+  check_sgd("lars_sgd_", sgd);
+  check_hyper_parameters("lars_sgd_", grads.size(), "grads", weight_decays, trust_coefs, eps);
+  return measure_and_sweep(params, grads, weight_decays, trust_coefs, eps,
+                           [&](Range run, at::ArrayRef<double> ratios) { update(sgd, run, ratios); });
 }
 
 }  // namespace
@@ -175,6 +282,8 @@ TORCH_LIBRARY_IMPL(torchlars, CPU, m) {
   m.impl("trust_ratios", trust_ratios);
   m.impl("apply_trust_ratios_", apply_trust_ratios_);
   m.impl("scale_by_trust_ratios_", scale_by_trust_ratios_);
+  m.impl("sgd_", sgd_);
+  m.impl("lars_sgd_", lars_sgd_);
 }
 
 }  // namespace torchlars::cpu

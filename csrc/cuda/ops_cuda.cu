@@ -133,6 +133,7 @@ void apply_trust_ratios_(at::TensorList grads, at::TensorList params, const at::
                          at::ArrayRef<double> weight_decays, bool maximize) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_layers("apply_trust_ratios_", grads, params, weight_decays, /*equal_shapes=*/false);
+  check_writable("apply_trust_ratios_", "grads", grads);
   check_ratios("apply_trust_ratios_", ratios, grads, params);
   const Launch launch(grads[0]);
   const Sweep sweep(grads, params, weight_decays);
@@ -146,6 +147,7 @@ at::Tensor scale_by_trust_ratios_(at::TensorList grads, at::TensorList params, a
                                   at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps, bool maximize) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_layers("scale_by_trust_ratios_", grads, params, weight_decays, /*equal_shapes=*/true);
+  check_writable("scale_by_trust_ratios_", "grads", grads);
   check_hyper_parameters("scale_by_trust_ratios_", grads.size(), "grads", weight_decays, trust_coefs, eps);
   const Launch launch(grads[0]);
   const auto [param_partials, grad_partials] = measure_both(launch, grads, params);

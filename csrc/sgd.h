@@ -1,0 +1,48 @@
+// The update rule of SGD, once, for every C++ backend. Mathematics and sources: torchlars/optim/sgd.py.
+#pragma once
+
+#include <c10/macros/Macros.h>
+
+#include "trust_ratio.h"
+
+namespace torchlars {
+
+// The numbers of one layer's step. T is the type of the arithmetic: float, or double for double layers.
+template <typename T>
+struct SgdNumbers {
+  C10_HOST_DEVICE SgdNumbers(double ratio, double weight_decay, double lr, double momentum, double dampening,
+                             bool maximize)
+      : ratio(static_cast<T>(maximize ? -ratio : ratio)),
+        weight_decay(static_cast<T>(maximize ? -weight_decay : weight_decay)),
+        lr(static_cast<T>(lr)),
+        momentum(static_cast<T>(momentum)),
+        undampened(static_cast<T>(1 - dampening)) {}
+
+  template <typename Other>
+  C10_HOST_DEVICE explicit SgdNumbers(const SgdNumbers<Other>& other)
+      : ratio(static_cast<T>(other.ratio)),
+        weight_decay(static_cast<T>(other.weight_decay)),
+        lr(static_cast<T>(other.lr)),
+        momentum(static_cast<T>(other.momentum)),
+        undampened(static_cast<T>(other.undampened)) {}
+
+  T ratio;         // 1 where no trust ratio is given; negative in a group that maximizes,
+  T weight_decay;  // and then this too, so that the decay pulls towards zero all the same
+  T lr;
+  T momentum;
+  T undampened;  // 1 − dampening
+};
+
+// One element: writes its momentum, if there is any, and returns its new parameter.
+template <bool kDecays, bool kMomentum, bool kNesterov, typename T>
+C10_HOST_DEVICE inline T sgd(T param, T grad, T& momentum, const SgdNumbers<T>& numbers) {
+  T direction = kDecays ? adapted_gradient(grad, param, numbers.weight_decay, numbers.ratio)
+                        : adapted_gradient(grad, numbers.ratio);
+  if (kMomentum) {
+    momentum = numbers.momentum * momentum + numbers.undampened * direction;
+    direction = kNesterov ? direction + numbers.momentum * momentum : momentum;
+  }
+  return param - numbers.lr * direction;
+}
+
+}  // namespace torchlars
