@@ -88,7 +88,7 @@ def decide(torch):
 
 
 def extension(torch, with_cuda):
-    sources = ["csrc/ops.cpp", "csrc/cpu/ops_cpu.cpp"] + with_cuda * ["csrc/cuda/ops_cuda.cu"]
+    sources = ["csrc/ops.cpp", "csrc/eager.cpp", "csrc/cpu/ops_cpu.cpp"] + with_cuda * ["csrc/cuda/ops_cuda.cu"]
     everything = [str(path) for path in sorted(Path("csrc").rglob("*")) if path.is_file()]
     if torch is None:
         return Extension("torchlars._C", sources, depends=everything)  # enough for an sdist, which compiles nothing

@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 #include <torch/library.h>
 
+#include "eager.h"
 #include "plan.h"
 
 TORCH_LIBRARY(torchlars, m) {
@@ -34,6 +35,8 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("has_cuda") = false;
 #endif
+
+  torchlars::bind_eager_door(m);
 
   m.def(
       "chunks",

@@ -61,6 +61,8 @@ enum class Order { kForwards, kBackwards };
 // Consecutive tensors laid end to end: the i-th one's chunks and elements are counted from first_chunk[i] and start[i].
 struct Plan {
   explicit Plan(std::vector<int64_t> numels) : numel(std::move(numels)) {
+    first_chunk.reserve(numel.size());
+    start.reserve(numel.size());
     for (const int64_t n : numel) {
       first_chunk.push_back(chunks);
       start.push_back(elements);

@@ -3,7 +3,8 @@
 >>> optimizer = LARS(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4))
 """
 
+from torchlars import optim
 from torchlars.lars import LARS
 
-__all__ = ["LARS", "__version__"]
+__all__ = ["LARS", "__version__", "optim"]
 __version__ = "1.0.0.dev0"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -84,7 +84,7 @@ class LARS(OptimizerWrapper):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._last_step: list[tuple[list[Tensor], Tensor]] = []
+        self._last_step: list[tuple[Sequence[Tensor], Tensor]] = []
 
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Scale every gradient by its layer's trust ratio, then let the base take its step.
@@ -103,6 +103,11 @@ class LARS(OptimizerWrapper):
             TypeError, ValueError, RuntimeError: a group, parameter or gradient cannot be adapted; the message names it.
                 Nothing has changed then. Whatever raises, hyper-parameters are back as they were.
         """
+        if getattr(self.optim, "takes_trust_ratios", False):
+            self._last_step = []
+            if closure is not None or args:
+                args = (closure, *args)
+            return self.optim.step(*args, trust_ratios=TrustRatios(self), **kwargs)  # type: ignore[call-overload]
         hidden = HiddenHyperParameters()
 
         def adapted_closure() -> Any:
@@ -144,6 +149,7 @@ class LARS(OptimizerWrapper):
 
     def _gather(self) -> Iterable[Bucket]:
         """Return all layers to adapt, in buckets. Raise what there is to raise before anything changes."""
+        plain_layers = ops.plain_layers("LarsLayers")
         buckets: dict[Any, Bucket] = {}
         seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
         for index, group in enumerate(self.param_groups):
@@ -152,7 +158,8 @@ class LARS(OptimizerWrapper):
                 continue
             weight_decay = coupled_weight_decay(self.optim, index, group)
             maximize = bool(group.get("maximize", False))
-            for position, param in enumerate(group["params"]):
+            for position in plain_layers.add(group["params"], weight_decay, **options, maximize=maximize):
+                param = group["params"][position]
                 if param.grad is None or param in seen:
                     continue
                 seen.add(param)
@@ -161,13 +168,49 @@ class LARS(OptimizerWrapper):
                 key = (param.device, param.dtype, param.grad.dtype, is_sparse, maximize)
                 bucket = buckets.setdefault(key, Bucket(is_sparse=is_sparse, maximize=maximize))
                 bucket.add(param, weight_decay, **options)
-        return buckets.values()
+        return [*plain_layers.buckets, *buckets.values()]
 
     def _hide_weight_decay(self, hidden: HiddenHyperParameters) -> None:
         """Hide the weight decay that the gradients hold already."""
         for index, group in enumerate(self.param_groups):
             if self.group_options(index, group) is not None and coupled_weight_decay(self.optim, index, group) != 0:
                 hidden.hide(group, "weight_decay", 0.0)
+
+
+class TrustRatios:
+    """What a base that takes trust ratios gets: see :class:`torchlars.optim.TrustRatios`."""
+
+    def __init__(self, lars: LARS) -> None:
+        self._lars = lars
+
+    def options(self, index: int) -> dict[str, float] | None:
+        """Return ``trust_coef`` and ``eps`` of a group, or None if it is not adapted."""
+        return self._lars.group_options(index, self._lars.param_groups[index])
+
+    @torch.no_grad()
+    def measure(self, index: int, params: Sequence[Tensor]) -> Tensor | None:
+        """Return the trust ratios of some parameters of a group, or None if it is not adapted."""
+        options = self.options(index)
+        if options is None:
+            return None
+        group = self._lars.param_groups[index]
+        weight_decay = coupled_weight_decay(self._lars.optim, index, group)
+        positions = {param: position for position, param in enumerate(group["params"])}
+        grads = []
+        for param in params:
+            _check_layer(index, positions[param], param, weight_decay)
+            grad = param.grad
+            assert grad is not None
+            grads.append(grad.coalesce()._values() if grad.is_sparse else grad)
+        layers = len(params)
+        trust_coefs, eps = [options["trust_coef"]] * layers, [options["eps"]] * layers
+        ratios = _measure(grads, params, [weight_decay] * layers, trust_coefs, eps)
+        self.report(params, ratios)
+        return ratios
+
+    def report(self, params: Sequence[Tensor], ratios: Tensor) -> None:
+        """Take note of ratios that were applied."""
+        self._lars._last_step.append((params, ratios))
 
 
 @dataclass
@@ -197,16 +240,22 @@ class Bucket:
                 self.grads, self.params, self.weight_decays, self.trust_coefs, self.eps, self.maximize
             )
         # The values of a sparse gradient are fewer than the parameter's: the two cannot be swept side by side.
-        ratios = ops.trust_ratios(
-            ops.squared_norms(self.params),
-            ops.squared_norms(self.grads),
-            self.weight_decays,
-            self.trust_coefs,
-            self.eps,
-            ops.compute_dtype(self.grads[0].dtype, self.params[0].dtype),
-        )
+        ratios = _measure(self.grads, self.params, self.weight_decays, self.trust_coefs, self.eps)
         ops.apply_trust_ratios_(self.grads, self.params, ratios, self.weight_decays, self.maximize)
         return ratios
+
+
+def _measure(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    weight_decays: Sequence[float],
+    trust_coefs: Sequence[float],
+    eps: Sequence[float],
+) -> Tensor:
+    """Measure and decide."""
+    dtype = ops.compute_dtype(grads[0].dtype, params[0].dtype)
+    norms = ops.squared_norms(params), ops.squared_norms(grads)
+    return ops.trust_ratios(*norms, weight_decays, trust_coefs, eps, dtype)
 
 
 def _check_layer(group: int, position: int, param: Tensor, weight_decay: float) -> None:

@@ -44,6 +44,27 @@ if extension is not None:
         _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
+class NoPlainLayers:
+    """Takes none: every layer gets the closer look."""
+
+    buckets = ()
+
+    def add(self, params: Sequence[Tensor], *args: Any, **kwargs: Any) -> range:
+        """Return all positions."""
+        return range(len(params))
+
+
+def plain_layers(kind: str) -> Any:
+    """Return what gathers a step's plain layers in C++.
+
+    Its ``add(params, ...)`` takes a group's plain layers and returns the positions of the parameters that need a closer
+    look in Python; its ``buckets`` hold what it took. While compiling, all layers take the way that can be traced.
+    """
+    if torch.compiler.is_compiling() or _backend is reference:
+        return NoPlainLayers()
+    return getattr(extension, kind)()
+
+
 @torch.no_grad()
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Measure: the squared L2 norm ‖x‖² = Σ|xᵢ|² of each tensor.

@@ -245,6 +245,11 @@ def positive_number(name: str, value: Any) -> float:
     return _number(name, value, "positive", lambda number: number > 0)
 
 
+def finite_number(name: str, value: Any) -> float:
+    """Return a finite number, or raise."""
+    return _number(name, value, "finite", lambda number: True)
+
+
 def _number(name: str, value: Any, kind: str, in_range: Callable[[float], bool]) -> float:
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a {kind} number (got: {value!r} of type {type(value).__name__})")

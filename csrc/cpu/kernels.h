@@ -28,8 +28,16 @@ namespace torchlars::cpu {
 template <typename T>
 TORCHLARS_INLINE double sum_of_squares_loop(const T* x, int64_t count) {
   constexpr int kLanes = 32;
-  double lanes[kLanes] = {};
   int64_t i = 0;
+  if (count < 8) {  // most biases of small models: lanes would cost more than they save
+    double sum = 0;
+    for (; i < count; ++i) {
+      const double value = static_cast<double>(x[i]);
+      sum += value * value;
+    }
+    return sum;
+  }
+  double lanes[kLanes] = {};
   for (; i + kLanes <= count; i += kLanes) {
     for (int lane = 0; lane < kLanes; ++lane) {
       const double value = static_cast<double>(x[i + lane]);

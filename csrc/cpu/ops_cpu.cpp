@@ -6,6 +6,7 @@
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
+#include <algorithm>
 #include <array>
 #include <numeric>
 
@@ -59,8 +60,7 @@ SumOfSquares sum_of_squares_of(c10::ScalarType dtype) {
 // Squared norms of several lists of tensors of the same sizes, one vector a list. A thread takes a chunk of all lists,
 // so that what it measures side by side it can later sweep side by side.
 template <size_t kLists>
-std::array<std::vector<double>, kLists> measure(const std::array<at::TensorList, kLists>& lists) {
-  const Plan plan = plan_of(lists[0]);
+std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::array<at::TensorList, kLists>& lists) {
   std::array<std::vector<Swept>, kLists> swept;
   std::array<SumOfSquares, kLists> sum_of_squares;
   std::array<std::vector<double>, kLists> partials;
@@ -104,8 +104,8 @@ Adapt adapt_of(c10::ScalarType dtype) {
 }
 
 // Adapts gradients in place, given their trust ratios.
-void adapt(at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays, at::ArrayRef<double> ratios,
-           bool maximize) {
+void adapt(const Plan& plan, at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays,
+           at::ArrayRef<double> ratios, bool maximize) {
   std::vector<Pair> layers;
   layers.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -113,7 +113,7 @@ void adapt(at::TensorList grads, at::TensorList params, at::ArrayRef<double> wei
   }
   const Adapt adapt_range = adapt_of(real_dtype(*layers[0].grad));
   const double sign = maximize ? -1 : 1;
-  for_chunks(plan_of(grads), real_size(*layers[0].grad), Order::kBackwards, [&](int64_t i, int64_t, Range range) {
+  for_chunks(plan, real_size(*layers[0].grad), Order::kBackwards, [&](int64_t i, int64_t, Range range) {
     const void* param = layers[i].param->defined() ? layers[i].param->const_data_ptr() : nullptr;
     adapt_range(layers[i].grad->mutable_data_ptr(), param, range, sign * weight_decays[i], ratios[i]);
   });
@@ -143,7 +143,7 @@ Sgd sgd_of(c10::ScalarType dtype, c10::ScalarType momentum_dtype) {
 }
 
 // Steps of SGD for layers [begin, end), with their trust ratios or, where that is empty, without.
-void update(const SgdArguments& sgd, Range run, at::ArrayRef<double> ratios) {
+void update(const Plan& plan, const SgdArguments& sgd, Range run, at::ArrayRef<double> ratios) {
   std::vector<Triple> layers;
   std::vector<SgdNumbers<double>> numbers;
   layers.reserve(run.end - run.begin);
@@ -157,7 +157,6 @@ void update(const SgdArguments& sgd, Range run, at::ArrayRef<double> ratios) {
   const Triple& first = layers[0];
   const auto dtype = real_dtype(*first.param);
   const Sgd sgd_chunk = sgd_of(dtype, first.momentum->defined() ? real_dtype(*first.momentum) : dtype);
-  const Plan plan = plan_of(sgd.params.slice(run.begin, run.end - run.begin));
   for_chunks(plan, real_size(*first.param), Order::kBackwards, [&](int64_t i, int64_t, Range range) {
     void* momentum = layers[i].momentum->defined() ? layers[i].momentum->mutable_data_ptr() : nullptr;
     sgd_chunk(layers[i].param->mutable_data_ptr(), layers[i].grad->const_data_ptr(), momentum, range, sgd.nesterov,
@@ -177,25 +176,32 @@ at::Tensor vector_of(const std::vector<double>& values) {
   return vector;
 }
 
-// The trust ratios of all layers, measured in runs; each run is handed to sweep(range of layers, all ratios so far)
-// while it is still in cache.
+// The trust ratios of all layers, measured in runs; each run is handed to sweep(its plan, its layers, all ratios so
+// far) while it is still in cache.
 template <typename Sweep>
 at::Tensor measure_and_sweep(at::TensorList params, at::TensorList grads, at::ArrayRef<double> weight_decays,
-                             at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps, const Sweep& sweep) {
+                             at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps, Order order,
+                             const Sweep& sweep) {
   std::vector<int64_t> bytes;
   bytes.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     bytes.push_back(static_cast<int64_t>(grads[i].nbytes() + params[i].nbytes()));
   }
   std::vector<double> ratios(grads.size());
-  for (const Range& run : runs_within(bytes, kRunBytes)) {
+  std::vector<Range> runs = runs_within(bytes, kRunBytes);
+  if (order == Order::kBackwards) {
+    std::reverse(runs.begin(), runs.end());
+  }
+  for (const Range& run : runs) {
     const auto count = static_cast<size_t>(run.end - run.begin);
-    const auto [param_norms, grad_norms] = measure<2>({params.slice(run.begin, count), grads.slice(run.begin, count)});
+    const auto run_params = params.slice(run.begin, count);
+    const Plan plan = plan_of(run_params);
+    const auto [param_norms, grad_norms] = measure<2>(plan, {run_params, grads.slice(run.begin, count)});
     for (size_t i = 0; i < count; ++i) {
       const size_t layer = run.begin + i;
       ratios[layer] = trust_ratio(param_norms[i], grad_norms[i], weight_decays[layer], trust_coefs[layer], eps[layer]);
     }
-    sweep(run, ratios);
+    sweep(plan, run, ratios);
   }
   return vector_of(ratios).to(compute_dtype(grads[0].scalar_type(), params[0].scalar_type()));
 }
@@ -203,7 +209,7 @@ at::Tensor measure_and_sweep(at::TensorList params, at::TensorList grads, at::Ar
 at::Tensor squared_norms(at::TensorList tensors) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_tensors("squared_norms", "tensors", tensors);
-  return vector_of(measure<1>({tensors})[0]);
+  return vector_of(measure<1>(plan_of(tensors), {tensors})[0]);
 }
 
 at::Tensor trust_ratios(const at::Tensor& param_squared_norms, const at::Tensor& grad_squared_norms,
@@ -228,7 +234,7 @@ void apply_trust_ratios_(at::TensorList grads, at::TensorList params, const at::
   check_writable("apply_trust_ratios_", "grads", grads);
   check_ratios("apply_trust_ratios_", ratios, grads, params);
   const at::Tensor values = ratios.to(c10::kDouble);
-  adapt(grads, params, weight_decays, {values.const_data_ptr<double>(), grads.size()}, maximize);
+  adapt(plan_of(grads), grads, params, weight_decays, {values.const_data_ptr<double>(), grads.size()}, maximize);
 }
 
 at::Tensor scale_by_trust_ratios_(at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays,
@@ -237,11 +243,13 @@ at::Tensor scale_by_trust_ratios_(at::TensorList grads, at::TensorList params, a
   check_layers("scale_by_trust_ratios_", grads, params, weight_decays, /*equal_shapes=*/true);
   check_writable("scale_by_trust_ratios_", "grads", grads);
   check_hyper_parameters("scale_by_trust_ratios_", grads.size(), "grads", weight_decays, trust_coefs, eps);
-  return measure_and_sweep(params, grads, weight_decays, trust_coefs, eps, [&](Range run, at::ArrayRef<double> ratios) {
-    const auto count = static_cast<size_t>(run.end - run.begin);
-    adapt(grads.slice(run.begin, count), params.slice(run.begin, count), weight_decays.slice(run.begin, count),
-          ratios.slice(run.begin, count), maximize);
-  });
+  // From the last layer to the first: that is where a base optimizer begins, which then finds it in cache.
+  return measure_and_sweep(params, grads, weight_decays, trust_coefs, eps, Order::kBackwards,
+                           [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
+                             const auto count = static_cast<size_t>(run.end - run.begin);
+                             adapt(plan, grads.slice(run.begin, count), params.slice(run.begin, count),
+                                   weight_decays.slice(run.begin, count), ratios.slice(run.begin, count), maximize);
+                           });
 }
 
 void sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
@@ -256,9 +264,9 @@ void sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_b
   if (ratios.has_value()) {
     check_ratios("sgd_", *ratios, grads, params);
     const at::Tensor values = ratios->to(c10::kDouble);
-    update(sgd, all, {values.const_data_ptr<double>(), params.size()});
+    update(plan_of(params), sgd, all, {values.const_data_ptr<double>(), params.size()});
   } else {
-    update(sgd, all, {});
+    update(plan_of(params), sgd, all, {});
   }
 }
 
@@ -271,8 +279,9 @@ at::Tensor lars_sgd_(at::TensorList params, at::TensorList grads, at::TensorList
                          momentums, dampenings, nesterov,         maximize,      lr_scale};
   check_sgd("lars_sgd_", sgd);
   check_hyper_parameters("lars_sgd_", grads.size(), "grads", weight_decays, trust_coefs, eps);
-  return measure_and_sweep(params, grads, weight_decays, trust_coefs, eps,
-                           [&](Range run, at::ArrayRef<double> ratios) { update(sgd, run, ratios); });
+  return measure_and_sweep(
+      params, grads, weight_decays, trust_coefs, eps, Order::kForwards,
+      [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) { update(plan, sgd, run, ratios); });
 }
 
 }  // namespace

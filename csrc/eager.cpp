@@ -1,0 +1,333 @@
+// The eager door. A Python loop over parameters, and a list of tensors that is handed to an op, cost more per tensor
+// than a small layer's whole arithmetic. So a group's parameters are walked here, where reading .grad is a pointer.
+//
+// It takes plain layers only, and leaves to Python whatever needs a closer look: subclasses, sparse, complex, lazy and
+// overlapping tensors, mixed dtypes, errors. What it took goes through the dispatcher, as from Python: the same
+// kernels, and the reference for devices that have none.
+#include "eager.h"
+
+#include <ATen/core/LegacyTypeDispatch.h>
+#include <ATen/core/dispatch/Dispatcher.h>
+#include <c10/util/flat_hash_map.h>
+#include <pybind11/stl.h>
+#include <torch/csrc/autograd/python_variable.h>
+#include <torch/csrc/utils/pybind.h>
+
+#include <memory>
+#include <optional>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "checks.h"
+#include "layers.h"
+
+namespace torchlars {
+namespace {
+
+namespace py = pybind11;
+
+using Tensors = std::vector<at::Tensor>;
+using Numbers = std::vector<double>;
+
+// Tensors, kept alive as Python objects. A reference from C++ beside the one of the object would take the GIL, and
+// several times as long.
+class PyTensors {
+ public:
+  PyTensors() = default;
+  PyTensors(const PyTensors&) = delete;
+  PyTensors& operator=(const PyTensors&) = delete;
+  ~PyTensors() {
+    for (at::Tensor& tensor : tensors_) {
+      Borrow::destroyBorrow(tensor);
+    }
+  }
+
+  void add(PyObject* object) {
+    tensors_.push_back(Borrow::createBorrow(THPVariable_Unpack(object)));
+    objects_.append(py::handle(object));
+  }
+
+  at::TensorList tensors() const { return tensors_; }
+  const py::list& objects() const { return objects_; }
+
+ private:
+  using Borrow = c10::MaybeOwnedTraits<at::Tensor>;
+
+  Tensors tensors_;
+  py::list objects_;
+};
+
+// Memory of a device that its kernels may read as it is: no subclass, nothing lazy, no wrapper of a transformation.
+bool is_plain(const at::Tensor& tensor) {
+  static const auto harmless = c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
+  const auto rest = tensor.key_set() - harmless;
+  return c10::toFunctionalityKey(rest.highestPriorityTypeId()) == c10::DispatchKey::Dense &&
+         tensor.layout() == c10::kStrided && tensor.is_non_overlapping_and_dense() && !tensor.is_inference();
+}
+
+bool is_plain_layer(const at::Tensor& param, const at::Tensor& grad) {
+  return is_plain(param) && is_plain(grad) && is_supported(param.scalar_type()) && !param.is_complex() &&
+         grad.scalar_type() == param.scalar_type() && grad.device() == param.device() && grad.sizes() == param.sizes();
+}
+
+// The attribute by which FSDP1 marks a parameter that it has flattened and split.
+bool is_fsdp_flattened(PyObject* param) {
+  static PyObject* const name = PyUnicode_InternFromString("_fsdp_flattened");
+  return PyObject_HasAttr(param, name) != 0;
+}
+
+using Seen = ska::flat_hash_set<const c10::TensorImpl*>;
+
+// Calls take(param, grad, the parameter as a Python object) for every plain layer of a group that was not seen before;
+// it may decline by returning false. Returns the positions of all others that have a gradient.
+template <typename Take>
+std::vector<int64_t> for_plain_layers(const py::sequence& params, Seen& seen, const Take& take) {
+  const auto fast = py::reinterpret_steal<py::object>(PySequence_Fast(params.ptr(), "expected a sequence"));
+  if (!fast) {
+    throw py::error_already_set();
+  }
+  const Py_ssize_t count = PySequence_Fast_GET_SIZE(fast.ptr());
+  PyObject* const* const items = PySequence_Fast_ITEMS(fast.ptr());
+  seen.reserve(seen.size() + count);
+  std::vector<int64_t> others;
+  for (Py_ssize_t position = 0; position < count; ++position) {
+    PyObject* const item = items[position];
+    if (!THPVariable_CheckExact(item) || is_fsdp_flattened(item)) {
+      others.push_back(position);
+      continue;
+    }
+    const at::Tensor& param = THPVariable_Unpack(item);
+    const at::Tensor& grad = param.grad();
+    if (!grad.defined()) {
+      continue;
+    }
+    if (!is_plain_layer(param, grad)) {
+      others.push_back(position);
+    } else if (seen.insert(param.unsafeGetTensorImpl()).second && !take(param, grad, item)) {
+      others.push_back(position);
+    }
+  }
+  return others;
+}
+
+// The bucket for a layer among those there are, or a new one; most often it is the last one's.
+template <typename Bucket, typename Key>
+Bucket& bucket_for(std::vector<std::shared_ptr<Bucket>>& buckets, const Key& key) {
+  for (auto bucket = buckets.rbegin(); bucket != buckets.rend(); ++bucket) {
+    if ((*bucket)->key == key) {
+      return **bucket;
+    }
+  }
+  return *buckets.emplace_back(std::make_shared<Bucket>(key));
+}
+
+// An op of this library, called as from Python, below autograd.
+template <typename Signature>
+class Op {
+ public:
+  explicit Op(const char* name)
+      : handle_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>()) {}
+
+  template <typename... Arguments>
+  auto operator()(Arguments&&... arguments) const {
+    const py::gil_scoped_release no_gil;
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    return handle_.call(std::forward<Arguments>(arguments)...);
+  }
+
+ private:
+  c10::TypedOperatorHandle<Signature> handle_;
+};
+
+// Layers that LARS adapts in one call.
+struct LarsBucket {
+  struct Key {
+    c10::Device device;
+    c10::ScalarType dtype;
+    bool maximize;
+
+    bool operator==(const Key& other) const {
+      return device == other.device && dtype == other.dtype && maximize == other.maximize;
+    }
+  };
+
+  explicit LarsBucket(const Key& key) : key(key) {}
+
+  Key key;
+  PyTensors params;
+  Tensors grads;
+  Numbers weight_decays;
+  Numbers trust_coefs;
+  Numbers eps;
+
+  // Scales the gradients. Returns the trust ratios.
+  at::Tensor adapt() {
+    using Signature = at::Tensor(at::TensorList, at::TensorList, at::ArrayRef<double>, at::ArrayRef<double>,
+                                 at::ArrayRef<double>, bool);
+    static const Op<Signature> op("torchlars::scale_by_trust_ratios_");
+    return op(grads, params.tensors(), weight_decays, trust_coefs, eps, key.maximize);
+  }
+};
+
+class LarsLayers {
+ public:
+  std::vector<int64_t> add(const py::sequence& params, double weight_decay, double trust_coef, double eps,
+                           bool maximize) {
+    return for_plain_layers(params, seen_, [&](const at::Tensor& param, const at::Tensor& grad, PyObject* object) {
+      LarsBucket& bucket = bucket_for(buckets, LarsBucket::Key{param.device(), param.scalar_type(), maximize});
+      bucket.params.add(object);
+      bucket.grads.push_back(grad);
+      bucket.weight_decays.push_back(weight_decay);
+      bucket.trust_coefs.push_back(trust_coef);
+      bucket.eps.push_back(eps);
+      return true;
+    });
+  }
+
+  std::vector<std::shared_ptr<LarsBucket>> buckets;
+
+ private:
+  Seen seen_;
+};
+
+// Layers that SGD updates in one call, with trust ratios or without.
+struct SgdBucket {
+  struct Key {
+    c10::Device device;
+    c10::ScalarType dtype;
+    std::optional<c10::ScalarType> momentum_dtype;  // none: no momentum
+    const c10::TensorImpl* lr;                      // null: a number
+    bool nesterov;
+    bool maximize;
+    bool is_adapted;
+
+    bool operator==(const Key& other) const {
+      return device == other.device && dtype == other.dtype && momentum_dtype == other.momentum_dtype &&
+             lr == other.lr && nesterov == other.nesterov && maximize == other.maximize &&
+             is_adapted == other.is_adapted;
+    }
+  };
+
+  explicit SgdBucket(const Key& key) : key(key) {}
+
+  Key key;
+  PyTensors params;
+  Tensors grads;
+  PyTensors momentum_buffers;
+  std::optional<at::Tensor> lr;
+  Numbers weight_decays;
+  Numbers trust_coefs;
+  Numbers eps;
+  Numbers lrs;
+  Numbers momentums;
+  Numbers dampenings;
+
+  // Takes the step. Returns the trust ratios, if there are any.
+  std::optional<at::Tensor> update() {
+    using Floats = at::ArrayRef<double>;
+    using Scalar = const std::optional<at::Tensor>&;
+    static const Op<void(at::TensorList, at::TensorList, at::TensorList, Scalar, Floats, Floats, Floats, Floats, bool,
+                         bool, Scalar)>
+        sgd("torchlars::sgd_");
+    static const Op<at::Tensor(at::TensorList, at::TensorList, at::TensorList, Floats, Floats, Floats, Floats, Floats,
+                               Floats, bool, bool, Scalar)>
+        lars_sgd("torchlars::lars_sgd_");
+    std::optional<at::Tensor> lr_scale;
+    if (lr.has_value()) {
+      lr_scale = lr->to(at::TensorOptions(key.device).dtype(c10::kDouble), /*non_blocking=*/true);
+    }
+    if (key.is_adapted) {
+      return lars_sgd(params.tensors(), grads, momentum_buffers.tensors(), weight_decays, trust_coefs, eps, lrs,
+                      momentums, dampenings, key.nesterov, key.maximize, lr_scale);
+    }
+    sgd(params.tensors(), grads, momentum_buffers.tensors(), std::nullopt, weight_decays, lrs, momentums, dampenings,
+        key.nesterov, key.maximize, lr_scale);
+    return std::nullopt;
+  }
+};
+
+class SgdLayers {
+ public:
+  // state: the optimizer's. trust_coef and eps: none where the group is not adapted. A layer whose buffer is missing,
+  // or not as a kernel takes it, is left to Python, which makes one.
+  std::vector<int64_t> add(const py::sequence& params, const py::dict& state, double weight_decay,
+                           std::optional<double> trust_coef, std::optional<double> eps,
+                           const std::variant<double, at::Tensor>& lr, double momentum, double dampening, bool nesterov,
+                           bool maximize, bool momentum_in_float32) {
+    static PyObject* const momentum_buffer = PyUnicode_InternFromString("momentum_buffer");
+    const at::Tensor* const lr_tensor = std::get_if<at::Tensor>(&lr);
+    return for_plain_layers(params, seen_, [&](const at::Tensor& param, const at::Tensor& grad, PyObject* object) {
+      SgdBucket::Key key{param.device(),
+                         param.scalar_type(),
+                         std::nullopt,
+                         lr_tensor ? lr_tensor->unsafeGetTensorImpl() : nullptr,
+                         nesterov,
+                         maximize,
+                         trust_coef.has_value()};
+      PyObject* found = nullptr;
+      if (momentum != 0) {
+        PyObject* const own_state = PyDict_GetItemWithError(state.ptr(), object);
+        found = own_state && PyDict_Check(own_state) ? PyDict_GetItemWithError(own_state, momentum_buffer) : nullptr;
+        if (PyErr_Occurred()) {
+          throw py::error_already_set();
+        }
+        if (!found || !THPVariable_CheckExact(found)) {
+          return false;
+        }
+        const at::Tensor& buffer = THPVariable_Unpack(found);
+        key.momentum_dtype = momentum_in_float32 && param.element_size() == 2 ? c10::kFloat : param.scalar_type();
+        if (!is_plain(buffer) || buffer.scalar_type() != *key.momentum_dtype || buffer.device() != param.device() ||
+            buffer.sizes() != param.sizes() || !same_strides(param, buffer)) {
+          return false;
+        }
+      }
+      SgdBucket& bucket = bucket_for(buckets, key);
+      bucket.params.add(object);
+      bucket.grads.push_back(grad);
+      if (found) {
+        bucket.momentum_buffers.add(found);
+      }
+      if (lr_tensor) {
+        bucket.lr = *lr_tensor;
+      }
+      bucket.weight_decays.push_back(weight_decay);
+      bucket.trust_coefs.push_back(trust_coef.value_or(0));
+      bucket.eps.push_back(eps.value_or(0));
+      bucket.lrs.push_back(lr_tensor ? 1 : std::get<double>(lr));
+      bucket.momentums.push_back(momentum);
+      bucket.dampenings.push_back(dampening);
+      return true;
+    });
+  }
+
+  std::vector<std::shared_ptr<SgdBucket>> buckets;
+
+ private:
+  Seen seen_;
+};
+
+}  // namespace
+
+void bind_eager_door(py::module_& m) {
+  py::class_<LarsBucket, std::shared_ptr<LarsBucket>>(m, "LarsBucket", "Plain layers that one call adapts.")
+      .def_property_readonly("params", [](const LarsBucket& bucket) { return bucket.params.objects(); })
+      .def("adapt", &LarsBucket::adapt, "Scale the gradients, and return the trust ratios.");
+  py::class_<LarsLayers>(m, "LarsLayers", "The plain layers of one step, in buckets.")
+      .def(py::init<>())
+      .def("add", &LarsLayers::add, py::arg("params"), py::arg("weight_decay"), py::arg("trust_coef"), py::arg("eps"),
+           py::arg("maximize"), "Take a group's plain layers. Return the positions of those that need a closer look.")
+      .def_readonly("buckets", &LarsLayers::buckets);
+  py::class_<SgdBucket, std::shared_ptr<SgdBucket>>(m, "SgdBucket", "Plain layers that one call updates.")
+      .def_property_readonly("params", [](const SgdBucket& bucket) { return bucket.params.objects(); })
+      .def("update", &SgdBucket::update, "Step. Return the trust ratios, or None where none are applied.");
+  py::class_<SgdLayers>(m, "SgdLayers", "The plain layers of one step of SGD, in buckets.")
+      .def(py::init<>())
+      .def("add", &SgdLayers::add, py::arg("params"), py::arg("state"), py::arg("weight_decay"), py::arg("trust_coef"),
+           py::arg("eps"), py::arg("lr"), py::arg("momentum"), py::arg("dampening"), py::arg("nesterov"),
+           py::arg("maximize"), py::arg("momentum_in_float32"),
+           "Take a group's plain layers. Return the positions of those that need a closer look.")
+      .def_readonly("buckets", &SgdLayers::buckets);
+}
+
+}  // namespace torchlars

@@ -1,0 +1,323 @@
+"""SGD that takes trust ratios into its update."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.optim.sgd import sgd as torch_sgd
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from torchlars import ops
+from torchlars.wrapper import finite_number, non_negative_number
+
+if TYPE_CHECKING:
+    from torchlars.optim import TrustRatios
+
+__all__: list[str] = []
+
+
+class SGD(torch.optim.SGD):
+    r"""Stochastic gradient descent in one pass over memory, with the trust ratios of LARS or without.
+
+    .. math::
+        d &= r \cdot (g + \lambda w) \\
+        m &\leftarrow \mu m + (1 - \tau) d \qquad (m \leftarrow d \text{ in a first step}) \\
+        w &\leftarrow w - \gamma m, \qquad \text{or } w - \gamma (d + \mu m) \text{ with } \texttt{nesterov},
+        \qquad \text{or } w - \gamma d \text{ where } \mu = 0
+
+    with the gradient *g*, negated where the group maximizes. *r* is 1, so that the step is that of
+    :class:`torch.optim.SGD`, unless it is taken by ``LARS(torchlars.optim.SGD(...))``: then *r* is the layer's trust
+    ratio. That gives what ``LARS(torch.optim.SGD(...))`` gives, but ``.grad`` is neither written nor read a second time
+    from memory where a layer fits into cache.
+
+    A drop-in for :class:`torch.optim.SGD`: the same groups, the same state under the same keys, and each loads the
+    other's state dicts. Its arguments ``foreach``, ``fused`` and ``differentiable`` choose among implementations, of
+    which this is one, and do not exist here. bfloat16 and float16 layers are computed in float32, and rounded once
+    when they are written.
+
+    Args:
+        params: parameters, named parameters, or groups of them.
+        lr: γ ≥ 0, a number or a tensor of one element. A tensor is read on the parameters' device, without waiting.
+        momentum: μ ≥ 0.
+        dampening: τ.
+        weight_decay: λ ≥ 0, coupled: part of the gradient.
+        nesterov: whether to look ahead; needs momentum and no dampening.
+        maximize: whether to ascend.
+        momentum_dtype: ``torch.float32`` keeps the momentum *m* of bfloat16 and float16 parameters in float32. None
+            keeps it in the parameter's dtype, as :class:`torch.optim.SGD` does. Also a group's key, if given.
+
+    Raises:
+        TypeError, ValueError: an argument is of the wrong kind, or out of its range.
+
+    Source: the update rule is that of :class:`torch.optim.SGD`, whose documentation says where it differs from
+    Sutskever et al., 2013. For *r* see :class:`torchlars.LARS`.
+
+    Example:
+        >>> optimizer = LARS(torchlars.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4))
+    """
+
+    #: Tells LARS to pass trust ratios to :meth:`step` and leave gradients alone.
+    takes_trust_ratios = True
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.0,
+        dampening: float = 0.0,
+        weight_decay: float = 0.0,
+        nesterov: bool = False,
+        *,
+        maximize: bool = False,
+        momentum_dtype: torch.dtype | None = None,
+    ) -> None:
+        _check_momentum_dtype("momentum_dtype", momentum_dtype)
+        super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
+        if momentum_dtype is not None:  # else groups hold the keys of torch's SGD, and no other
+            self.defaults["momentum_dtype"] = momentum_dtype
+            for group in self.param_groups:
+                group.setdefault("momentum_dtype", momentum_dtype)
+        for index, group in enumerate(self.param_groups):
+            _hyper_parameters(index, group, self.defaults)
+
+    def step(self, closure: Callable[[], Any] | None = None, *, trust_ratios: TrustRatios | None = None) -> Any:
+        """Take one step.
+
+        Args:
+            closure: evaluates the model anew and returns the loss. Called once, with gradients enabled.
+            trust_ratios: passed by LARS. See :mod:`torchlars.optim`.
+
+        Returns:
+            What the closure returns.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: a group, parameter or gradient does not allow the step; the message
+                names it. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        self._step(trust_ratios)
+        return loss
+
+    @torch.no_grad()
+    def _step(self, trust_ratios: TrustRatios | None) -> None:
+        """Gather, then update: what there is to raise is raised before anything changes."""
+        plain_buckets, other_buckets = self._gather(trust_ratios)
+        for plain_bucket in plain_buckets:
+            ratios = plain_bucket.update()
+            if trust_ratios is not None and ratios is not None:
+                trust_ratios.report(plain_bucket.params, ratios)
+        for bucket in other_buckets:
+            bucket.update()
+
+    def _gather(self, trust_ratios: TrustRatios | None) -> tuple[Sequence[Any], list[Bucket]]:
+        """Return all layers to update in buckets: the plain ones, and the others with their trust ratios."""
+        plain_layers = ops.plain_layers("SgdLayers")
+        buckets: list[Bucket] = []
+        seen: set[Tensor] = set()
+        for index, group in enumerate(self.param_groups):
+            numbers = _hyper_parameters(index, group, self.defaults)
+            options: dict[str, Any] | None = None if trust_ratios is None else trust_ratios.options(index)
+            options = options or {"trust_coef": None, "eps": None}
+            others = []
+            for position in plain_layers.add(group["params"], self.state, **numbers, **options):
+                param = group["params"][position]
+                if param.grad is not None and param not in seen:
+                    seen.add(param)
+                    others.append((position, param))
+            buckets += self._closer_look(index, others, numbers, trust_ratios)
+        return plain_layers.buckets, buckets
+
+    def _closer_look(
+        self, index: int, layers: list[tuple[int, Tensor]], numbers: dict[str, Any], trust_ratios: TrustRatios | None
+    ) -> Iterable[Bucket]:
+        """Return the buckets of those layers of a group that are not plain."""
+        buckets: dict[Any, Bucket] = {}
+        for position, param in layers:
+            grad = _gradient(index, position, param, numbers)
+            key = (param.device, param.dtype, grad.dtype, grad.layout, type(param))
+            bucket = buckets.setdefault(key, Bucket(self.state, **numbers))
+            bucket.params.append(param)
+            bucket.grads.append(grad)
+        if trust_ratios is not None:
+            for bucket in buckets.values():
+                bucket.ratios = trust_ratios.measure(index, bucket.params)
+        return buckets.values()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict of this class, or of :class:`torch.optim.SGD`.
+
+        Momentum becomes of the dtype that ``momentum_dtype`` asks for.
+        """
+        loaded: dict[str, Any] = {}
+        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))  # after all others
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            handle.remove()
+        # torch has rounded all state to the parameters' dtype.
+        ids: Iterator[Any] = (i for group in loaded["param_groups"] for i in group["params"])
+        for group in self.param_groups:
+            for param, i in zip(group["params"], ids, strict=False):  # the next group goes on with ids
+                buffer = loaded["state"].get(i, {}).get("momentum_buffer")
+                if buffer is not None:
+                    dtype = momentum_dtype_of(param, group.get("momentum_dtype", self.defaults.get("momentum_dtype")))
+                    self.state[param]["momentum_buffer"] = buffer.to(device=param.device, dtype=dtype)
+
+
+@dataclass
+class Bucket:
+    """Layers of one group that one call can update."""
+
+    state: Any
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+    momentum_in_float32: bool
+    params: list[Tensor] = field(default_factory=list)
+    grads: list[Tensor] = field(default_factory=list)
+    ratios: Tensor | None = None
+
+    def update(self) -> None:
+        """Take the step."""
+        if self.grads[0].is_sparse or is_traceable_wrapper_subclass(self.params[0]):
+            self._update_by_torch()
+            return
+        layers = len(self.params)
+        dampenings = [self.dampening] * layers
+        buffers = []
+        if self.momentum != 0:
+            for i, param in enumerate(self.params):
+                buffer = self.state[param].get("momentum_buffer")
+                if buffer is None:
+                    dampenings[i] = 0.0  # m ← d: from zeros, undampened
+                buffers.append(self._buffer_like(param, buffer))
+        lr, lr_scale = self.lr, None
+        if isinstance(lr, Tensor):
+            lr_scale = lr.to(self.params[0].device, torch.float64, non_blocking=True)
+            lr = 1.0
+        ops.sgd_(
+            self.params,
+            self.grads,
+            buffers,
+            self.ratios,
+            [self.weight_decay] * layers,
+            [lr] * layers,
+            [self.momentum] * layers,
+            dampenings,
+            self.nesterov,
+            self.maximize,
+            lr_scale,
+        )
+        for param, buffer in zip(self.params, buffers, strict=self.momentum != 0):
+            self.state[param]["momentum_buffer"] = buffer
+
+    def _buffer_like(self, param: Tensor, buffer: Tensor | None) -> Tensor:
+        """Return a momentum buffer in the parameter's memory order, so that the two can be swept side by side."""
+        dtype = momentum_dtype_of(param, torch.float32 if self.momentum_in_float32 else None)
+        if buffer is not None and buffer.dtype == dtype and buffer.stride() == param.stride():
+            return buffer
+        ordered = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+        return ordered if buffer is None else ordered.copy_(buffer)
+
+    def _update_by_torch(self) -> None:
+        """Take the step by torch's own functions, which know sparse gradients and sharded parameters."""
+        for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
+            weight_decay = self.weight_decay
+            if self.ratios is not None:
+                if weight_decay != 0:
+                    grad = grad.add(param, alpha=-weight_decay if self.maximize else weight_decay)
+                grad, weight_decay = self.ratios[i] * grad, 0.0
+            buffers = [self.state[param].get("momentum_buffer")] if self.momentum != 0 else [None]
+            torch_sgd(
+                [param],
+                [grad],
+                buffers,
+                has_sparse_grad=grad.is_sparse,
+                foreach=False,
+                weight_decay=weight_decay,
+                momentum=self.momentum,
+                lr=self.lr,  # type: ignore[arg-type]
+                dampening=self.dampening,
+                nesterov=self.nesterov,
+                maximize=self.maximize,
+            )
+            if self.momentum != 0:
+                self.state[param]["momentum_buffer"] = buffers[0]
+
+
+def momentum_dtype_of(param: Tensor, momentum_dtype: torch.dtype | None) -> torch.dtype:
+    """Return the dtype of a parameter's momentum buffer."""
+    return momentum_dtype if momentum_dtype is not None and param.dtype.itemsize == 2 else param.dtype
+
+
+def _check_momentum_dtype(name: str, momentum_dtype: Any) -> None:
+    if momentum_dtype not in (None, torch.float32):
+        raise ValueError(f"{name} must be None or torch.float32 (got: {momentum_dtype!r})")
+
+
+def _hyper_parameters(index: int, group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
+    """Return a group's hyper-parameters, or raise."""
+    of_group = f"of parameter group {index}"
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(f"lr {of_group} must be a number or a tensor of one element (got: {tuple(lr.shape)})")
+    else:
+        lr = non_negative_number(f"lr {of_group}", lr)
+    if group.get("differentiable", False):
+        raise ValueError(f"differentiable {of_group} must be False (got: True): the step writes in place")
+    momentum_dtype = group.get("momentum_dtype", defaults.get("momentum_dtype"))
+    _check_momentum_dtype(f"momentum_dtype {of_group}", momentum_dtype)
+    numbers = {
+        "lr": lr,
+        "momentum": non_negative_number(f"momentum {of_group}", group["momentum"]),
+        "dampening": finite_number(f"dampening {of_group}", group["dampening"]),
+        "weight_decay": non_negative_number(f"weight_decay {of_group}", group["weight_decay"]),
+        "nesterov": bool(group["nesterov"]),
+        "maximize": bool(group["maximize"]),
+        "momentum_in_float32": momentum_dtype is not None,
+    }
+    if numbers["nesterov"] and (numbers["momentum"] == 0 or numbers["dampening"] != 0):
+        raise ValueError(
+            f"nesterov {of_group} needs momentum and no dampening "
+            f"(momentum: {numbers['momentum']}, dampening: {numbers['dampening']})"
+        )
+    return numbers
+
+
+def _gradient(group: int, position: int, param: Tensor, numbers: dict[str, Any]) -> Tensor:
+    """Return a parameter's gradient, or raise if the step cannot be taken with it."""
+    grad = param.grad
+    assert grad is not None
+    weight_decay = numbers["weight_decay"]
+    kept = numbers["momentum"] != 0 and momentum_dtype_of(param, torch.float32) != param.dtype
+    if param.dtype not in ops.DTYPES or grad.dtype not in ops.DTYPES or grad.is_complex() != param.is_complex():
+        problem = (
+            "parameters and gradients must be both real or both complex, of a floating dtype with at least 16 bits "
+            f"(parameter: {param.dtype}, gradient: {grad.dtype})"
+        )
+    elif grad.is_sparse and weight_decay != 0:
+        problem = f"sparse gradients need weight_decay=0 (weight_decay: {weight_decay})"
+    elif grad.layout not in (torch.strided, torch.sparse_coo):
+        problem = f"gradients must be strided or sparse COO (layout: {grad.layout})"
+    elif grad.shape != param.shape:
+        problem = f"gradients must have their parameter's shape (gradient: {tuple(grad.shape)})"
+    elif grad.device != param.device:
+        problem = f"gradients must be on their parameter's device (parameter: {param.device}, gradient: {grad.device})"
+    elif not grad.is_sparse and not is_traceable_wrapper_subclass(param) and not ops.is_writable_in_place(param):
+        problem = f"elements of a parameter must not share memory (strides: {param.stride()})"
+    elif numbers["momentum_in_float32"] and kept and (grad.is_sparse or is_traceable_wrapper_subclass(param)):
+        problem = f"momentum_dtype must be None for sparse gradients and tensor subclasses (dtype: {param.dtype})"
+    else:
+        return grad.coalesce() if grad.is_sparse else grad
+    raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
