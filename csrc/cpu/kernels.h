@@ -24,36 +24,43 @@
 
 namespace torchlars::cpu {
 
+constexpr int kLanes = 32;
+
+template <typename T>
+TORCHLARS_INLINE void add_squares(double (&lanes)[kLanes], const T* x) {
+  for (int lane = 0; lane < kLanes; ++lane) {
+    const double value = static_cast<double>(x[lane]);
+    lanes[lane] += value * value;
+  }
+}
+
+template <int kWidth>
+TORCHLARS_INLINE double join(const double* lanes) {
+  if constexpr (kWidth == 1) {
+    return lanes[0];
+  } else {
+    double halves[kWidth / 2];
+    for (int lane = 0; lane < kWidth / 2; ++lane) {
+      halves[lane] = lanes[lane] + lanes[lane + kWidth / 2];
+    }
+    return join<kWidth / 2>(halves);
+  }
+}
+
 // Sums in double, in independent lanes that vector registers can hold, joined in a fixed order.
 template <typename T>
 TORCHLARS_INLINE double sum_of_squares_loop(const T* x, int64_t count) {
-  constexpr int kLanes = 32;
-  int64_t i = 0;
-  if (count < 8) {  // most biases of small models: lanes would cost more than they save
-    double sum = 0;
-    for (; i < count; ++i) {
-      const double value = static_cast<double>(x[i]);
-      sum += value * value;
-    }
-    return sum;
-  }
   double lanes[kLanes] = {};
-  for (; i + kLanes <= count; i += kLanes) {
-    for (int lane = 0; lane < kLanes; ++lane) {
-      const double value = static_cast<double>(x[i + lane]);
-      lanes[lane] += value * value;
-    }
+  const T* const tail = x + count / kLanes * kLanes;
+  for (; x != tail; x += kLanes) {
+    add_squares(lanes, x);
   }
-  for (int lane = 0; i < count; ++i, ++lane) {
-    const double value = static_cast<double>(x[i]);
-    lanes[lane] += value * value;
+  if (count % kLanes != 0) {
+    T padded[kLanes] = {};
+    std::copy(tail, tail + count % kLanes, padded);
+    add_squares(lanes, padded);
   }
-  for (int width = kLanes / 2; width > 0; width /= 2) {
-    for (int lane = 0; lane < width; ++lane) {
-      lanes[lane] += lanes[lane + width];
-    }
-  }
-  return lanes[0];
+  return join<kLanes>(lanes);
 }
 
 template <bool kDecays, typename T, typename Compute>

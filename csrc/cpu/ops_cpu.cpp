@@ -143,7 +143,7 @@ Sgd sgd_of(c10::ScalarType dtype, c10::ScalarType momentum_dtype) {
 }
 
 // Steps of SGD for layers [begin, end), with their trust ratios or, where that is empty, without.
-void update(const Plan& plan, const SgdArguments& sgd, Range run, at::ArrayRef<double> ratios) {
+void update(const Plan& plan, const SgdArguments& sgd, Range run, at::ArrayRef<double> ratios, Order order) {
   std::vector<Triple> layers;
   std::vector<SgdNumbers<double>> numbers;
   layers.reserve(run.end - run.begin);
@@ -157,7 +157,7 @@ void update(const Plan& plan, const SgdArguments& sgd, Range run, at::ArrayRef<d
   const Triple& first = layers[0];
   const auto dtype = real_dtype(*first.param);
   const Sgd sgd_chunk = sgd_of(dtype, first.momentum->defined() ? real_dtype(*first.momentum) : dtype);
-  for_chunks(plan, real_size(*first.param), Order::kBackwards, [&](int64_t i, int64_t, Range range) {
+  for_chunks(plan, real_size(*first.param), order, [&](int64_t i, int64_t, Range range) {
     void* momentum = layers[i].momentum->defined() ? layers[i].momentum->mutable_data_ptr() : nullptr;
     sgd_chunk(layers[i].param->mutable_data_ptr(), layers[i].grad->const_data_ptr(), momentum, range, sgd.nesterov,
               numbers[i]);
@@ -264,9 +264,9 @@ void sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_b
   if (ratios.has_value()) {
     check_ratios("sgd_", *ratios, grads, params);
     const at::Tensor values = ratios->to(c10::kDouble);
-    update(plan_of(params), sgd, all, {values.const_data_ptr<double>(), params.size()});
+    update(plan_of(params), sgd, all, {values.const_data_ptr<double>(), params.size()}, Order::kForwards);
   } else {
-    update(plan_of(params), sgd, all, {});
+    update(plan_of(params), sgd, all, {}, Order::kForwards);
   }
 }
 
@@ -279,9 +279,10 @@ at::Tensor lars_sgd_(at::TensorList params, at::TensorList grads, at::TensorList
                          momentums, dampenings, nesterov,         maximize,      lr_scale};
   check_sgd("lars_sgd_", sgd);
   check_hyper_parameters("lars_sgd_", grads.size(), "grads", weight_decays, trust_coefs, eps);
-  return measure_and_sweep(
-      params, grads, weight_decays, trust_coefs, eps, Order::kForwards,
-      [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) { update(plan, sgd, run, ratios); });
+  return measure_and_sweep(params, grads, weight_decays, trust_coefs, eps, Order::kForwards,
+                           [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
+                             update(plan, sgd, run, ratios, Order::kBackwards);
+                           });
 }
 
 }  // namespace
