@@ -33,19 +33,19 @@ struct Launch {
   c10::cuda::CUDAStream stream;
 };
 
-using Tensors = std::vector<at::Tensor>;
-
 at::Tensor new_vector(const at::Tensor& like, int64_t size, c10::ScalarType dtype) {
   return like.new_empty({size}, like.options().dtype(dtype));
 }
 
 // Partial sums of squares of tensors that are given as both tensors and layers.
 at::Tensor measure_alone(const Launch& launch, at::TensorList tensors) {
-  Tensors swept;
+  std::vector<Swept> swept;
   std::vector<Layer> layers;
+  swept.reserve(tensors.size());
+  layers.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) {
     swept.push_back(dense(tensor));
-    layers.push_back({real_numel(tensor), swept.back().const_data_ptr()});
+    layers.push_back({real_numel(tensor), swept.back()->const_data_ptr()});
   }
   const at::Tensor partials = new_vector(tensors[0], count_chunks(layers), c10::kDouble);
   TORCHLARS_DISPATCH(real_dtype(tensors[0]), "squared_norms",
@@ -58,12 +58,14 @@ std::pair<at::Tensor, at::Tensor> measure_both(const Launch& launch, at::TensorL
   if (grads[0].scalar_type() != params[0].scalar_type()) {
     return {measure_alone(launch, params), measure_alone(launch, grads)};
   }
-  Tensors swept;
+  std::vector<Swept> swept;
   std::vector<Layer> layers;
+  swept.reserve(2 * grads.size());
+  layers.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     swept.push_back(dense(params[i]));
     swept.push_back(dense(grads[i]));
-    layers.push_back({real_numel(grads[i]), swept[2 * i].const_data_ptr(), swept[2 * i + 1].mutable_data_ptr()});
+    layers.push_back({real_numel(grads[i]), swept[2 * i]->const_data_ptr(), swept[2 * i + 1]->mutable_data_ptr()});
   }
   const at::Tensor param_partials = new_vector(grads[0], count_chunks(layers), c10::kDouble);
   const at::Tensor grad_partials = new_vector(grads[0], count_chunks(layers), c10::kDouble);
@@ -77,15 +79,16 @@ std::pair<at::Tensor, at::Tensor> measure_both(const Launch& launch, at::TensorL
 // Gradients and parameters as one sweep takes them, and the layers that point into them.
 struct Sweep {
   Sweep(at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays) {
+    pairs.reserve(grads.size());
+    layers.reserve(grads.size());
     for (size_t i = 0; i < grads.size(); ++i) {
-      pairs.push_back(side_by_side(grads[i], params[i], weight_decays[i]));
-      const Pair& pair = pairs.back();
-      layers.push_back({real_numel(pair.grad), pair.param.defined() ? pair.param.const_data_ptr() : nullptr,
-                        pair.grad.mutable_data_ptr(), weight_decays[i]});
+      const Pair& pair = pairs.emplace_back(grads[i], params[i], weight_decays[i]);
+      layers.push_back({real_numel(*pair.grad), pair.param->defined() ? pair.param->const_data_ptr() : nullptr,
+                        pair.grad->mutable_data_ptr(), weight_decays[i]});
     }
   }
 
-  c10::ScalarType dtype() const { return real_dtype(pairs[0].grad); }
+  c10::ScalarType dtype() const { return real_dtype(*pairs[0].grad); }
 
   void write_back_to(at::TensorList grads) const {
     for (size_t i = 0; i < grads.size(); ++i) {
