@@ -85,7 +85,7 @@ def extreme(pack: int) -> list[Layer]:
     return [Layer(5000, weight_decay, fill=fill) for weight_decay in (0.0, 0.1) for fill in fills]
 
 
-SEVERAL_LAUNCHES = "several launches"  # of up to 600 layers each; takes longesttakes long
+SEVERAL_LAUNCHES = "several launches"  # of up to 600 layers each; takes long
 
 CASES: dict[str, Callable[[int], list[Layer]]] = {
     "borders": borders,
@@ -288,8 +288,8 @@ BUGS = {
         "param[i], weight", "param[i + 1], weight", "heap-buffer-overflow", build="sanitized"
     ),
     "packs are read past the end": Bug(
-        "if (first + u * kThreads < num_packs) {\n          loaded",
-        "if (first < num_packs) {\n          loaded",
+        "if (first + u * kThreads < num_packs) {\n        loaded",
+        "if (first < num_packs) {\n        loaded",
         "heap-buffer-overflow",
         build="sanitized",
     ),
@@ -331,12 +331,14 @@ BUGS = {
         "gridDim.x - 1 - blockIdx.x", "gridDim.x - blockIdx.x", "differ"
     ),
     "a layer's first chunk goes to the layer before": Bug("<= value", "< value", "differ", file="plan.h"),
-    "a ratio is not told": Bug("if (chunk == first &&", "if (blockIdx.x == 0 && chunk == first &&", "ratios differ"),
+    "a ratio is not told": Bug(
+        "if (place.chunk == first &&", "if (blockIdx.x == 0 && place.chunk == first &&", "ratios differ"
+    ),
     "a ratio is taken from another block": Bug(
-        "chunk - first), sign, ratio)", "chunk - first), sign, ratios[layer])", "differ"
+        "place.range, sign, ratio)", "place.range, sign, ratios[place.layer])", "differ"
     ),
     "a ratio too many is decided": Bug("layer < layers.count", "layer <= layers.count", "wrote outside of its memory"),
-    "maximize is ignored": Bug("sign * layers.weight_decay", "layers.weight_decay", "gradients differ"),
+    "maximize is ignored": Bug("sign * layer.weight_decay", "layer.weight_decay", "gradients differ"),
     "a second launch reads the first one's sums": Bug(
         "param_partials + chunk,",
         "param_partials,",

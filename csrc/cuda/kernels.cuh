@@ -10,6 +10,7 @@
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 
+#include <cstddef>
 #include <cstdint>
 
 #include "../plan.h"
@@ -20,22 +21,60 @@ namespace torchlars::cuda {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 
-// The layers of one launch. Travels as a kernel argument, of which there are 32,764 bytes: no copy to the device, so
-// that nothing needs to be staged, waited for or kept alive.
+// Layers as the caller names them. Pointers that a kernel does not read may be null, numbers that it does not use 0.
+
+struct MeasuredLayer {
+  int64_t numel = 0;
+  const void* param = nullptr;
+  const void* grad = nullptr;
+};
+
+struct Layer {
+  int64_t numel = 0;
+  const void* param = nullptr;
+  void* grad = nullptr;
+  double weight_decay = 0;
+  double trust_coef = 0;
+  double eps = 0;
+};
+
+constexpr size_t kArgumentBytes = 32764;  // that a kernel can take
+constexpr size_t kOtherArguments = 64;    // of them, for all but the layers
+
+// The layers of one launch. Travels as a kernel argument: no copy to the device, so that nothing needs to be staged,
+// waited for or kept alive.
+template <typename AnyLayer>
 struct Layers {
-  static constexpr int kCapacity = 600;
+  // As many as fit beside count, the last of first_chunk and padding. But no more than 600: an argument is copied whole
+  // at each launch, however few layers there are.
+  static constexpr size_t kFit =
+      (kArgumentBytes - kOtherArguments - 3 * sizeof(int32_t)) / (sizeof(AnyLayer) + sizeof(int32_t));
+  static constexpr int kCapacity = kFit < 600 ? kFit : 600;
 
   int32_t count;
   int32_t
       first_chunk[kCapacity + 1];  // of each layer, counted from this launch's first; the last entry is their number
-  int64_t numel[kCapacity];
-  const void* param[kCapacity];  // may be null where a kernel need not read it
-  void* grad[kCapacity];         // likewise
-  double weight_decay[kCapacity];
-  double trust_coef[kCapacity];
-  double eps[kCapacity];
+  AnyLayer layer[kCapacity];
 };
-static_assert(sizeof(Layers) + 64 <= 32764, "Layers and a few pointers must fit the arguments of a kernel");
+
+// Where a block works: in one chunk of the launch.
+struct Place {
+  int chunk;
+  int layer;
+  Range range;  // of the layer
+};
+
+template <typename AnyLayer>
+__device__ inline Place place_of(const Layers<AnyLayer>& layers, int chunk) {
+  const int layer = find_start(layers.first_chunk, layers.count, chunk);
+  return {chunk, layer, chunk_range(layers.layer[layer].numel, chunk - layers.first_chunk[layer])};
+}
+
+// The place of a block where the last chunk comes first: what was measured last may still be in cache.
+template <typename AnyLayer>
+__device__ inline Place place_from_the_end(const Layers<AnyLayer>& layers) {
+  return place_of(layers, gridDim.x - 1 - blockIdx.x);
+}
 
 // Sixteen bytes, the widest load there is.
 template <typename T>
@@ -47,6 +86,26 @@ struct alignas(16) Pack {
 template <typename T>
 __device__ inline bool is_aligned(const T* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % alignof(Pack<T>) == 0;
+}
+
+// Calls use(i, load(i)) for all packs, which the threads of the block share. kUnroll of them are in flight per thread.
+template <int kUnroll, typename Load, typename Use>
+__device__ inline void for_packs(int64_t num_packs, const Load& load, const Use& use) {
+  for (int64_t first = threadIdx.x; first < num_packs; first += kUnroll * kThreads) {
+    decltype(load(first)) loaded[kUnroll];
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (first + u * kThreads < num_packs) {
+        loaded[u] = load(first + u * kThreads);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      if (first + u * kThreads < num_packs) {
+        use(first + u * kThreads, loaded[u]);
+      }
+    }
+  }
 }
 
 // The sum of every thread's value, for every thread. A fixed tree: lanes, then warps.
@@ -74,31 +133,20 @@ __device__ inline double add_square(double sum, double value) { return fma(value
 template <typename T>
 __device__ double sum_of_squares(const T* __restrict__ x, int64_t count) {
   constexpr int kSize = Pack<T>::kSize;
-  constexpr int kUnroll = 4;  // packs in flight per thread
   double sum = 0;
   int64_t peeled = 0;
   if (is_aligned(x)) {
     const auto* packs = reinterpret_cast<const Pack<T>*>(x);
     const int64_t num_packs = count / kSize;
     peeled = num_packs * kSize;
-    for (int64_t first = threadIdx.x; first < num_packs; first += kUnroll * kThreads) {
-      Pack<T> loaded[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (first + u * kThreads < num_packs) {
-          loaded[u] = packs[first + u * kThreads];
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (first + u * kThreads < num_packs) {
+    for_packs<4>(
+        num_packs, [&](int64_t pack) { return packs[pack]; },
+        [&](int64_t, const Pack<T>& x) {
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
-            sum = add_square(sum, static_cast<double>(loaded[u].values[i]));
+            sum = add_square(sum, static_cast<double>(x.values[i]));
           }
-        }
-      }
-    }
+        });
   }
   for (int64_t i = peeled + threadIdx.x; i < count; i += kThreads) {
     sum = add_square(sum, static_cast<double>(x[i]));
@@ -130,40 +178,36 @@ template <bool kDecays, typename T, typename Compute>
 __device__ void adapt_range(T* __restrict__ grad, const T* __restrict__ param, int64_t count, Compute weight_decay,
                             Compute ratio) {
   constexpr int kSize = Pack<T>::kSize;
-  constexpr int kUnroll = 2;  // packs of each in flight per thread
   int64_t peeled = 0;
   if (is_aligned(grad) && is_aligned(param)) {
-    auto* grad_packs = reinterpret_cast<Pack<T>*>(grad);
-    const auto* param_packs = reinterpret_cast<const Pack<T>*>(param);
+    auto* grads = reinterpret_cast<Pack<T>*>(grad);
+    const auto* params = reinterpret_cast<const Pack<T>*>(param);
     const int64_t num_packs = count / kSize;
     peeled = num_packs * kSize;
-    for (int64_t first = threadIdx.x; first < num_packs; first += kUnroll * kThreads) {
-      Pack<T> g[kUnroll];
-      Pack<T> p[kUnroll];
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (first + u * kThreads < num_packs) {
-          g[u] = grad_packs[first + u * kThreads];
+    struct Packs {
+      Pack<T> grad, param;
+    };
+    for_packs<2>(
+        num_packs,
+        [&](int64_t pack) {
+          Packs x;
+          x.grad = grads[pack];
           if constexpr (kDecays) {
-            p[u] = param_packs[first + u * kThreads];
+            x.param = params[pack];
           }
-        }
-      }
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        if (first + u * kThreads < num_packs) {
+          return x;
+        },
+        [&](int64_t pack, Packs& x) {
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
             if constexpr (kDecays) {
-              g[u].values[i] = adapt_one(g[u].values[i], p[u].values[i], weight_decay, ratio);
+              x.grad.values[i] = adapt_one(x.grad.values[i], x.param.values[i], weight_decay, ratio);
             } else {
-              g[u].values[i] = adapt_one(g[u].values[i], ratio);
+              x.grad.values[i] = adapt_one(x.grad.values[i], ratio);
             }
           }
-          grad_packs[first + u * kThreads] = g[u];
-        }
-      }
-    }
+          grads[pack] = x.grad;
+        });
   }
   for (int64_t i = peeled + threadIdx.x; i < count; i += kThreads) {
     if constexpr (kDecays) {
@@ -175,42 +219,62 @@ __device__ void adapt_range(T* __restrict__ grad, const T* __restrict__ param, i
 }
 
 template <typename T, typename Compute>
-__device__ void adapt_chunk(const Layers& layers, int layer, Range range, double sign, Compute ratio) {
-  T* grad = static_cast<T*>(layers.grad[layer]) + range.begin;
+__device__ void adapt_chunk(const Layer& layer, Range range, double sign, Compute ratio) {
+  T* grad = static_cast<T*>(layer.grad) + range.begin;
   const int64_t count = range.end - range.begin;
-  if (layers.param[layer] == nullptr) {
+  if (layer.param == nullptr) {
     adapt_range<false>(grad, static_cast<const T*>(nullptr), count, Compute(0), ratio);
   } else {
-    const T* param = static_cast<const T*>(layers.param[layer]) + range.begin;
-    adapt_range<true>(grad, param, count, static_cast<Compute>(sign * layers.weight_decay[layer]), ratio);
+    const T* param = static_cast<const T*>(layer.param) + range.begin;
+    adapt_range<true>(grad, param, count, static_cast<Compute>(sign * layer.weight_decay), ratio);
   }
+}
+
+template <typename Ratio, typename AnyLayer>
+__device__ inline Ratio trust_ratio_of(const AnyLayer& layer, double param_squared_norm, double grad_squared_norm) {
+  return static_cast<Ratio>(
+      trust_ratio(param_squared_norm, grad_squared_norm, layer.weight_decay, layer.trust_coef, layer.eps));
+}
+
+// The trust ratio of a block's layer, from partial sums. The block of the layer's first chunk also tells it.
+template <typename Ratio, typename AnyLayer>
+__device__ inline Ratio decide_at(const Place& place, const Layers<AnyLayer>& layers, const double* param_partials,
+                                  const double* grad_partials, Ratio* ratios) {
+  const int first = layers.first_chunk[place.layer];
+  const int num_partials = layers.first_chunk[place.layer + 1] - first;
+  const double param_squared_norm = sum_of_partials(param_partials + first, num_partials);
+  const double grad_squared_norm = sum_of_partials(grad_partials + first, num_partials);
+  const auto ratio = trust_ratio_of<Ratio>(layers.layer[place.layer], param_squared_norm, grad_squared_norm);
+  if (place.chunk == first && threadIdx.x == 0) {
+    ratios[place.layer] = ratio;
+  }
+  return ratio;
 }
 
 // Partial sums of squares of the parameters, or of the gradients, or of both. One block a chunk.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    measure(const __grid_constant__ Layers layers, double* param_partials, double* grad_partials) {
-  const int chunk = blockIdx.x;
-  const int layer = find_start(layers.first_chunk, layers.count, chunk);
-  const Range range = chunk_range(layers.numel[layer], chunk - layers.first_chunk[layer]);
-  const int64_t count = range.end - range.begin;
+    measure(const __grid_constant__ Layers<MeasuredLayer> layers, double* param_partials, double* grad_partials) {
+  const Place place = place_of(layers, blockIdx.x);
+  const MeasuredLayer& layer = layers.layer[place.layer];
+  const int64_t count = place.range.end - place.range.begin;
   if (param_partials != nullptr) {
-    const double sum = sum_of_squares(static_cast<const T*>(layers.param[layer]) + range.begin, count);
+    const double sum = sum_of_squares(static_cast<const T*>(layer.param) + place.range.begin, count);
     if (threadIdx.x == 0) {
-      param_partials[chunk] = sum;
+      param_partials[place.chunk] = sum;
     }
   }
   if (grad_partials != nullptr) {
-    const double sum = sum_of_squares(static_cast<const T*>(layers.grad[layer]) + range.begin, count);
+    const double sum = sum_of_squares(static_cast<const T*>(layer.grad) + place.range.begin, count);
     if (threadIdx.x == 0) {
-      grad_partials[chunk] = sum;
+      grad_partials[place.chunk] = sum;
     }
   }
 }
 
 // Squared norms from partial sums. One block a layer.
 __global__ void __launch_bounds__(kThreads)
-    add_partials(const __grid_constant__ Layers layers, const double* partials, double* squared_norms) {
+    add_partials(const __grid_constant__ Layers<MeasuredLayer> layers, const double* partials, double* squared_norms) {
   const int layer = blockIdx.x;
   const int first = layers.first_chunk[layer];
   const double sum = sum_of_partials(partials + first, layers.first_chunk[layer + 1] - first);
@@ -222,44 +286,30 @@ __global__ void __launch_bounds__(kThreads)
 // Trust ratios from squared norms. One thread a layer.
 template <typename Ratio>
 __global__ void __launch_bounds__(kThreads)
-    decide(const __grid_constant__ Layers layers, const double* param_squared_norms, const double* grad_squared_norms,
-           Ratio* ratios) {
+    decide(const __grid_constant__ Layers<Layer> layers, const double* param_squared_norms,
+           const double* grad_squared_norms, Ratio* ratios) {
   const int layer = blockIdx.x * kThreads + threadIdx.x;
   if (layer < layers.count) {
-    ratios[layer] =
-        static_cast<Ratio>(trust_ratio(param_squared_norms[layer], grad_squared_norms[layer],
-                                       layers.weight_decay[layer], layers.trust_coef[layer], layers.eps[layer]));
+    ratios[layer] = trust_ratio_of<Ratio>(layers.layer[layer], param_squared_norms[layer], grad_squared_norms[layer]);
   }
 }
 
-// Gradients in place, from trust ratios. One block a chunk, the last chunk first: what was measured last may still be
-// in cache.
+// Gradients in place, from trust ratios. One block a chunk.
 template <typename T, typename Ratio>
 __global__ void __launch_bounds__(kThreads)
-    apply(const __grid_constant__ Layers layers, const Ratio* ratios, double sign) {
-  const int chunk = gridDim.x - 1 - blockIdx.x;
-  const int layer = find_start(layers.first_chunk, layers.count, chunk);
-  const Range range = chunk_range(layers.numel[layer], chunk - layers.first_chunk[layer]);
-  adapt_chunk<T, Ratio>(layers, layer, range, sign, ratios[layer]);
+    apply(const __grid_constant__ Layers<Layer> layers, const Ratio* ratios, double sign) {
+  const Place place = place_from_the_end(layers);
+  adapt_chunk<T>(layers.layer[place.layer], place.range, sign, ratios[place.layer]);
 }
 
-// The same from partial sums. The block of a layer's first chunk also tells the ratio.
+// The same from partial sums.
 template <typename T, typename Ratio>
 __global__ void __launch_bounds__(kThreads)
-    decide_and_apply(const __grid_constant__ Layers layers, const double* param_partials, const double* grad_partials,
-                     Ratio* ratios, double sign) {
-  const int chunk = gridDim.x - 1 - blockIdx.x;
-  const int layer = find_start(layers.first_chunk, layers.count, chunk);
-  const int first = layers.first_chunk[layer];
-  const int num_partials = layers.first_chunk[layer + 1] - first;
-  const double param_squared_norm = sum_of_partials(param_partials + first, num_partials);
-  const double grad_squared_norm = sum_of_partials(grad_partials + first, num_partials);
-  const auto ratio = static_cast<Ratio>(trust_ratio(param_squared_norm, grad_squared_norm, layers.weight_decay[layer],
-                                                    layers.trust_coef[layer], layers.eps[layer]));
-  if (chunk == first && threadIdx.x == 0) {
-    ratios[layer] = ratio;
-  }
-  adapt_chunk<T, Ratio>(layers, layer, chunk_range(layers.numel[layer], chunk - first), sign, ratio);
+    decide_and_apply(const __grid_constant__ Layers<Layer> layers, const double* param_partials,
+                     const double* grad_partials, Ratio* ratios, double sign) {
+  const Place place = place_from_the_end(layers);
+  const Ratio ratio = decide_at(place, layers, param_partials, grad_partials, ratios);
+  adapt_chunk<T>(layers.layer[place.layer], place.range, sign, ratio);
 }
 
 }  // namespace torchlars::cuda

@@ -40,7 +40,7 @@ at::Tensor new_vector(const at::Tensor& like, int64_t size, c10::ScalarType dtyp
 // Partial sums of squares of tensors that are given as both tensors and layers.
 at::Tensor measure_alone(const Launch& launch, at::TensorList tensors) {
   std::vector<Swept> swept;
-  std::vector<Layer> layers;
+  std::vector<MeasuredLayer> layers;
   swept.reserve(tensors.size());
   layers.reserve(tensors.size());
   for (const at::Tensor& tensor : tensors) {
@@ -59,13 +59,13 @@ std::pair<at::Tensor, at::Tensor> measure_both(const Launch& launch, at::TensorL
     return {measure_alone(launch, params), measure_alone(launch, grads)};
   }
   std::vector<Swept> swept;
-  std::vector<Layer> layers;
+  std::vector<MeasuredLayer> layers;
   swept.reserve(2 * grads.size());
   layers.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     swept.push_back(dense(params[i]));
     swept.push_back(dense(grads[i]));
-    layers.push_back({real_numel(grads[i]), swept[2 * i]->const_data_ptr(), swept[2 * i + 1]->mutable_data_ptr()});
+    layers.push_back({real_numel(grads[i]), swept[2 * i]->const_data_ptr(), swept[2 * i + 1]->const_data_ptr()});
   }
   const at::Tensor param_partials = new_vector(grads[0], count_chunks(layers), c10::kDouble);
   const at::Tensor grad_partials = new_vector(grads[0], count_chunks(layers), c10::kDouble);
@@ -105,7 +105,7 @@ at::Tensor squared_norms(at::TensorList tensors) {
   check_tensors("squared_norms", "tensors", tensors);
   const Launch launch(tensors[0]);
   const at::Tensor partials = measure_alone(launch, tensors);
-  std::vector<Layer> layers;
+  std::vector<MeasuredLayer> layers;
   for (const at::Tensor& tensor : tensors) {
     layers.push_back({real_numel(tensor)});
   }

@@ -84,13 +84,14 @@ void run(const Case& header) {
     grads.emplace_back(n.numel, n.grad_offset).read();
   }
 
-  std::vector<Layer> both, only_params, only_grads, sizes, decided, swept;
+  std::vector<MeasuredLayer> both, only_params, only_grads, sizes;
+  std::vector<Layer> decided, swept;
   for (size_t i = 0; i < numbers.size(); ++i) {
     const Numbers& n = numbers[i];
     const T* read_param = n.weight_decay == 0 ? nullptr : params[i].data();
     both.push_back({n.numel, params[i].data(), grads[i].data()});
     only_params.push_back({n.numel, params[i].data()});
-    only_grads.push_back({n.numel, grads[i].data()});
+    only_grads.push_back({n.numel, nullptr, grads[i].data()});
     sizes.push_back({n.numel});
     decided.push_back({0, nullptr, nullptr, n.weight_decay, n.trust_coef, n.eps});
     swept.push_back({n.numel, read_param, grads[i].data(), n.weight_decay});
@@ -107,7 +108,7 @@ void run(const Case& header) {
   if (header.three_ops) {
     launch_measure<T>(launch, only_params, param_partials.data(), nullptr);
     launch_add_partials(launch, sizes, param_partials.data(), param_norms.data());
-    launch_measure<T>(launch, only_grads, grad_partials.data(), nullptr);
+    launch_measure<T>(launch, only_grads, nullptr, grad_partials.data());
     launch_add_partials(launch, sizes, grad_partials.data(), grad_norms.data());
     launch_decide(launch, decided, param_norms.data(), grad_norms.data(), ratios.data());
     launch_apply<T>(launch, swept, ratios.data(), header.maximize);
