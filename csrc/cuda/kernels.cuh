@@ -2,9 +2,10 @@
 // compiles and runs this very file on a CPU.
 //
 // A step is two launches. `measure` has one block a chunk, which leaves one partial sum for the parameter and one for
-// the gradient. In `decide_and_apply` every block adds its layer's partial sums again, in the same order as all others,
-// so that blocks need not wait for each other and nothing is accumulated atomically: the bits are the same on every
-// run. The other kernels are the same pieces apart, for layers whose norms are completed elsewhere in between.
+// the gradient. In `decide_and_apply` and `decide_and_update` every block adds its layer's partial sums again, in the
+// same order as all others, so that blocks need not wait for each other and nothing is accumulated atomically: the bits
+// are the same on every run. The other kernels are the same pieces apart, for layers whose norms are completed
+// elsewhere in between.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -14,6 +15,7 @@
 #include <cstdint>
 
 #include "../plan.h"
+#include "../sgd.h"
 #include "../trust_ratio.h"
 
 namespace torchlars::cuda {
@@ -36,6 +38,19 @@ struct Layer {
   double weight_decay = 0;
   double trust_coef = 0;
   double eps = 0;
+};
+
+struct SgdLayer {
+  int64_t numel = 0;
+  void* param = nullptr;
+  const void* grad = nullptr;
+  void* momentum_buffer = nullptr;  // null: no momentum
+  double weight_decay = 0;
+  double trust_coef = 0;
+  double eps = 0;
+  double lr = 0;
+  double momentum = 0;
+  double dampening = 0;
 };
 
 constexpr size_t kArgumentBytes = 32764;  // that a kernel can take
@@ -76,10 +91,11 @@ __device__ inline Place place_from_the_end(const Layers<AnyLayer>& layers) {
   return place_of(layers, gridDim.x - 1 - blockIdx.x);
 }
 
-// Sixteen bytes, the widest load there is.
-template <typename T>
+// As many numbers of T as sixteen bytes hold, the widest load there is. Or kSize numbers, moved by as many such loads
+// as it takes: to go side by side with packs of a smaller type.
+template <typename T, int kNumbers = 16 / sizeof(T)>
 struct alignas(16) Pack {
-  static constexpr int kSize = 16 / sizeof(T);
+  static constexpr int kSize = kNumbers;
   T values[kSize];
 };
 
@@ -230,6 +246,93 @@ __device__ void adapt_chunk(const Layer& layer, Range range, double sign, Comput
   }
 }
 
+template <bool kDecays, bool kMomentum, bool kNesterov, typename T, typename M, typename Compute>
+__device__ inline void update_one(T& param, const T& grad, M& momentum, const SgdNumbers<Compute>& numbers) {
+  Compute m = 0;
+  if constexpr (kMomentum) {
+    m = static_cast<Compute>(momentum);
+  }
+  param = static_cast<T>(
+      sgd<kDecays, kMomentum, kNesterov>(static_cast<Compute>(param), static_cast<Compute>(grad), m, numbers));
+  if constexpr (kMomentum) {
+    momentum = static_cast<M>(m);
+  }
+}
+
+// Updates a range of a parameter and its momentum, in place.
+template <bool kDecays, bool kMomentum, bool kNesterov, typename T, typename M, typename Compute>
+__device__ void update_range(T* __restrict__ param, const T* __restrict__ grad, M* __restrict__ momentum, int64_t count,
+                             const SgdNumbers<Compute>& numbers) {
+  constexpr int kSize = Pack<T>::kSize;
+  int64_t peeled = 0;
+  if (is_aligned(param) && is_aligned(grad) && is_aligned(momentum)) {
+    auto* params = reinterpret_cast<Pack<T>*>(param);
+    const auto* grads = reinterpret_cast<const Pack<T>*>(grad);
+    auto* momenta = reinterpret_cast<Pack<M, kSize>*>(momentum);
+    const int64_t num_packs = count / kSize;
+    peeled = num_packs * kSize;
+    struct Packs {
+      Pack<T> param, grad;
+      Pack<M, kSize> momentum;
+    };
+    for_packs<2>(
+        num_packs,
+        [&](int64_t pack) {
+          Packs x;
+          x.param = params[pack];
+          x.grad = grads[pack];
+          if constexpr (kMomentum) {
+            x.momentum = momenta[pack];
+          }
+          return x;
+        },
+        [&](int64_t pack, Packs& x) {
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) {
+            update_one<kDecays, kMomentum, kNesterov>(x.param.values[i], x.grad.values[i], x.momentum.values[i],
+                                                      numbers);
+          }
+          params[pack] = x.param;
+          if constexpr (kMomentum) {
+            momenta[pack] = x.momentum;
+          }
+        });
+  }
+  M none{};
+  for (int64_t i = peeled + threadIdx.x; i < count; i += kThreads) {
+    update_one<kDecays, kMomentum, kNesterov>(param[i], grad[i], kMomentum ? momentum[i] : none, numbers);
+  }
+}
+
+// What all layers of a launch have in common.
+struct SgdOptions {
+  bool nesterov;
+  bool maximize;
+  const double* lr_scale;  // null: 1
+};
+
+template <typename T, typename M, typename Compute>
+__device__ void update_chunk(const SgdLayer& layer, Range range, const SgdOptions& options, Compute ratio) {
+  const double lr_scale = options.lr_scale == nullptr ? 1 : *options.lr_scale;
+  const SgdNumbers<Compute> numbers(ratio, layer.weight_decay, layer.lr * lr_scale, layer.momentum, layer.dampening,
+                                    options.maximize);
+  T* param = static_cast<T*>(layer.param) + range.begin;
+  const T* grad = static_cast<const T*>(layer.grad) + range.begin;
+  M* momentum = layer.momentum_buffer == nullptr ? nullptr : static_cast<M*>(layer.momentum_buffer) + range.begin;
+  const int64_t count = range.end - range.begin;
+  const bool decays = numbers.weight_decay != 0;
+  if (momentum == nullptr) {
+    decays ? update_range<true, false, false>(param, grad, momentum, count, numbers)
+           : update_range<false, false, false>(param, grad, momentum, count, numbers);
+  } else if (options.nesterov) {
+    decays ? update_range<true, true, true>(param, grad, momentum, count, numbers)
+           : update_range<false, true, true>(param, grad, momentum, count, numbers);
+  } else {
+    decays ? update_range<true, true, false>(param, grad, momentum, count, numbers)
+           : update_range<false, true, false>(param, grad, momentum, count, numbers);
+  }
+}
+
 template <typename Ratio, typename AnyLayer>
 __device__ inline Ratio trust_ratio_of(const AnyLayer& layer, double param_squared_norm, double grad_squared_norm) {
   return static_cast<Ratio>(
@@ -310,6 +413,26 @@ __global__ void __launch_bounds__(kThreads)
   const Place place = place_from_the_end(layers);
   const Ratio ratio = decide_at(place, layers, param_partials, grad_partials, ratios);
   adapt_chunk<T>(layers.layer[place.layer], place.range, sign, ratio);
+}
+
+// Parameters and their momentum in place, with trust ratios or, if ratios is null, without. M: the type of the
+// momentum.
+template <typename T, typename M, typename Ratio>
+__global__ void __launch_bounds__(kThreads)
+    update(const __grid_constant__ Layers<SgdLayer> layers, const Ratio* ratios, SgdOptions options) {
+  const Place place = place_from_the_end(layers);
+  const Ratio ratio = ratios == nullptr ? Ratio(1) : ratios[place.layer];
+  update_chunk<T, M>(layers.layer[place.layer], place.range, options, ratio);
+}
+
+// The same from partial sums.
+template <typename T, typename M, typename Ratio>
+__global__ void __launch_bounds__(kThreads)
+    decide_and_update(const __grid_constant__ Layers<SgdLayer> layers, const double* param_partials,
+                      const double* grad_partials, Ratio* ratios, SgdOptions options) {
+  const Place place = place_from_the_end(layers);
+  const Ratio ratio = decide_at(place, layers, param_partials, grad_partials, ratios);
+  update_chunk<T, M>(layers.layer[place.layer], place.range, options, ratio);
 }
 
 }  // namespace torchlars::cuda

@@ -94,4 +94,22 @@ void launch_decide_and_apply(const Launch& launch, const std::vector<Layer>& lay
   });
 }
 
+// ratios may be null: plain SGD. M: the type of the momentum.
+template <typename T, typename M, typename Launch>
+void launch_update(const Launch& launch, const std::vector<SgdLayer>& layers, const compute_type<T>* ratios,
+                   const SgdOptions& options) {
+  for_launches(layers, [&](const Layers<SgdLayer>& arguments, int64_t layer, int64_t) {
+    launch(update<T, M, compute_type<T>>, chunks_of(arguments), arguments, ratios ? ratios + layer : nullptr, options);
+  });
+}
+
+template <typename T, typename M, typename Launch>
+void launch_decide_and_update(const Launch& launch, const std::vector<SgdLayer>& layers, const double* param_partials,
+                              const double* grad_partials, compute_type<T>* ratios, const SgdOptions& options) {
+  for_launches(layers, [&](const Layers<SgdLayer>& arguments, int64_t layer, int64_t chunk) {
+    launch(decide_and_update<T, M, compute_type<T>>, chunks_of(arguments), arguments, param_partials + chunk,
+           grad_partials + chunk, ratios + layer, options);
+  });
+}
+
 }  // namespace torchlars::cuda

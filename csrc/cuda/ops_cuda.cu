@@ -100,6 +100,60 @@ struct Sweep {
   std::vector<Layer> layers;
 };
 
+// The same for a step of SGD.
+struct SgdSweep {
+  explicit SgdSweep(const SgdArguments& arguments)
+      : arguments(arguments),
+        options{arguments.nesterov, arguments.maximize,
+                arguments.lr_scale.has_value() ? arguments.lr_scale->const_data_ptr<double>() : nullptr} {
+    triples.reserve(arguments.params.size());
+    layers.reserve(arguments.params.size());
+    const bool has_momentum = !arguments.momentum_buffers.empty();
+    for (size_t i = 0; i < arguments.params.size(); ++i) {
+      const Triple& triple = triples.emplace_back(arguments.params[i], arguments.grads[i],
+                                                  has_momentum ? &arguments.momentum_buffers[i] : nullptr);
+      SgdLayer& layer = layers.emplace_back();
+      layer.numel = real_numel(*triple.param);
+      layer.param = triple.param->mutable_data_ptr();
+      layer.grad = triple.grad->const_data_ptr();
+      layer.momentum_buffer = has_momentum ? triple.momentum->mutable_data_ptr() : nullptr;
+      layer.weight_decay = arguments.weight_decays[i];
+      layer.lr = arguments.lrs[i];
+      layer.momentum = arguments.momentums[i];
+      layer.dampening = arguments.dampenings[i];
+    }
+  }
+
+  // Calls run(a number of the parameters' type, one of the momentum's type).
+  template <typename Run>
+  void dispatch(const Run& run) const {
+    const Triple& first = triples[0];
+    const auto dtype = real_dtype(*first.param);
+    const bool one_dtype = !first.momentum->defined() || real_dtype(*first.momentum) == dtype;
+    TORCHLARS_DISPATCH(dtype, "sgd_", [&] {
+      if (one_dtype) {
+        run(scalar_t(), scalar_t());
+      } else {
+        run(scalar_t(), compute_type<scalar_t>());
+      }
+    });
+  }
+
+  void write_back() const {
+    for (size_t i = 0; i < triples.size(); ++i) {
+      torchlars::write_back(triples[i].param, arguments.params[i]);
+      if (triples[i].momentum->defined()) {
+        torchlars::write_back(triples[i].momentum, arguments.momentum_buffers[i]);
+      }
+    }
+  }
+
+  const SgdArguments& arguments;
+  SgdOptions options;
+  std::vector<Triple> triples;
+  std::vector<SgdLayer> layers;
+};
+
 at::Tensor squared_norms(at::TensorList tensors) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_tensors("squared_norms", "tensors", tensors);
@@ -171,6 +225,58 @@ at::Tensor scale_by_trust_ratios_(at::TensorList grads, at::TensorList params, a
   return ratios;
 }
 
+void sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+          const std::optional<at::Tensor>& ratios, at::ArrayRef<double> weight_decays, at::ArrayRef<double> lrs,
+          at::ArrayRef<double> momentums, at::ArrayRef<double> dampenings, bool nesterov, bool maximize,
+          const std::optional<at::Tensor>& lr_scale) {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const SgdArguments sgd{params,    grads,      momentum_buffers, weight_decays, lrs,
+                         momentums, dampenings, nesterov,         maximize,      lr_scale};
+  check_sgd("sgd_", sgd);
+  if (ratios.has_value()) {
+    check_ratios("sgd_", *ratios, grads, params);
+  }
+  const Launch launch(params[0]);
+  const SgdSweep sweep(sgd);
+  sweep.dispatch([&](auto param, auto momentum) {
+    using T = decltype(param);
+    using M = decltype(momentum);
+    const auto* given = ratios.has_value() ? ratios->const_data_ptr<compute_type<T>>() : nullptr;
+    launch_update<T, M>(launch, sweep.layers, given, sweep.options);
+  });
+  sweep.write_back();
+}
+
+at::Tensor lars_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
+                     at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
+                     at::ArrayRef<double> lrs, at::ArrayRef<double> momentums, at::ArrayRef<double> dampenings,
+                     bool nesterov, bool maximize, const std::optional<at::Tensor>& lr_scale) {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  const SgdArguments sgd{params,    grads,      momentum_buffers, weight_decays, lrs,
+                         momentums, dampenings, nesterov,         maximize,      lr_scale};
+  check_sgd("lars_sgd_", sgd);
+  check_hyper_parameters("lars_sgd_", grads.size(), "grads", weight_decays, trust_coefs, eps);
+  const Launch launch(params[0]);
+  const auto [param_partials, grad_partials] = measure_both(launch, grads, params);
+  SgdSweep sweep(sgd);
+  for (size_t i = 0; i < grads.size(); ++i) {
+    sweep.layers[i].trust_coef = trust_coefs[i];
+    sweep.layers[i].eps = eps[i];
+  }
+  const at::Tensor ratios = new_vector(grads[0], static_cast<int64_t>(grads.size()),
+                                       compute_dtype(grads[0].scalar_type(), params[0].scalar_type()));
+  const auto* param_sums = param_partials.const_data_ptr<double>();
+  const auto* grad_sums = grad_partials.const_data_ptr<double>();
+  sweep.dispatch([&](auto param, auto momentum) {
+    using T = decltype(param);
+    using M = decltype(momentum);
+    launch_decide_and_update<T, M>(launch, sweep.layers, param_sums, grad_sums,
+                                   ratios.mutable_data_ptr<compute_type<T>>(), sweep.options);
+  });
+  sweep.write_back();
+  return ratios;
+}
+
 }  // namespace
 
 TORCH_LIBRARY_IMPL(torchlars, CUDA, m) {
@@ -178,6 +284,8 @@ TORCH_LIBRARY_IMPL(torchlars, CUDA, m) {
   m.impl("trust_ratios", trust_ratios);
   m.impl("apply_trust_ratios_", apply_trust_ratios_);
   m.impl("scale_by_trust_ratios_", scale_by_trust_ratios_);
+  m.impl("sgd_", sgd_);
+  m.impl("lars_sgd_", lars_sgd_);
 }
 
 }  // namespace torchlars::cuda
