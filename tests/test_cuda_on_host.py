@@ -46,7 +46,7 @@ ASCENDING, DESCENDING, SHUFFLED = 0, -1, 20180801  # in which threads and blocks
 class Layer:
     numel: int
     weight_decay: float = 0.1
-    offsets: tuple[int, int] = (0, 0)  # of parameter and gradient, in elements off a border of 16 bytes
+    offsets: tuple[int, int, int] = (0, 0, 0)  # of parameter, gradient, momentum, in elements off a 16-byte border
     fill: tuple[float | None, float | None] = (None, None)  # instead of random parameters, gradients
     first: tuple[float | None, float | None] = (None, None)  # instead of the first random parameter, gradient
 
@@ -62,7 +62,7 @@ def borders(pack: int) -> list[Layer]:
 
 
 def misaligned(pack: int) -> list[Layer]:
-    offsets = [(1, 0), (0, 1), (1, 1), (pack - 1, 1)]
+    offsets = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (pack - 1, 1, 2)]
     numels = (1, pack, 256 * pack + 1, 1025 * pack, 16385)
     return [Layer(*numbers) for numbers in product(numels, (0.0, 0.1), offsets)]
 
@@ -70,7 +70,7 @@ def misaligned(pack: int) -> list[Layer]:
 def zero(pack: int) -> list[Layer]:
     fills = [(0.0, None), (None, 0.0), (0.0, 0.0), (None, None)]
     layers = [Layer(37, weight_decay, fill=fill) for weight_decay in (0.0, 0.1) for fill in fills]
-    return [*layers, Layer(0), Layer(0, 0.0), Layer(0, offsets=(1, 1)), Layer(1), Layer(1, 0.0), Layer(0)]
+    return [*layers, Layer(0), Layer(0, 0.0), Layer(0, offsets=(1, 1, 1)), Layer(1), Layer(1, 0.0), Layer(0)]
 
 
 def not_finite(pack: int) -> list[Layer]:
@@ -104,17 +104,27 @@ class Case:
     layers: list[Layer]
     params: list[Tensor]
     grads: list[Tensor]
+    momenta: list[Tensor]  # in float64: they are cast to the type that a way has
     weight_decays: list[float]
     trust_coefs: list[float]
     eps: list[float]
+    lrs: list[float]
+    momentums: list[float]
+    dampenings: list[float]
+    lr_scale: Tensor
 
     @property
     def dtype(self) -> torch.dtype:
         return self.params[0].dtype
 
+    def ratios(self) -> Tensor:
+        squared_norms = [reference.squared_norms(tensors) for tensors in (self.params, self.grads)]
+        dtype = reference.compute_dtype(self.dtype, self.dtype)
+        return reference.trust_ratios(*squared_norms, self.weight_decays, self.trust_coefs, self.eps, dtype)
+
 
 def new_case(name: str, dtype: torch.dtype) -> Case:
-    """Return a case in which layers differ in scale, weight decay, trust_coef and eps: none passes for another."""
+    """Return a case in which layers differ in scale and in all numbers: none passes for another."""
     random = torch.Generator().manual_seed(1)
     layers = CASES[name](16 // dtype.itemsize)
 
@@ -133,49 +143,78 @@ def new_case(name: str, dtype: torch.dtype) -> Case:
         layers,
         params=[tensor(i, 0) for i in count],
         grads=[tensor(i, 1) for i in count],
+        momenta=[(1 + i % 4) * torch.randn(layers[i].numel, generator=random, dtype=torch.float64) for i in count],
         weight_decays=[layer.weight_decay * (1 + i % 5) for i, layer in enumerate(layers)],
         trust_coefs=[0.5 / (1 + i % 3) for i in count],
         eps=[(0.0, 1e-8, 0.25)[i % 3] for i in count],
+        lrs=[0.1 * (1 + i % 4) for i in count],
+        momentums=[(0.9, 0.5)[i % 2] for i in count],
+        dampenings=[(0.0, 0.1, -0.3)[i % 3] for i in count],
+        lr_scale=torch.tensor([0.7], dtype=torch.float64),
     )
 
 
 # --- The driver ------------------------------------------------------------------------------------------------------
 
 
+SCALE, SCALE_IN_THREE_OPS, SGD, LARS_SGD = range(4)  # the driver's ops
+ORDERS = (ASCENDING, DESCENDING, SHUFFLED)
+
+
 @dataclass(frozen=True)
 class Way:
-    """One way to run a case: fused or as three ops, in an order of threads and blocks."""
+    """One way to run a case: an op, an order of threads and blocks, and what the op takes for all layers."""
 
-    three_ops: bool
+    op: int
     order: int
     maximize: bool
+    momentum: torch.dtype | None = None
+    nesterov: bool = False
+    has_ratios: bool = False
+    has_lr_scale: bool = False
 
 
-WAYS = [
-    Way(three_ops, order, maximize=order == SHUFFLED)
-    for order in (ASCENDING, DESCENDING, SHUFFLED)
-    for three_ops in (False, True)
-]
+WAYS = [Way(op, order, maximize=order == SHUFFLED) for order in ORDERS for op in (SCALE, SCALE_IN_THREE_OPS)]
+
+
+def sgd_ways(dtype: torch.dtype) -> list[Way]:
+    """Return every kind of momentum with and without ratios, given or decided; and either flag with each of them."""
+    momenta = [(None, False), *product({dtype, torch.float32} if dtype.itemsize == 2 else {dtype}, (False, True))]
+    return [
+        Way(
+            op,
+            order=ORDERS[(i + j) % 3],
+            maximize=(i + j) % 2 == 1,
+            momentum=momentum,
+            nesterov=nesterov,
+            has_ratios=has_ratios,
+            has_lr_scale=(i // 2 + j) % 2 == 1,
+        )
+        for i, (momentum, nesterov) in enumerate(momenta)
+        for j, (op, has_ratios) in enumerate([(SGD, False), (SGD, True), (LARS_SGD, False)])
+    ]
 
 
 @dataclass
 class Result:
+    params: list[Tensor]
     grads: list[Tensor]
+    momenta: list[Tensor]
     param_squared_norms: Tensor
     grad_squared_norms: Tensor
     ratios: Tensor
 
 
 NUMBERS = np.dtype(
-    [(name, np.int64) for name in ("numel", "param_offset", "grad_offset")]
-    + [(name, np.float64) for name in ("weight_decay", "trust_coef", "eps")]
+    [(name, np.int64) for name in ("numel", "param_offset", "grad_offset", "momentum_offset")]
+    + [(name, np.float64) for name in ("weight_decay", "trust_coef", "eps", "lr", "momentum", "dampening")]
 )
 
 BUILDS = {
     "plain": ["-O1"],
     "sanitized": ["-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
 }
-COMPILES_FAST = ["-O0", "-g0", "-DONLY_FLOAT"]
+COMPILES_FAST = ["-O0", "-g0"]
 
 
 def compile_driver(folder: Path, csrc: Path, *flags: str) -> Path:
@@ -188,18 +227,31 @@ def compile_driver(folder: Path, csrc: Path, *flags: str) -> Path:
     return folder / "driver"
 
 
+def only(dtype: torch.dtype) -> str:
+    return f"-DONLY={DTYPES.index(dtype)}"
+
+
 def to_bytes(tensors: list[Tensor]) -> bytes:
-    return torch.cat(tensors).view(torch.uint8).numpy().tobytes()
+    return torch.cat(tensors).view(torch.uint8).numpy().tobytes() if tensors else b""
+
+
+def momenta_of(case: Case, way: Way) -> list[Tensor]:
+    return [] if way.momentum is None else [momentum.to(way.momentum, copy=True) for momentum in case.momenta]
 
 
 def to_input(case: Case, way: Way) -> bytes:
-    header = [DTYPES.index(case.dtype), way.three_ops, way.maximize, way.order, len(case.layers)]
-    numbers = [
-        (layer.numel, *layer.offsets, *others)
-        for layer, *others in zip(case.layers, case.weight_decays, case.trust_coefs, case.eps, strict=True)
-    ]
+    momentum_dtype = -1 if way.momentum is None else DTYPES.index(way.momentum)
+    header = [DTYPES.index(case.dtype), way.op, way.maximize, way.order, len(case.layers)]
+    header += [momentum_dtype, way.nesterov, way.has_ratios, way.has_lr_scale]
+    per_layer = (case.weight_decays, case.trust_coefs, case.eps, case.lrs, case.momentums, case.dampenings)
+    numbers = [(layer.numel, *layer.offsets, *others) for layer, *others in zip(case.layers, *per_layer, strict=True)]
     return (
-        np.array(header, np.int64).tobytes() + np.array(numbers, NUMBERS).tobytes() + to_bytes(case.params + case.grads)
+        np.array(header, np.int64).tobytes()
+        + np.array(numbers, NUMBERS).tobytes()
+        + to_bytes(case.params + case.grads)
+        + to_bytes(momenta_of(case, way))
+        + to_bytes([case.ratios()] if way.has_ratios else [])
+        + to_bytes([case.lr_scale] if way.has_lr_scale else [])
     )
 
 
@@ -218,22 +270,37 @@ def execute(driver: Path, case: Case, ways: list[Way]) -> list[Result]:
         return torch.frombuffer(output[begin:position], dtype=dtype) if count else torch.empty(0, dtype=dtype)
 
     results = []
-    for _ in ways:
+    for way in ways:
         params, grads = ([take(layer.numel, case.dtype) for layer in case.layers] for _ in range(2))
-        assert to_bytes(params) == to_bytes(case.params), f"{name}: a parameter was written"
+        momenta = [take(layer.numel, way.momentum) for layer in case.layers] if way.momentum else []
         vectors = (torch.float64, torch.float64, reference.compute_dtype(case.dtype, case.dtype))
-        results.append(Result(grads, *(take(len(grads), dtype) for dtype in vectors)))
+        result = Result(params, grads, momenta, *(take(len(grads), dtype) for dtype in vectors))
+        if way.op in (SGD, LARS_SGD):
+            assert to_bytes(grads) == to_bytes(case.grads), f"{name}: a gradient was written"
+            assert not way.has_ratios or to_bytes([result.ratios]) == to_bytes([case.ratios()]), f"{name}: and ratios"
+        else:
+            assert to_bytes(params) == to_bytes(case.params), f"{name}: a parameter was written"
+        results.append(result)
     assert position == len(output)
     return results
 
 
+def compare(what: str, case: Case, way: Way, got: Tensor, expected: Tensor, rtol: float) -> None:
+    message = f"{what} differ: {case.name}, {case.dtype}, {way}"
+    torch.testing.assert_close(
+        got, expected, rtol=rtol, atol=0, equal_nan=True, msg=lambda details: f"{message}\n{details}"
+    )
+
+
+def ratio_rtol(dtype: torch.dtype) -> float:
+    """Return one unit in the last place; in float64, whose sums the reference adds in another order, a few."""
+    return 1e-15 if dtype == torch.float64 else torch.finfo(dtype).eps
+
+
 def check(case: Case, ways: list[Way], results: list[Result]) -> None:
-    """Compare with the reference. All ways must have the same bits."""
+    """Compare scaled gradients with the reference. All ways must have the same bits."""
     squared_norms = [reference.squared_norms(tensors) for tensors in (case.params, case.grads)]
-    told = results[0].ratios
-    ratios = reference.trust_ratios(*squared_norms, case.weight_decays, case.trust_coefs, case.eps, told.dtype)
-    # One unit in the last place; in float64, in which squares are added in another order than the reference's, a few.
-    rtol = 1e-15 if told.dtype == torch.float64 else torch.finfo(told.dtype).eps
+    told, ratios = results[0].ratios, case.ratios()
 
     def adapted(maximize: bool) -> Tensor:
         grads = [grad.clone() for grad in case.grads]
@@ -242,19 +309,36 @@ def check(case: Case, ways: list[Way], results: list[Result]) -> None:
 
     grads = {maximize: adapted(maximize) for maximize in {way.maximize for way in ways}}
     for way, result in zip(ways, results, strict=True):
+        if way.op == SCALE_IN_THREE_OPS:
+            compare("squared norms", case, way, result.param_squared_norms, squared_norms[0], rtol=1e-14)
+            compare("squared norms", case, way, result.grad_squared_norms, squared_norms[1], rtol=1e-14)
+        compare("ratios", case, way, result.ratios, ratios, rtol=ratio_rtol(told.dtype))
+        compare("ratios of two ways", case, way, result.ratios, told, rtol=0)
+        compare("gradients", case, way, torch.cat(result.grads), grads[way.maximize], rtol=0)
 
-        def compare(what: str, got: Tensor, expected: Tensor, rtol: float, way: Way = way) -> None:
-            message = f"{what} differ: {case.name}, {case.dtype}, {way}"
-            torch.testing.assert_close(
-                got, expected, rtol=rtol, atol=0, equal_nan=True, msg=lambda details: f"{message}\n{details}"
-            )
 
-        if way.three_ops:
-            compare("squared norms", result.param_squared_norms, squared_norms[0], rtol=1e-14)
-            compare("squared norms", result.grad_squared_norms, squared_norms[1], rtol=1e-14)
-        compare("ratios", result.ratios, ratios, rtol=rtol)
-        compare("ratios of two ways", result.ratios, told, rtol=0)
-        compare("gradients", torch.cat(result.grads), grads[way.maximize], rtol=0)
+def check_sgd(case: Case, ways: list[Way], results: list[Result]) -> None:
+    """Compare steps of SGD with the reference."""
+    for way, result in zip(ways, results, strict=True):
+        if way.op == LARS_SGD:
+            compare("ratios", case, way, result.ratios, case.ratios(), rtol=ratio_rtol(result.ratios.dtype))
+        params, momenta = [param.clone() for param in case.params], momenta_of(case, way)
+        reference.sgd_(
+            params,
+            case.grads,
+            momenta,
+            result.ratios if way.op == LARS_SGD or way.has_ratios else None,
+            case.weight_decays,
+            case.lrs,
+            case.momentums if momenta else [0.0] * len(params),
+            case.dampenings,
+            way.nesterov,
+            way.maximize,
+            case.lr_scale if way.has_lr_scale else None,
+        )
+        compare("parameters", case, way, torch.cat(result.params), torch.cat(params), rtol=0)
+        if momenta:
+            compare("momenta", case, way, torch.cat(result.momenta), torch.cat(momenta), rtol=0)
 
 
 # --- Bugs ------------------------------------------------------------------------------------------------------------
@@ -270,6 +354,8 @@ class Bug:
     case: str = "borders"
     build: str = "plain"
     file: str = "cuda/kernels.cuh"
+    sgd: bool = False
+    dtype: torch.dtype = torch.float32
 
 
 BUGS = {
@@ -346,10 +432,71 @@ BUGS = {
         case=SEVERAL_LAUNCHES,
         file="cuda/launches.h",
     ),
+    "the tail of a parameter ends early": Bug(
+        "i < count; i += kThreads) {\n    update", "i < count - 1; i += kThreads) {\n    update", "differ", sgd=True
+    ),
+    "a momentum is read from another pack": Bug(
+        "x.momentum = momenta[pack]", "x.momentum = momenta[pack / 2]", "differ", sgd=True
+    ),
+    "a wider momentum is taken in the parameter's packs": Bug(
+        "x.momentum = momenta[pack]",
+        "*reinterpret_cast<Pack<M>*>(&x.momentum) = reinterpret_cast<Pack<M>*>(momentum)[pack]",
+        "differ",
+        sgd=True,
+        dtype=torch.bfloat16,
+    ),
+    "a momentum is not written": Bug("momenta[pack] = x.momentum;", "", "momenta differ", sgd=True),
+    "a momentum is read where there is none": Bug(
+        "if constexpr (kMomentum) {\n            x", "if (true) {\n            x", "SEGV", build="sanitized", sgd=True
+    ),
+    "packs of a momentum need no alignment": Bug(
+        " && is_aligned(momentum)",
+        "",
+        "misaligned address",
+        case="misaligned views",
+        build="sanitized",
+        sgd=True,
+    ),
+    "maximize does not negate the gradient": Bug(
+        "maximize ? -ratio : ratio", "ratio", "parameters differ", file="sgd.h", sgd=True
+    ),
+    "maximize negates the decay too": Bug(
+        "maximize ? -weight_decay : weight_decay", "weight_decay", "parameters differ", file="sgd.h", sgd=True
+    ),
+    "dampening is ignored": Bug("layer.momentum, layer.dampening", "layer.momentum, 0", "parameters differ", sgd=True),
+    "nesterov is ignored": Bug("else if (options.nesterov)", "else if (false)", "parameters differ", sgd=True),
+    "lr_scale is ignored": Bug("layer.lr * lr_scale", "layer.lr", "parameters differ", sgd=True),
+    "lr is rounded before it is scaled": Bug(
+        "layer.lr * lr_scale", "Compute(layer.lr) * Compute(lr_scale)", "parameters differ", sgd=True
+    ),
+    "what does not decay takes 0 times infinity": Bug(
+        "const bool decays = numbers.weight_decay != 0",
+        "const bool decays = true",
+        "parameters differ",
+        case="NaN and infinity",
+        sgd=True,
+    ),
+    "an update takes its ratio from another block": Bug(
+        "options, ratio)", "options, ratios == nullptr ? Ratio(1) : ratios[place.layer])", "differ", sgd=True
+    ),
+    "a second launch takes the first one's ratios": Bug(
+        "ratios ? ratios + layer : nullptr",
+        "ratios",
+        "parameters differ",
+        case=SEVERAL_LAUNCHES,
+        file="cuda/launches.h",
+        sgd=True,
+    ),
 }
 
 
 # --- Tests -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def _one_thread(threads: Callable[[int], None]) -> None:
+    """Leave the other cores to the compilers: threads of torch that wait for each other lose more than they win."""
+    threads(1)
 
 
 @pytest.fixture(scope="session")
@@ -369,7 +516,7 @@ def plant(bug: Bug, folder: Path) -> Path:
     source = file.read_text()
     assert bug.old in source, f"{bug.file} has no such text: {bug.old}"
     file.write_text(source.replace(bug.old, bug.new))
-    return compile_driver(folder, folder / "csrc", *BUILDS[bug.build], *COMPILES_FAST)
+    return compile_driver(folder, folder / "csrc", *BUILDS[bug.build], *COMPILES_FAST, only(bug.dtype))
 
 
 @pytest.fixture(scope="session")
@@ -396,12 +543,13 @@ def skip_without(sanitizers: bool, build: str) -> None:
         pytest.skip("this g++ cannot build programs that run under AddressSanitizer")
 
 
+CASES_IN_DTYPES = [
+    (name, dtype) for name, dtype in product(CASES, DTYPES) if name != SEVERAL_LAUNCHES or dtype == torch.float32
+]
+
+
 @pytest.mark.parametrize("build", BUILDS)
-@pytest.mark.parametrize(
-    ("name", "dtype"),
-    [(name, dtype) for name, dtype in product(CASES, DTYPES) if name != SEVERAL_LAUNCHES or dtype == torch.float32],
-    ids=str,
-)
+@pytest.mark.parametrize(("name", "dtype"), CASES_IN_DTYPES, ids=str)
 def test_kernels_equal_the_reference(
     name: str, dtype: torch.dtype, build: str, drivers: dict[str, Future[Path]], sanitizers: bool
 ) -> None:
@@ -414,12 +562,28 @@ def test_kernels_equal_the_reference(
     check(case, ways, execute(drivers[build].result(), case, ways))
 
 
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(("name", "dtype"), CASES_IN_DTYPES, ids=str)
+def test_sgd_equals_the_reference(
+    name: str, dtype: torch.dtype, build: str, drivers: dict[str, Future[Path]], sanitizers: bool
+) -> None:
+    skip_without(sanitizers, build)
+    case, ways = new_case(name, dtype), sgd_ways(dtype)
+    if build == "sanitized":
+        ways = [way for way in ways if way.op == LARS_SGD]
+    if name == SEVERAL_LAUNCHES:
+        ways = ways[-2:] if build == "plain" else ways[-1:]
+    check_sgd(case, ways, execute(drivers[build].result(), case, ways))
+
+
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught(name: str, drivers: dict[str, Future[Path]], sanitizers: bool) -> None:
     bug = BUGS[name]
     skip_without(sanitizers, bug.build)
-    case = new_case(bug.case, torch.float32)
-    ways = WAYS[:1] if bug.case == SEVERAL_LAUNCHES else [WAYS[0], WAYS[-1]]
+    case = new_case(bug.case, bug.dtype)
+    ways = sgd_ways(bug.dtype)[::-1] if bug.sgd else [WAYS[0], WAYS[-1]]
+    if bug.case == SEVERAL_LAUNCHES:
+        ways = ways[1:2] if bug.sgd else ways[:1]
     driver = drivers[name].result()
     with pytest.raises(AssertionError, match=bug.caught_by):
-        check(case, ways, execute(driver, case, ways))
+        (check_sgd if bug.sgd else check)(case, ways, execute(driver, case, ways))

@@ -12,13 +12,18 @@ namespace {
 
 using namespace torchlars::cuda;
 
-// What stdin holds: a Case, its Numbers, all parameters, all gradients; and the next case.
+enum Op : int64_t { kScale, kScaleInThreeOps, kSgd, kLarsSgd };
+
+// What stdin holds: a Case, its Numbers, all parameters, all gradients, then all momentum buffers, the ratios and the
+// lr_scale if there are any; and the next case. What an op does not take is 0.
 struct Case {
-  int64_t dtype, three_ops, maximize, order, layers;
+  int64_t dtype, op, maximize, order, layers;
+  int64_t momentum_dtype;  // -1: no momentum
+  int64_t nesterov, has_ratios, has_lr_scale;
 };
 struct Numbers {
-  int64_t numel, param_offset, grad_offset;
-  double weight_decay, trust_coef, eps;
+  int64_t numel, param_offset, grad_offset, momentum_offset;
+  double weight_decay, trust_coef, eps, lr, momentum, dampening;
 };
 
 bool read_bytes(void* to, size_t bytes) { return std::fread(to, 1, bytes, stdin) == bytes; }
@@ -73,39 +78,76 @@ const auto launch = [](auto* kernel, int blocks, const auto&... arguments) {
 };
 
 template <typename T>
-void run(const Case& header) {
-  std::vector<Numbers> numbers(header.layers);
-  check(read_bytes(numbers.data(), sizeof(Numbers) * numbers.size()), "the input ends too early");
-  std::vector<Buffer<T>> params, grads;
+std::vector<Buffer<T>> read_buffers(const std::vector<Numbers>& numbers, int64_t Numbers::* offset) {
+  std::vector<Buffer<T>> buffers;
   for (const Numbers& n : numbers) {
-    params.emplace_back(n.numel, n.param_offset).read();
+    buffers.emplace_back(n.numel, n.*offset).read();
   }
-  for (const Numbers& n : numbers) {
-    grads.emplace_back(n.numel, n.grad_offset).read();
+  return buffers;
+}
+
+// Before and after any op.
+template <typename T>
+struct Tensors {
+  explicit Tensors(const Case& header) : numbers(header.layers), param_norms(header.layers), grad_norms(header.layers) {
+    check(read_bytes(numbers.data(), sizeof(Numbers) * numbers.size()), "the input ends too early");
+    params = read_buffers<T>(numbers, &Numbers::param_offset);
+    grads = read_buffers<T>(numbers, &Numbers::grad_offset);
+    cuda_on_host::order = header.order;
   }
 
-  std::vector<MeasuredLayer> both, only_params, only_grads, sizes;
+  std::vector<MeasuredLayer> measured() const {
+    std::vector<MeasuredLayer> layers;
+    for (size_t i = 0; i < numbers.size(); ++i) {
+      layers.push_back({numbers[i].numel, params[i].data(), grads[i].data()});
+    }
+    return layers;
+  }
+
+  template <typename M>
+  void write(const std::vector<Buffer<M>>& momentum_buffers, const Buffer<compute_type<T>>& ratios) const {
+    for (const auto* buffers : {&params, &grads}) {
+      for (const auto& buffer : *buffers) {
+        buffer.write();
+      }
+    }
+    for (const auto& buffer : momentum_buffers) {
+      buffer.write();
+    }
+    param_norms.write();
+    grad_norms.write();
+    ratios.write();
+  }
+
+  std::vector<Numbers> numbers;
+  std::vector<Buffer<T>> params, grads;
+  Buffer<double> param_norms, grad_norms;
+};
+
+template <typename T>
+void scale(const Case& header) {
+  const Tensors<T> x(header);
+  const auto& [numbers, params, grads, param_norms, grad_norms] = x;
+  const std::vector<MeasuredLayer> both = x.measured();
+  std::vector<MeasuredLayer> only_params, only_grads, sizes;
   std::vector<Layer> decided, swept;
   for (size_t i = 0; i < numbers.size(); ++i) {
     const Numbers& n = numbers[i];
     const T* read_param = n.weight_decay == 0 ? nullptr : params[i].data();
-    both.push_back({n.numel, params[i].data(), grads[i].data()});
     only_params.push_back({n.numel, params[i].data()});
     only_grads.push_back({n.numel, nullptr, grads[i].data()});
     sizes.push_back({n.numel});
     decided.push_back({0, nullptr, nullptr, n.weight_decay, n.trust_coef, n.eps});
     swept.push_back({n.numel, read_param, grads[i].data(), n.weight_decay});
-    if (!header.three_ops) {
+    if (header.op == kScale) {
       swept.back().trust_coef = n.trust_coef;
       swept.back().eps = n.eps;
     }
   }
 
   const Buffer<double> param_partials(count_chunks(both)), grad_partials(count_chunks(both));
-  const Buffer<double> param_norms(header.layers), grad_norms(header.layers);
   const Buffer<compute_type<T>> ratios(header.layers);
-  cuda_on_host::order = header.order;
-  if (header.three_ops) {
+  if (header.op == kScaleInThreeOps) {
     launch_measure<T>(launch, only_params, param_partials.data(), nullptr);
     launch_add_partials(launch, sizes, param_partials.data(), param_norms.data());
     launch_measure<T>(launch, only_grads, nullptr, grad_partials.data());
@@ -117,26 +159,72 @@ void run(const Case& header) {
     launch_decide_and_apply<T>(launch, swept, param_partials.data(), grad_partials.data(), ratios.data(),
                                header.maximize);
   }
+  x.write(std::vector<Buffer<T>>(), ratios);
+}
 
-  for (const auto* buffers : {&params, &grads}) {
-    for (const auto& buffer : *buffers) {
-      buffer.write();
+// M: the type of the momentum.
+template <typename T, typename M>
+void update_by_sgd(const Case& header) {
+  const Tensors<T> x(header);
+  std::vector<Buffer<M>> momentum_buffers;
+  if (header.momentum_dtype >= 0) {
+    momentum_buffers = read_buffers<M>(x.numbers, &Numbers::momentum_offset);
+  }
+  Buffer<compute_type<T>> ratios(header.layers);
+  if (header.has_ratios) {
+    ratios.read();
+  }
+  Buffer<double> lr_scale(1);
+  if (header.has_lr_scale) {
+    lr_scale.read();
+  }
+
+  std::vector<SgdLayer> layers;
+  for (size_t i = 0; i < x.numbers.size(); ++i) {
+    const Numbers& n = x.numbers[i];
+    void* momentum_buffer = momentum_buffers.empty() ? nullptr : momentum_buffers[i].data();
+    layers.push_back({n.numel, x.params[i].data(), x.grads[i].data(), momentum_buffer, n.weight_decay, 0, 0, n.lr,
+                      n.momentum, n.dampening});
+    if (header.op == kLarsSgd) {
+      layers.back().trust_coef = n.trust_coef;
+      layers.back().eps = n.eps;
     }
   }
-  param_norms.write();
-  grad_norms.write();
-  ratios.write();
+
+  const SgdOptions options{header.nesterov != 0, header.maximize != 0, header.has_lr_scale ? lr_scale.data() : nullptr};
+  if (header.op == kLarsSgd) {
+    const std::vector<MeasuredLayer> measured = x.measured();
+    const Buffer<double> param_partials(count_chunks(measured)), grad_partials(count_chunks(measured));
+    launch_measure<T>(launch, measured, param_partials.data(), grad_partials.data());
+    launch_decide_and_update<T, M>(launch, layers, param_partials.data(), grad_partials.data(), ratios.data(), options);
+  } else {
+    launch_update<T, M>(launch, layers, header.has_ratios ? ratios.data() : nullptr, options);
+  }
+  x.write(momentum_buffers, ratios);
+}
+
+template <int kDtype, typename T>
+void run(const Case& header) {
+#ifdef ONLY  // compiles faster
+  constexpr bool kCompiled = kDtype == ONLY;
+#else
+  constexpr bool kCompiled = true;
+#endif
+  if constexpr (kCompiled) {
+    if (header.op == kScale || header.op == kScaleInThreeOps) {
+      scale<T>(header);
+    } else if (header.momentum_dtype < 0 || header.momentum_dtype == header.dtype) {
+      update_by_sgd<T, T>(header);
+    } else {
+      update_by_sgd<T, compute_type<T>>(header);
+    }
+  }
 }
 
 }  // namespace
 
 int main() {
-  using Run = void (*)(const Case&);
-#ifdef ONLY_FLOAT  // compiles faster
-  const Run runs[] = {nullptr, run<float>};
-#else
-  const Run runs[] = {run<double>, run<float>, run<c10::BFloat16>, run<c10::Half>};
-#endif
+  void (*const runs[])(const Case&) = {run<0, double>, run<1, float>, run<2, c10::BFloat16>, run<3, c10::Half>};
   for (Case header; read_bytes(&header, sizeof(header));) {
     runs[header.dtype](header);
   }
