@@ -9,6 +9,18 @@ from torch import nn
 
 from torchlars import LARS, ops, reference
 
+SGD = pytest.mark.parametrize("op", ["sgd_", "lars_sgd_"])
+DTYPES = pytest.mark.parametrize(
+    ("dtype", "momentum_dtype"),
+    [
+        (torch.float32, None),
+        (torch.float32, torch.float32),
+        (torch.bfloat16, torch.bfloat16),
+        (torch.bfloat16, torch.float32),
+    ],
+    ids=str,
+)
+
 
 @pytest.fixture(autouse=True)
 def _needs_cuda(cuda):
@@ -29,6 +41,46 @@ def expected_gradients(params):
     for param, grad in zip(params, grads, strict=True):
         reference.scale_by_trust_ratios_([grad], [param.detach()], [0.1], [0.001], [1e-8], False)
     return grads
+
+
+def sgd_arguments(op, dtype, momentum_dtype):
+    """Return the arguments of an op that steps, for a layer that decays, one that does not and an empty one."""
+    params = make(dtypes=(dtype,))
+    arguments = {
+        "params": [param.detach() for param in params],
+        "grads": [param.grad for param in params],
+        "momentum_buffers": [torch.randn_like(param, dtype=momentum_dtype) for param in params if momentum_dtype],
+        "weight_decays": [0.1, 0.0, 0.1],
+        "lrs": [0.1, 0.2, 0.3],
+        "momentums": [0.9 if momentum_dtype else 0.0] * 3,
+        "dampenings": [0.0, 0.1, 0.2],
+        "nesterov": momentum_dtype == torch.float32,
+        "maximize": dtype == torch.bfloat16,
+        "lr_scale": torch.tensor(0.7, dtype=torch.float64, device="cuda"),
+    }
+    if op == "sgd_":
+        return arguments | {"ratios": torch.tensor([0.5, 2.0, 1.0], device="cuda")}
+    return arguments | {"trust_coefs": [0.5, 0.1, 1.0], "eps": [0.0, 1e-8, 0.1]}
+
+
+def cloned(arguments):
+    def clone(value):
+        return [x.clone() if isinstance(x, torch.Tensor) else x for x in value] if isinstance(value, list) else value
+
+    return {name: clone(value) for name, value in arguments.items()}
+
+
+def reference_step(op, arguments):
+    """Return the arguments after a step of the reference, which waits for the device as often as it likes."""
+    arguments = cloned(arguments)
+    getattr(reference, op)(**arguments)
+    return arguments
+
+
+def assert_stepped(arguments, expected):
+    for name in ("params", "grads", "momentum_buffers"):
+        for actual, wanted in zip(arguments[name], expected[name], strict=True):
+            torch.testing.assert_close(actual, wanted)
 
 
 @pytest.fixture
@@ -75,6 +127,38 @@ def test_work_goes_to_the_current_stream():
         torch.testing.assert_close(param.grad, gradient)
 
 
+@SGD
+@DTYPES
+def test_sgd_never_waits_for_the_device(op, dtype, momentum_dtype):
+    arguments = sgd_arguments(op, dtype, momentum_dtype)
+    expected = reference_step(op, arguments)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        getattr(ops, op)(**arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_stepped(arguments, expected)
+
+
+@SGD
+def test_sgd_goes_to_the_current_stream(op):
+    arguments = sgd_arguments(op, torch.float32, torch.float32)
+    expected = reference_step(op, arguments)
+    grads = [grad.clone() for grad in arguments["grads"]]
+    for grad in arguments["grads"]:
+        grad.fill_(float("nan"))
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)  # whatever runs on another stream meanwhile reads NaN
+        for grad, values in zip(arguments["grads"], grads, strict=True):
+            grad.copy_(values)
+        getattr(ops, op)(**arguments)
+    side.synchronize()
+    assert_stepped(arguments, expected)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device only")
 def test_another_device_than_the_current_one():
     params = make(device="cuda:1")
@@ -106,12 +190,37 @@ def test_bits_are_the_same_from_run_to_run():
     assert all(torch.equal(r, results[0][0]) and torch.equal(g, results[0][1]) for r, g in results)
 
 
+@DTYPES
+def test_bits_of_sgd_are_the_same_from_run_to_run(dtype, momentum_dtype):
+    param, grad = (torch.randn(20_000_000, device="cuda").to(dtype) for _ in range(2))
+    buffers = [torch.randn_like(param, dtype=momentum_dtype)] if momentum_dtype else []
+    momentum = 0.9 if momentum_dtype else 0.0
+    results = []
+    for _ in range(5):
+        params, momenta = [param.clone()], [buffer.clone() for buffer in buffers]
+        ratios = ops.lars_sgd_(
+            params, [grad], momenta, [0.1], [0.001], [1e-8], [0.1], [momentum], [0.0], False, False, None
+        )
+        results.append([ratios, *params, *momenta])
+    for result in results:
+        assert all(torch.equal(x, first) for x, first in zip(result, results[0], strict=True))
+
+
+def count_launches(call, *arguments, **more):
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        call(*arguments, **more)
+        torch.cuda.synchronize()
+    return sum("torchlars" in event.name for event in profile.events())
+
+
 def test_two_launches_a_bucket():
     params = make()
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        ops.scale_by_trust_ratios_(
-            [p.grad for p in params], [p.detach() for p in params], [0.1] * 3, [1.0] * 3, [0.0] * 3, False
-        )
-        torch.cuda.synchronize()
-    kernels = [event.name for event in profile.events() if "torchlars" in event.name]
-    assert len(kernels) == 2
+    grads, values = [p.grad for p in params], [p.detach() for p in params]
+    arguments = (grads, values, [0.1] * 3, [1.0] * 3, [0.0] * 3, False)
+    assert count_launches(ops.scale_by_trust_ratios_, *arguments) == 2
+
+
+@DTYPES
+@pytest.mark.parametrize(("op", "launches"), [("sgd_", 1), ("lars_sgd_", 2)])
+def test_launches_of_sgd(op, launches, dtype, momentum_dtype):
+    assert count_launches(getattr(ops, op), **sgd_arguments(op, dtype, momentum_dtype)) == launches
