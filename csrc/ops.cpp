@@ -64,7 +64,7 @@ PYBIND11_MODULE(_C, m) {
         return chunks;
       },
       pybind11::arg("numels"), pybind11::arg("begin"), pybind11::arg("end"), pybind11::arg("backwards") = false,
-      "The share of a CPU thread: (tensor, chunk, begin, end) of every chunk that starts in elements [begin, end).");
+      "The share of a CPU thread: (tensor, chunk, begin, end) of every chunk whose work begins in [begin, end).");
   m.def(
       "runs_within",
       [](const std::vector<int64_t>& sizes, int64_t limit) {

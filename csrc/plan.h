@@ -14,6 +14,7 @@ constexpr int64_t kChunk = 16384;     // elements; a chunk is summed by one thre
 constexpr int64_t kMaxChunks = 1024;  // of one tensor: a GPU block re-adds them all, so they must stay few
 constexpr int64_t kChunkStep =
     1024;  // longer chunks are multiples of it, so that every chunk starts on a 16-byte border
+constexpr int64_t kChunkWork = 1024;  // elements that take as long as a chunk takes beside its elements
 
 C10_HOST_DEVICE inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -58,16 +59,17 @@ C10_HOST_DEVICE inline int64_t find_start(const T* starts, int64_t count, int64_
 
 enum class Order { kForwards, kBackwards };
 
-// Consecutive tensors laid end to end: the i-th one's chunks and elements are counted from first_chunk[i] and start[i].
+// Consecutive tensors laid end to end: the i-th one's chunks are counted from first_chunk[i], and their work begins at
+// start[i]. The work of a chunk is its elements and kChunkWork more.
 struct Plan {
   explicit Plan(std::vector<int64_t> numels) : numel(std::move(numels)) {
     first_chunk.reserve(numel.size());
     start.reserve(numel.size());
     for (const int64_t n : numel) {
       first_chunk.push_back(chunks);
-      start.push_back(elements);
+      start.push_back(work);
       chunks += num_chunks(n);
-      elements += n;
+      work += n + num_chunks(n) * kChunkWork;
     }
   }
 
@@ -75,10 +77,9 @@ struct Plan {
   std::vector<int64_t> first_chunk;
   std::vector<int64_t> start;
   int64_t chunks = 0;
-  int64_t elements = 0;
+  int64_t work = 0;
 
-  // Calls visit(tensor, chunk of the plan, range of the tensor) for every chunk that starts in elements [begin, end).
-  // Equal shares of elements are equal work, which equal shares of chunks are not; an empty chunk may go unvisited.
+  // Calls visit(tensor, chunk of the plan, range of the tensor) for every chunk whose work begins in [begin, end).
   template <typename Visit>
   void for_chunks_starting_in(int64_t begin, int64_t end, Order order, const Visit& visit) const {
     const int64_t from = first_chunk_starting_at(begin);
@@ -95,15 +96,13 @@ struct Plan {
   }
 
  private:
-  // The first chunk of the plan that starts at this element or behind it, or `chunks`.
-  int64_t first_chunk_starting_at(int64_t element) const {
-    const int64_t count = static_cast<int64_t>(numel.size());
-    if (element >= elements) {
+  // The first chunk of the plan whose work begins here or later, or `chunks`.
+  int64_t first_chunk_starting_at(int64_t position) const {
+    if (position >= work) {
       return chunks;
     }
-    int64_t tensor = find_start(start.data(), count, element);
-    const int64_t chunk = divide_up(element - start[tensor], chunk_size(numel[tensor]));
-    return first_chunk[tensor] + chunk;
+    const int64_t tensor = find_start(start.data(), static_cast<int64_t>(numel.size()), position);
+    return first_chunk[tensor] + divide_up(position - start[tensor], chunk_size(numel[tensor]) + kChunkWork);
   }
 };
 

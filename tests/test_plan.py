@@ -17,7 +17,7 @@ from torchlars._extension import extension
 
 pytestmark = pytest.mark.skipif(extension is None, reason="torchlars._C, through which plan.h is reached, is not built")
 
-CHUNK, CHUNK_STEP, MAX_CHUNKS = 16384, 1024, 1024  # as in plan.h
+CHUNK, CHUNK_STEP, MAX_CHUNKS, CHUNK_WORK = 16384, 1024, 1024, 1024  # as in plan.h
 
 
 def random_numels(seed: int) -> list[int]:
@@ -92,33 +92,38 @@ def test_chunk_counts_and_sizes_by_hand(numel: int, count: int, size: int) -> No
     assert chunks[0, 2] == size
 
 
-def test_shares_of_threads_visit_every_chunk_once() -> None:
+@pytest.mark.parametrize("backwards", [False, True])
+def test_shares_of_threads_visit_every_chunk_once(backwards: bool) -> None:
     for seed, numels in enumerate(RANDOM_SETS):
         rng = random.Random(seed)
         chunks = chunks_of(numels)
-        tensor, begin, end = chunks.T
-        start = np.concatenate([[0], np.cumsum(numels)])
+        _, begin, end = chunks.T
+        start = np.concatenate([[0], np.cumsum(end - begin + CHUNK_WORK)])  # of each chunk's work
         total = int(start[-1])
-        borders = [int(start[tensor[i]] + begin[i]) for i in rng.choices(range(len(chunks)), k=3)]
+        borders = [int(i) for i in rng.choices(list(start[:-1]), k=3)]
         cuts = [rng.randrange(total + 1) for _ in range(4)]
-        shares = pairwise(sorted([0, *borders, *cuts, *cuts[:1], total]))
-        visited = [chunk for share in shares for chunk in extension.chunks_starting_in(numels, *share)]
+        cuts = sorted([0, *borders, *cuts, *cuts[:1], total])
+        visited = []
+        for share in pairwise(cuts):
+            taken = extension.chunks_starting_in(numels, *share, backwards)
+            assert all(share[0] <= start[index] < share[1] for _, index, _, _ in taken)
+            visited += reversed(taken) if backwards else taken
 
-        indices = np.array([index for _, index, _, _ in visited], dtype=np.int64)
-        assert [tuple(chunks[index]) for index in indices] == [(tensor, *share) for tensor, _, *share in visited]
-        times = np.bincount(indices, minlength=len(chunks))
-        assert (times[end > begin] == 1).all()
-        assert (times <= 1).all()
-        assert (np.diff(indices) > 0).all()
+        indices = [index for _, index, _, _ in visited]
+        assert indices == list(range(len(chunks)))
+        assert [tuple(chunk) for chunk in chunks] == [(tensor, *share) for tensor, _, *share in visited]
 
 
-def test_shares_hold_the_chunks_that_start_in_them() -> None:
+def test_shares_hold_the_chunks_whose_work_begins_in_them() -> None:
     numels = [5, 0, 3 * CHUNK + 1, 7]
+    second, third = 5 + CHUNK_WORK, 5 + 2 * CHUNK_WORK  # where the work of the second and of the third tensor begins
+    chunk = CHUNK + CHUNK_WORK
     assert extension.chunks_starting_in(numels, 0, 1) == [(0, 0, 0, 5)]
-    assert extension.chunks_starting_in(numels, 1, 6) == [(1, 1, 0, 0), (2, 2, 0, CHUNK)]
-    assert extension.chunks_starting_in(numels, 5 + CHUNK, 6 + CHUNK) == [(2, 3, CHUNK, 2 * CHUNK)]
-    assert extension.chunks_starting_in(numels, 6 + CHUNK, 5 + 2 * CHUNK) == []
-    assert extension.chunks_starting_in(numels, 6, 6) == []
+    assert extension.chunks_starting_in(numels, 1, third + 1) == [(1, 1, 0, 0), (2, 2, 0, CHUNK)]
+    assert extension.chunks_starting_in(numels, 1, third + 1, backwards=True) == [(2, 2, 0, CHUNK), (1, 1, 0, 0)]
+    assert extension.chunks_starting_in(numels, third + 1, third + chunk + 1) == [(2, 3, CHUNK, 2 * CHUNK)]
+    assert extension.chunks_starting_in(numels, third + chunk + 1, third + 2 * chunk) == []
+    assert extension.chunks_starting_in(numels, second, second) == []
 
 
 def test_runs_stay_within_the_limit() -> None:

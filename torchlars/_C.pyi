@@ -1,6 +1,50 @@
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
 has_cuda: bool
 
+class LarsBucket:
+    @property
+    def params(self) -> list[Tensor]: ...
+    def adapt(self) -> Tensor: ...
+
+class LarsLayers:
+    def __init__(self) -> None: ...
+    def add(
+        self, params: Sequence[Tensor], weight_decay: float, trust_coef: float, eps: float, maximize: bool
+    ) -> list[int]: ...
+    @property
+    def buckets(self) -> list[LarsBucket]: ...
+
+class SgdBucket:
+    @property
+    def params(self) -> list[Tensor]: ...
+    def update(self) -> Tensor | None: ...
+
+class SgdLayers:
+    def __init__(self) -> None: ...
+    def add(
+        self,
+        params: Sequence[Tensor],
+        state: Mapping[Tensor, Any],
+        weight_decay: float,
+        trust_coef: float | None,
+        eps: float | None,
+        lr: float | Tensor,
+        momentum: float,
+        dampening: float,
+        nesterov: bool,
+        maximize: bool,
+        momentum_in_float32: bool,
+    ) -> list[int]: ...
+    @property
+    def buckets(self) -> list[SgdBucket]: ...
+
 def chunks(numels: list[int]) -> list[tuple[int, int, int]]: ...
-def chunks_starting_in(numels: list[int], begin: int, end: int) -> list[tuple[int, int, int, int]]: ...
+def chunks_starting_in(
+    numels: list[int], begin: int, end: int, backwards: bool = False
+) -> list[tuple[int, int, int, int]]: ...
 def runs_within(sizes: list[int], limit: int) -> list[tuple[int, int]]: ...
 def find_start(starts: list[int], value: int) -> int: ...

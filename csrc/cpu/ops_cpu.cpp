@@ -30,7 +30,7 @@ constexpr int64_t kGrainBytes = 512 << 10;  // less than this is not worth anoth
 // Calls visit(tensor, chunk, range) for every chunk, on all cores. A thread takes the same chunks in both directions.
 template <typename Visit>
 void for_chunks(const Plan& plan, int64_t bytes_per_element, Order order, const Visit& visit) {
-  at::parallel_for(0, plan.elements, kGrainBytes / bytes_per_element,
+  at::parallel_for(0, plan.work, kGrainBytes / bytes_per_element,
                    [&](int64_t begin, int64_t end) { plan.for_chunks_starting_in(begin, end, order, visit); });
 }
 
