@@ -24,18 +24,32 @@
 
 namespace torchlars::cpu {
 
-constexpr int kLanes = 32;
+// A sum of squares on its way: in double, in independent lanes that vector registers can hold, joined in a fixed order.
+struct Lanes {
+  static constexpr int kCount = 32;
+  double sums[kCount] = {};
+};
 
 template <typename T>
-TORCHLARS_INLINE void add_squares(double (&lanes)[kLanes], const T* x) {
-  for (int lane = 0; lane < kLanes; ++lane) {
-    const double value = static_cast<double>(x[lane]);
-    lanes[lane] += value * value;
+TORCHLARS_INLINE void add_squares_loop(Lanes& lanes, const T* x, int64_t count) {
+  constexpr int kCount = Lanes::kCount;
+  Lanes local = lanes;
+  const T* const tail = x + count / kCount * kCount;
+  for (; x != tail; x += kCount) {
+    for (int lane = 0; lane < kCount; ++lane) {
+      const double value = static_cast<double>(x[lane]);
+      local.sums[lane] += value * value;
+    }
   }
+  for (int lane = 0; lane < count % kCount; ++lane) {
+    const double value = static_cast<double>(tail[lane]);
+    local.sums[lane] += value * value;
+  }
+  lanes = local;
 }
 
 template <int kWidth>
-TORCHLARS_INLINE double join(const double* lanes) {
+TORCHLARS_INLINE double join_lanes(const double* lanes) {
   if constexpr (kWidth == 1) {
     return lanes[0];
   } else {
@@ -43,24 +57,8 @@ TORCHLARS_INLINE double join(const double* lanes) {
     for (int lane = 0; lane < kWidth / 2; ++lane) {
       halves[lane] = lanes[lane] + lanes[lane + kWidth / 2];
     }
-    return join<kWidth / 2>(halves);
+    return join_lanes<kWidth / 2>(halves);
   }
-}
-
-// Sums in double, in independent lanes that vector registers can hold, joined in a fixed order.
-template <typename T>
-TORCHLARS_INLINE double sum_of_squares_loop(const T* x, int64_t count) {
-  double lanes[kLanes] = {};
-  const T* const tail = x + count / kLanes * kLanes;
-  for (; x != tail; x += kLanes) {
-    add_squares(lanes, x);
-  }
-  if (count % kLanes != 0) {
-    T padded[kLanes] = {};
-    std::copy(tail, tail + count % kLanes, padded);
-    add_squares(lanes, padded);
-  }
-  return join<kLanes>(lanes);
 }
 
 template <bool kDecays, typename T, typename Compute>
@@ -94,8 +92,10 @@ TORCHLARS_INLINE void sgd_loop(T* __restrict param, const T* __restrict grad, M*
 }
 
 // Clones are made of functions, not of templates: hence an overload a type.
+TORCHLARS_CLONES double join(const Lanes& lanes) { return join_lanes<Lanes::kCount>(lanes.sums); }
+
 #define TORCHLARS_SUM(T) \
-  TORCHLARS_CLONES double sum_of_squares(const T* x, int64_t count) { return sum_of_squares_loop(x, count); }
+  TORCHLARS_CLONES void add_squares(Lanes& lanes, const T* x, int64_t count) { add_squares_loop(lanes, x, count); }
 
 #define TORCHLARS_ADAPT(T, Compute)                                                                          \
   TORCHLARS_CLONES void adapt(T* grad, const T* param, int64_t count, Compute weight_decay, Compute ratio) { \
@@ -140,15 +140,13 @@ TORCHLARS_SGD(c10::BFloat16, float, float)
 // float16 takes the loops of float, block by block: compilers know no vector conversions for it.
 constexpr int64_t kBlock = 1024;
 
-inline double sum_of_squares(const c10::Half* x, int64_t count) {
+inline void add_squares(Lanes& lanes, const c10::Half* x, int64_t count) {
   float block[kBlock];
-  double sum = 0;
   for (int64_t i = 0; i < count; i += kBlock) {
     const int64_t size = std::min(kBlock, count - i);
     to_float(x + i, block, size);
-    sum += sum_of_squares(block, size);
+    add_squares(lanes, block, size);
   }
-  return sum;
 }
 
 inline void adapt(c10::Half* grad, const c10::Half* param, int64_t count, float weight_decay, float ratio) {
