@@ -123,8 +123,16 @@ TORCHLARS_CLONES double join(const Lanes& lanes) { return join_lanes<Lanes::kCou
   }
 
 TORCHLARS_SUM(double)
+// The square of a float is exact in double: multiplied and added at once it gives the same bits, faster.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC push_options
+#pragma GCC optimize("fp-contract=fast")
+#endif
 TORCHLARS_SUM(float)
 TORCHLARS_SUM(c10::BFloat16)
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC pop_options
+#endif
 TORCHLARS_ADAPT(double, double)
 TORCHLARS_ADAPT(float, float)
 TORCHLARS_ADAPT(c10::BFloat16, float)
