@@ -1,0 +1,364 @@
+"""Time one optimizer step: SGD, LARS around it, LARS within it, and other people's LARS. See README.md beside this."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from benchmarks import common
+from benchmarks.step_time import agreement, chart, cuda, targets
+from benchmarks.step_time.contestants import OLD, OLD_PART, PART, Contestant, Hyper, contestants, sgd
+from benchmarks.step_time.sets import SETS, LayerSet
+
+#: So small that weights stay where they are, however long the run.
+HYPER = Hyper(lr=1e-6, weight_decay=1e-4)
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+Clock = Callable[[], float]
+
+
+@dataclass
+class Entry:
+    """A contestant on a set, ready to be timed."""
+
+    contestant: Contestant
+    clocks: dict[str, Clock]
+    facts: dict[str, Any] = field(default_factory=dict)
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Check that contestants agree, time them, and write what was found."""
+    args = parse(argv)
+    device, dtype = torch.device(args.device), DTYPES[args.dtype]
+    threads_before = torch.get_num_threads()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        return run(args, device, dtype, common.command("benchmarks.step_time.main", argv))
+    finally:
+        torch.set_num_threads(threads_before)
+
+
+def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, command: str) -> dict[str, Any]:
+    """Do what :func:`main` says."""
+    found = common.environment(device)
+    print(common.describe(found), flush=True)
+    base = "fused" if fused_sgd_updates(device, dtype) else "foreach"
+    if base != "fused":
+        print(f"SGD(fused=True) leaves {args.dtype} parameters as they are here; SGD foreach stands in for it")
+    entrants, left_out = select(args, contestants(base))
+
+    errors, unable = agreement.check(entrants, device)
+    left_out |= unable
+    entrants = [entrant for entrant in entrants if entrant.name not in left_out]
+    for name, reason in left_out.items():
+        print(f"left out: {name}: {reason}")
+    print(f"{len(errors)} contestants agree with their formulas to {agreement.TOLERANCE:.0e}", flush=True)
+
+    report: dict[str, Any] = {
+        "command": command,
+        "environment": found,
+        "device": args.device,
+        "dtype": args.dtype,
+        "left_out": left_out,
+        "errors": errors,
+        "sets": {},
+    }
+    if device.type == "cuda":
+        report["copy_bandwidth"] = cuda.copy_bandwidth(device)
+        print(f"a copy within the device moves {report['copy_bandwidth'] / 1e9:.0f} GB/s, read and written", flush=True)
+    for name in args.sets:
+        layers = SETS[name]
+        reason = reason_to_skip(layers, device, dtype)
+        if reason:
+            print(f"\n{name} is skipped: {reason}")
+            continue
+        report["sets"][name] = time_set(name, layers, entrants, args, device, layers.dtype or dtype, base)
+        finish(name, layers, report, base)
+        print(f"\n{section(name, report)}", flush=True)
+
+    file_name = args.name or "_".join(
+        [args.device, args.dtype, *([f"{found['threads']}_threads"] * (device.type == "cpu"))]
+    )
+    markdown = "\n\n".join(
+        [f"`{command}`", common.describe(found), *(section(name, report) for name in report["sets"])]
+    )
+    common.write(args.out, file_name, report, markdown + "\n")
+    chart.draw(args.out / f"{file_name}.png", report)
+    return report
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights, gradients and momentum")
+    parser.add_argument("--sets", nargs="+", choices=SETS, help="(default: all that are meant for the device)")
+    parser.add_argument("--contestants", nargs="+", metavar="NAME", help="(default: all; the floor always takes part)")
+    parser.add_argument("--no-compile", action="store_true", help="leave out what has to be compiled")
+    parser.add_argument("--compile-tiny", action="store_true", help="compile on the set tiny, too, which takes minutes")
+    common.add_arguments(parser, Path(__file__).parent / "results", rounds=15, min_time=0.1)
+    args = parser.parse_args(argv)
+    args.sets = args.sets or [name for name, layers in SETS.items() if args.device in layers.devices]
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that torch can see, and there is none")
+    known = {entrant.name for base in ("fused", "foreach") for entrant in contestants(base)}
+    unknown = sorted(set(args.contestants or ()) - known)
+    if unknown:
+        parser.error(f"--contestants must be of: {', '.join(sorted(known))} (got: {', '.join(unknown)})")
+    return args
+
+
+def fused_sgd_updates(device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether SGD(fused=True) updates parameters at all: on a CPU, torch 2.12 and 2.13 skip half precision."""
+    param = Parameter(torch.ones(8, device=device, dtype=dtype))
+    param.grad = torch.ones_like(param)
+    sgd([param], Hyper(lr=0.5, weight_decay=0.0), "fused").step()
+    return bool((param != 1).all())
+
+
+def select(args: argparse.Namespace, entrants: list[Contestant]) -> tuple[list[Contestant], dict[str, str]]:
+    """Return who was asked for, and why others will not run."""
+    chosen = [entrant for entrant in entrants if wanted(args, entrant) or entrant.form == "floor"]
+    if not args.no_compile:
+        return chosen, {}
+    left_out = {entrant.name: "--no-compile" for entrant in chosen if entrant.compiles}
+    return [entrant for entrant in chosen if not entrant.compiles], left_out
+
+
+def wanted(args: argparse.Namespace, entrant: Contestant) -> bool:
+    """Return whether the user names a contestant, or names none."""
+    return not args.contestants or entrant.name in args.contestants
+
+
+def reason_to_skip(layers: LayerSet, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Return why a set cannot be timed here, if so."""
+    if not layers.is_large:
+        return None
+    if device.type != "cuda":
+        return "it is for GPUs"
+    # Weights, gradients and their master copy; momentum of the floor, two forms of torchlars and 0.1.2; some room.
+    needed = 8 * layers.elements() * torch.empty((), dtype=layers.dtype or dtype).element_size()
+    free, _ = torch.cuda.mem_get_info(device)
+    if free < needed:
+        return f"it needs {needed / 2**30:.0f} GiB of GPU memory, and {free / 2**30:.0f} are free"
+    return None
+
+
+def time_set(
+    name: str,
+    layers: LayerSet,
+    entrants: list[Contestant],
+    args: argparse.Namespace,
+    device: torch.device,
+    dtype: torch.dtype,
+    base: str,
+) -> dict[str, Any]:
+    """Time all contestants on one set. They share weights and gradients; each has its own state."""
+    params, restore = make_layers(layers, device, dtype)
+    left_out: dict[str, str] = {}
+    entries: dict[str, Entry] = {}
+    torch.compiler.reset()  # what was compiled for other shapes counts against a limit
+    for entrant in entrants:
+        if layers.is_large and not (entrant.is_core or args.contestants):
+            left_out[entrant.name] = "memory"
+        elif name == "tiny" and entrant.compiles and not args.compile_tiny:
+            left_out[entrant.name] = "compiling 2000 layers takes minutes (--compile-tiny)"
+        else:
+            try:
+                entries[entrant.name] = prepare(entrant, params, restore)
+            except torch.cuda.OutOfMemoryError:
+                left_out[entrant.name] = "out of memory"
+                gc.collect()
+                torch.cuda.empty_cache()
+            except Exception as error:
+                left_out[entrant.name] = agreement.reason_to_leave_out(entrant, error)
+    for entrant_name, reason in left_out.items():
+        print(f"left out of {name}: {entrant_name}: {reason}", flush=True)
+    timed: dict[str, dict[str, Any]] = {entrant_name: {"clocks": {}} for entrant_name in entries}
+    for clock in ("gpu", "wall") if device.type == "cuda" else ("wall",):
+        samples = {entrant_name: entry.clocks[clock] for entrant_name, entry in entries.items()}
+        for entrant_name, times in common.interleaved(samples, args.rounds, args.min_time, args.seed).items():
+            timed[entrant_name]["clocks"][clock] = {**common.summary(times), "rounds": times}
+    for entrant_name, entry in entries.items():
+        timed[entrant_name] |= entry.facts | {"formula": entry.contestant.formula, "form": entry.contestant.form}
+        if entry.contestant.accesses is not None:
+            timed[entrant_name] |= {
+                "accesses": entry.contestant.accesses,
+                "byte_floor": targets.byte_floor(entry.contestant.accesses, entry.contestant.cacheable, layers.reuse),
+            }
+    return {
+        "tensors": len(params),
+        "elements": layers.elements(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "floor": f"SGD {base}",
+        "left_out": left_out,
+        "contestants": timed,
+    }
+
+
+def make_layers(
+    layers: LayerSet, device: torch.device, dtype: torch.dtype
+) -> tuple[list[Parameter], Callable[[], None]]:
+    """Return parameters with gradients, and a function that restores the gradients.
+
+    A step of LARS consumes them, and so do those of some peers. Steps without new gradients would drive gradients into
+    denormal numbers, which take another time. They are written from the last layer to the first, as backward does.
+    """
+    generator = torch.Generator(device).manual_seed(20170813)
+
+    def normal(shape: tuple[int, ...], scale: float) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device, dtype=dtype).mul_(scale)
+
+    params = [Parameter(normal(shape, 0.05)) for shape in layers.shapes()]
+    masters = [normal(tuple(param.shape), 0.01) for param in params]
+    for param in params:
+        param.grad = torch.empty_like(param)
+    grads = [param.grad for param in params]
+
+    def restore() -> None:
+        torch._foreach_copy_(grads[::-1], masters[::-1])
+
+    restore()
+    return params, restore
+
+
+def prepare(entrant: Contestant, params: list[Parameter], restore: Callable[[], None]) -> Entry:
+    """Build a contestant, have it allocate and compile what it needs, and give it its clocks."""
+    step = entrant.build(params, HYPER)
+    entry = Entry(entrant, {})
+    restore()
+    first = common.seconds(step)
+    if entrant.compiles:
+        entry.facts["compile_seconds"] = first
+    restore()
+    step()
+
+    def clock(read: Callable[[Callable[[], object]], float], what: Callable[[], object]) -> Clock:
+        def sample() -> float:
+            restore()
+            return read(what)
+
+        return sample
+
+    if not params[0].is_cuda:
+        entry.clocks["wall"] = clock(common.seconds, step)
+        return entry
+
+    entry.clocks["wall"] = clock(cuda.wall_seconds, step)
+    try:
+        entry.facts["launches"] = cuda.launches(step)
+    except RuntimeError as error:  # some containers forbid profiling
+        print(f"launches of {entrant.name} were not counted: {error}")
+    launch, entry.facts["gpu_time_by"] = step, "events"
+    if not entrant.host_syncs:
+        try:
+            launch, entry.facts["gpu_time_by"] = cuda.capture(step), "graph"
+        except RuntimeError as error:
+            print(f"{entrant.name} was not captured in a CUDA graph: {error}")
+    entry.clocks["gpu"] = clock(cuda.gpu_seconds, launch)
+    return entry
+
+
+def finish(name: str, layers: LayerSet, report: dict[str, Any], base: str) -> None:
+    """Add to the times of a set what follows from them: ratios, targets, bandwidths and comparisons."""
+    result = report["sets"][name]
+    timed, device = result["contestants"], report["device"]
+    threads = report["environment"]["threads"]
+    for entry in timed.values():
+        for clock, times in entry["clocks"].items():
+            times["ratio"] = common.ratio(times["rounds"], timed[f"SGD {base}"]["clocks"][clock]["rounds"])
+        main_clock = next(iter(entry["clocks"].values()))
+        goal = targets.target(entry["form"], device, name, threads, result["dtype"])
+        entry["target"], entry["verdict"] = targets.verdict(goal, main_clock["ratio"])
+        if "copy_bandwidth" in report and "accesses" in entry:
+            bytes_moved = entry["accesses"] * result["elements"] * DTYPES[result["dtype"]].itemsize
+            entry["bandwidth"] = bytes_moved / main_clock["median"]
+    result["comparisons"] = comparisons(name, device, timed)
+
+
+def comparisons(name: str, device: str, timed: dict[str, dict[str, Any]]) -> list[str]:
+    """Return in words how torchlars stands against the others, by wall time."""
+
+    def speedup(ours: str, theirs: str) -> float:
+        rounds = [timed[each]["clocks"]["wall"]["rounds"] for each in (theirs, ours)]
+        return common.ratio(*rounds)
+
+    def line(ours: str, theirs: str, goal: float | None, role: str = "") -> str:
+        factor = speedup(ours, theirs)
+        outcome = "" if goal is None else f" (target: ≥ {goal:g}×, {'met' if factor >= goal else 'missed'})"
+        return f"{ours} is {factor:.2f}× as fast as {role}{theirs}{outcome}."
+
+    lines = []
+    others = [each for each, entry in timed.items() if entry["form"] == "other"]
+    for ours, entry in timed.items():
+        if entry["form"] in ("wrapper", "fused") and others:
+            fastest = min(others, key=lambda each: timed[each]["clocks"]["wall"]["median"])
+            lines.append(line(ours, fastest, 1.0, "the fastest of the others, "))
+        if entry["form"] == "wrapper" and OLD in timed:
+            lines.append(line(ours, OLD, targets.WHOLE_STEP.get((device, name))))
+    if PART in timed and OLD_PART in timed:
+        lines.append(line(PART, OLD_PART, targets.LARS_PART.get((device, name))))
+    return lines
+
+
+def section(name: str, report: dict[str, Any]) -> str:
+    """Return the table of one set with what belongs to it, in Markdown."""
+    result = report["sets"][name]
+    has_gpu = "copy_bandwidth" in report
+    header = ["contestant", "formula", f"{'GPU' if has_gpu else 'median'} ms", "quartiles", "ratio", "byte floor"]
+    header += ["target", "verdict"]
+    if has_gpu:
+        header += ["by", "wall ms", "wall ratio", "launches", "GB/s", "of a copy"]
+    rows = []
+    for entrant, entry in result["contestants"].items():
+        times = next(iter(entry["clocks"].values()))
+        row = [
+            entrant,
+            entry["formula"] or "its own",
+            f"{times['median'] * 1e3:.3f}",
+            f"{times['q1'] * 1e3:.3f}–{times['q3'] * 1e3:.3f}",
+            f"{times['ratio']:.2f}",
+            f"{entry['byte_floor']:.1f}" if "byte_floor" in entry else "",
+            entry["target"],
+            entry["verdict"],
+        ]
+        if has_gpu:
+            wall = entry["clocks"]["wall"]
+            row += [entry["gpu_time_by"], f"{wall['median'] * 1e3:.3f}", f"{wall['ratio']:.2f}"]
+            row += [str(entry.get("launches", ""))]
+            bandwidth = entry.get("bandwidth")
+            row += (
+                ["", ""]
+                if bandwidth is None
+                else [f"{bandwidth / 1e9:.0f}", f"{bandwidth / report['copy_bandwidth']:.0%}"]
+            )
+        rows.append(row)
+    title = f"### {name}: {result['tensors']} tensors, {result['elements'] / 1e6:.4g}M elements, {result['dtype']}"
+    lines = [*result["comparisons"]]
+    lines += [
+        f"{entrant}: {entry['compile_seconds']:.0f} s to compile."
+        for entrant, entry in result["contestants"].items()
+        if "compile_seconds" in entry
+    ]
+    absent = report["left_out"] | result["left_out"]
+    lines += [f"Left out: {entrant} ({reason})." for entrant, reason in absent.items()]
+    return "\n\n".join(
+        [title, common.table(header, rows, left=2), *(["\n".join(f"- {each}" for each in lines)] if lines else [])]
+    )
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except agreement.Disagreement as error:
+        sys.exit(str(error))
