@@ -44,7 +44,7 @@ class Contestant:
         name: as it stands in the table.
         formula: what it claims to compute; those of one formula must agree. None: a formula of its own.
         build: given parameters that have gradients, returns the step.
-        form: "floor"; or "wrapper" or "fused", which have targets; or "other" for all else that takes a step of LARS-SGD.
+        form: "floor"; "wrapper" or "fused", which have targets; or "other", for all else that takes a step of LARS.
         accesses: memory accesses per element, where known.
         cacheable: those of them that are second reads.
         is_foreign: whether it may fail, which leaves it out.

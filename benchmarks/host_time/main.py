@@ -1,0 +1,131 @@
+"""Time what a step costs the host per tensor: Python, the binding and one element of work. See README.md beside it."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+
+from benchmarks import common
+from benchmarks.step_time.contestants import Hyper, NoOp, grads_of, lars, sgd, torchlars_sgd
+from torchlars import ops
+
+HYPER = Hyper(lr=1e-6, weight_decay=1e-4)
+PART = "LARS part: LARS(no-op) − no-op"
+TARGET_NS = 100
+
+Step = Callable[[], object]
+
+
+def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """Time every contestant on every number of tensors, and write what was found."""
+    args = parse(argv)
+    device = torch.device(args.device)
+    threads_before = torch.get_num_threads()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        found = common.environment(device)
+        print(common.describe(found), flush=True)
+        report: dict[str, Any] = {
+            "command": common.command("benchmarks.host_time.main", argv),
+            "environment": found,
+            "target_ns": TARGET_NS,
+            "left_out": {},
+            "tensors": {},
+        }
+        for count in args.tensors:
+            report["tensors"][count] = time_tensors(count, args, device, report["left_out"])
+    finally:
+        torch.set_num_threads(threads_before)
+    markdown = f"`{report['command']}`\n\n{common.describe(found)}\n\n{summary_table(report)}\n"
+    print(f"\n{summary_table(report)}\n")
+    common.write(args.out, args.name or f"{args.device}_{found['threads']}_threads", report, markdown)
+    return report
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
+    parser.add_argument("--tensors", nargs="+", type=common.positive(int), default=[100, 1000, 10_000], metavar="N")
+    common.add_arguments(parser, Path(__file__).parent / "results", rounds=15, min_time=0.05)
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a GPU that torch can see, and there is none")
+    return args
+
+
+def contestants(params: list[Parameter], left_out: dict[str, str]) -> dict[str, Step]:
+    """Return what is timed, by name."""
+    grads, count = grads_of(params), len(params)
+    decays, coefs, eps = ([value] * count for value in (HYPER.weight_decay, HYPER.trust_coef, HYPER.eps))
+    steps: dict[str, Step] = {
+        "reading p.grad in a Python loop": lambda: [param.grad for param in params],
+        "ops.scale_by_trust_ratios_, lists ready": lambda: ops.scale_by_trust_ratios_(
+            grads, params, decays, coefs, eps, False
+        ),
+        "no-op": NoOp(params, HYPER).step,
+        "LARS(no-op)": lars(NoOp(params, HYPER), HYPER),
+        "SGD foreach": sgd(params, HYPER, "foreach").step,
+        "SGD fused": sgd(params, HYPER, "fused").step,
+        "LARS(SGD fused)": lars(sgd(params, HYPER, "fused"), HYPER),
+    }
+    try:
+        steps["torchlars.optim.SGD"] = torchlars_sgd(params, HYPER).step
+        steps["LARS(torchlars.optim.SGD)"] = lars(torchlars_sgd(params, HYPER), HYPER)
+    except ImportError as error:
+        left_out["torchlars.optim.SGD"] = str(error)
+        print(f"left out: torchlars.optim.SGD: {error}")
+    return steps
+
+
+def time_tensors(
+    count: int, args: argparse.Namespace, device: torch.device, left_out: dict[str, str]
+) -> dict[str, dict[str, Any]]:
+    """Return nanoseconds per tensor of every contestant for ``count`` tensors of one element."""
+    params = [Parameter(torch.full((1,), 0.5, device=device)) for _ in range(count)]
+    for param in params:
+        param.grad = torch.full((1,), 0.1, device=device)
+
+    def clock(step: Step) -> Callable[[], float]:
+        def sample() -> float:
+            if device.type == "cuda":
+                torch.cuda.synchronize()  # an idle device: what is timed is the host's own work
+            return common.seconds(step)
+
+        return sample
+
+    steps = contestants(params, left_out)
+    samples = {name: clock(step) for name, step in steps.items()}
+    for step in steps.values():
+        step()  # allocates state
+    times = common.interleaved(samples, args.rounds, args.min_time, args.seed)
+    times[PART] = [with_lars - base for with_lars, base in zip(times["LARS(no-op)"], times["no-op"], strict=True)]
+    per_tensor = {name: [time / count * 1e9 for time in rounds] for name, rounds in times.items()}
+    return {name: {**common.summary(rounds), "rounds": rounds} for name, rounds in per_tensor.items()}
+
+
+def summary_table(report: dict[str, Any]) -> str:
+    """Return nanoseconds per tensor as a Markdown table, with the quartiles and the target."""
+    counts = list(report["tensors"])
+    rows = []
+    for name in report["tensors"][counts[0]]:
+        row = [name]
+        for count in counts:
+            times = report["tensors"][count][name]
+            row.append(f"{times['median']:.0f} ({times['q1']:.0f}–{times['q3']:.0f})")
+        most = max(report["tensors"][count][name]["median"] for count in counts)
+        is_part = name == PART
+        row += [f"≤ {TARGET_NS}", "met" if most <= TARGET_NS else "missed"] if is_part else ["", ""]
+        rows.append(row)
+    header = ["ns per tensor: median (quartiles)", *(f"{count} tensors" for count in counts), "target", "verdict"]
+    return common.table(header, rows)
+
+
+if __name__ == "__main__":
+    main()
