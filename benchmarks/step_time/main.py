@@ -55,7 +55,7 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, comm
     print(common.describe(found), flush=True)
     base = "fused" if fused_sgd_updates(device, dtype) else "foreach"
     if base != "fused":
-        print(f"SGD(fused=True) leaves {args.dtype} parameters as they are here; SGD foreach stands in for it")
+        print(f"SGD(fused=True) does not update all of a {args.dtype} parameter here; SGD foreach stands in for it")
     entrants, left_out = select(args, contestants(base))
 
     errors, unable = agreement.check(entrants, device)

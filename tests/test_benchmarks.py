@@ -1,0 +1,183 @@
+"""The benchmarks run, check what they time, and write what their tables need. Nothing here looks at a time itself."""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+QUICK = ["--rounds", "2", "--min-time", "1e-6"]
+PEERS = {
+    "timm": "timm Lars",
+    "pytorch_optimizer": "pytorch_optimizer LARS",
+    "bitsandbytes": "bitsandbytes LARS",
+}
+
+
+@pytest.fixture
+def module(monkeypatch):
+    """Import a module of the benchmarks, which are no package to be installed; no peer is there unless a test says so."""
+    monkeypatch.syspath_prepend(str(ROOT))
+    for peer in PEERS:
+        monkeypatch.setitem(sys.modules, peer, None)
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
+
+
+@pytest.fixture
+def step_time(module, tmp_path):
+    def run(*args):
+        argv = ["--sets", "smoke", "--no-compile", "--out", str(tmp_path), "--name", "run", *QUICK, *args]
+        return module("step_time.main").main(argv)
+
+    return run
+
+
+def test_step_time_writes_what_the_table_needs(step_time, tmp_path, capsys):
+    step_time()
+    report = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert report["command"].startswith("python -m benchmarks.step_time.main --sets smoke")
+    assert {"cpu", "cores", "threads", "torch", "torchlars", *PEERS} <= report["environment"].keys()
+    result = report["sets"]["smoke"]
+    assert (result["tensors"], result["elements"], result["floor"]) == (4, 216 + 8 + 128 + 16, "SGD fused")
+    timed = result["contestants"]
+    assert {"SGD loop", "SGD foreach", "SGD fused", "LARS(SGD fused)", "LARS(Adam fused)"} <= timed.keys()
+    assert {"torchlars 0.1.2 algorithm", "apex LARC algorithm", "lightning-bolts LARS algorithm"} <= timed.keys()
+    for entry in timed.values():
+        times = entry["clocks"]["wall"]
+        assert 0 < times["q1"] <= times["median"] <= times["q3"]
+        assert len(times["rounds"]) == 2
+        assert times["ratio"] > 0
+        assert {"formula", "target", "verdict"} <= entry.keys()
+    assert timed["SGD fused"]["clocks"]["wall"]["ratio"] == 1
+    table = (tmp_path / "run.md").read_text(encoding="utf-8")
+    assert all(f"| {name} " in table for name in timed)
+    assert all(name in table for name in report["left_out"])
+    assert table.splitlines()[6].count("|") == 9
+    assert "agree with their formulas" in capsys.readouterr().out
+
+
+def test_peers_that_are_missing_are_left_out_with_a_reason(step_time):
+    report = step_time("--contestants", "LARS(SGD fused)", *PEERS.values())
+    assert list(report["sets"]["smoke"]["contestants"]) == ["SGD fused", "LARS(SGD fused)"]
+    for peer, name in PEERS.items():
+        assert peer in report["left_out"][name]
+
+
+def test_what_breaks_in_torchlars_is_not_left_out(step_time, module, monkeypatch):
+    def broken(optimizer, hyper):
+        raise RuntimeError("broken")
+
+    monkeypatch.setattr(module("step_time.contestants"), "lars", broken)
+    with pytest.raises(RuntimeError, match="broken"):
+        step_time()
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        pytest.param(lambda w, g, h: h.trust_coef * w / (g + h.weight_decay * w + h.eps), id="no rule for zeros"),
+        pytest.param(lambda w, g, h: torch.where((w > 0) & (g > 0), h.trust_coef * w / g, 1.0), id="no weight decay"),
+    ],
+)
+def test_a_wrong_formula_stops_everything(step_time, module, monkeypatch, tmp_path, wrong):
+    monkeypatch.setattr(module("step_time.contestants"), "trust_ratio", wrong)
+    with pytest.raises(module("step_time.agreement").Disagreement) as caught:
+        step_time()
+    assert "_foreach_ LARS + SGD fused does not compute LARS-SGD" in str(caught.value)
+    assert "apex" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("change", [{"momentum": 0.8}, {"weight_decay": 0.4}, {"trust_coef": 0.021}, {"lr": 1.1}])
+def test_the_check_sees_every_hyper_parameter(module, change):
+    contestants, agreement = module("step_time.contestants"), module("step_time.agreement")
+    (entrant,) = [each for each in contestants.contestants("fused") if each.name == "LARS(SGD fused)"]
+    off = contestants.Hyper(**{**vars(agreement.HYPER), **change})
+    wrong = contestants.Contestant(entrant.name, entrant.formula, lambda params, hyper: entrant.build(params, off))
+    assert agreement.check([entrant], torch.device("cpu"))[0].keys() == {"LARS(SGD fused)"}
+    with pytest.raises(agreement.Disagreement, match="LARS\\(SGD fused\\) does not compute LARS-SGD"):
+        agreement.check([wrong], torch.device("cpu"))
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_other_dtypes(step_time, dtype):
+    report = step_time("--dtype", dtype, "--contestants", "LARS(SGD fused)", "LARS(SGD foreach)")
+    result = report["sets"]["smoke"]
+    assert result["dtype"] == dtype
+    assert result["floor"] in ("SGD fused", "SGD foreach")
+    assert result["floor"].replace("SGD", "LARS(SGD") + ")" in result["contestants"]
+
+
+def test_sets_have_the_sizes_of_their_models(module):
+    sets = module("step_time.sets").SETS
+    sizes = {name: (len(list(layers.shapes())), layers.elements()) for name, layers in sets.items()}
+    assert sizes["resnet50"] == (161, 25_557_032)
+    assert sizes["vit_b_16"] == (152, 86_567_656)
+    assert sizes["one_100m"] == (1, 100_000_000)
+    assert sizes["tiny"] == (2000, 128_000)
+    assert sizes["llama_7b_bf16"] == (291, 6_738_415_616)
+
+
+def test_targets_and_floors(module):
+    targets = module("step_time.targets")
+    cpu = targets.target("wrapper", "cpu", "resnet50", 2, "float32")
+    assert [targets.verdict(cpu, ratio)[1] for ratio in (1.9, 1.91)] == ["met", "missed"]
+    assert targets.target("wrapper", "cpu", "resnet50", 2, "bfloat16") is None
+    assert targets.target("wrapper", "cpu", "resnet50", 8, "float32") is None
+    gpu = targets.target("wrapper", "cuda", "resnet50", 8, "float32")
+    assert [targets.verdict(gpu, ratio)[1] for ratio in (1.7, 2.0, 2.2)] == ["met", "first met", "missed"]
+    assert [targets.byte_floor(10, 2, reuse) for reuse in (1, 0, None)] == [1.6, 2.0, 1.0]
+    assert [targets.byte_floor(7, 2, reuse) for reuse in (1, 0, 0.5)] == [1.0, 1.4, 1.2]
+
+
+def test_ratios_are_taken_within_rounds(module):
+    assert module("common").ratio([2.0, 20.0, 2.0], [1.0, 10.0, 0.5]) == 2
+
+
+def test_every_round_times_everyone_in_a_new_order(module):
+    order = []
+
+    def sample(name):
+        order.append(name)
+        return 1.0
+
+    names = "abcd"
+    samples = {name: (lambda name=name: sample(name)) for name in names}
+    times = module("common").interleaved(samples, rounds=5, min_time=1.0, seed=0)
+    assert times == {name: [1.0] * 5 for name in names}
+    rounds = ["".join(order[start : start + 8 : 2]) for start in range(0, 40, 8)]  # each warms up once
+    assert all(sorted(each) == list(names) for each in rounds)
+    assert len(set(rounds)) > 1
+
+
+def test_a_package_gives_one_module_without_its_own_imports(module, monkeypatch, tmp_path):
+    package = tmp_path / "heavy" / "optim"
+    package.mkdir(parents=True)
+    (tmp_path / "heavy" / "__init__.py").write_text("import what_nobody_has")
+    (package / "__init__.py").write_text("import what_nobody_has")
+    (package / "light.py").write_text("from .helpers import value")
+    (package / "helpers.py").write_text("value = 3")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    import_alone = module("step_time.contestants").import_alone
+    assert import_alone("heavy.optim.light").value == 3
+    assert not any(name.startswith("heavy") for name in sys.modules)
+    with pytest.raises(ModuleNotFoundError, match="what_nobody_has"):
+        importlib.import_module("heavy")
+
+
+def test_host_time_writes_what_the_table_needs(module, tmp_path):
+    argv = ["--tensors", "1", "20", "--out", str(tmp_path), "--name", "run", *QUICK]
+    module("host_time.main").main(argv)
+    report = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    assert report["command"].startswith("python -m benchmarks.host_time.main --tensors 1 20")
+    part = "LARS part: LARS(no-op) − no-op"
+    for count in ("1", "20"):
+        timed = report["tensors"][count]
+        assert {"SGD fused", "SGD foreach", "ops.scale_by_trust_ratios_, lists ready", part} <= timed.keys()
+        assert all(len(times["rounds"]) == 2 for times in timed.values())
+    table = (tmp_path / "run.md").read_text(encoding="utf-8")
+    assert all(f"| {name} " in table for name in timed)
+    assert "≤ 100" in table
