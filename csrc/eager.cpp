@@ -77,6 +77,20 @@ bool is_fsdp_flattened(PyObject* param) {
   return PyObject_HasAttr(param, name) != 0;
 }
 
+// Tensors lie scattered in memory: those further on are fetched while one is looked at.
+constexpr Py_ssize_t kAhead = 4;
+
+void fetch_ahead([[maybe_unused]] PyObject* param) {
+#ifdef __GNUC__
+  if (THPVariable_CheckExact(param)) {
+    const auto* const impl = reinterpret_cast<const char*>(THPVariable_Unpack(param).unsafeGetTensorImpl());
+    for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64) {
+      __builtin_prefetch(impl + line);
+    }
+  }
+#endif
+}
+
 using Seen = ska::flat_hash_set<const c10::TensorImpl*>;
 
 // Calls take(param, grad, the parameter as a Python object) for every plain layer of a group that was not seen before;
@@ -93,6 +107,9 @@ std::vector<int64_t> for_plain_layers(const py::sequence& params, Seen& seen, co
   std::vector<int64_t> others;
   for (Py_ssize_t position = 0; position < count; ++position) {
     PyObject* const item = items[position];
+    if (position + kAhead < count) {
+      fetch_ahead(items[position + kAhead]);
+    }
     if (!THPVariable_CheckExact(item) || is_fsdp_flattened(item)) {
       others.push_back(position);
       continue;

@@ -22,7 +22,7 @@ namespace {
 
 // Layers are measured and then swept in runs of this size, so that the second pass finds them in cache.
 constexpr int64_t kRunBytes = 4 << 20;
-constexpr int64_t kTurn = 512;  // elements of one tensor, then of the other: memory delivers more from two places
+constexpr int64_t kTurnBytes = 2 << 10;     // of one tensor, then of the other: memory delivers more from two places
 constexpr int64_t kGrainBytes = 512 << 10;  // less than this is not worth another thread
 
 #define TORCHLARS_DISPATCH(TYPE, NAME, ...) \
@@ -73,15 +73,16 @@ std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::arr
     add_squares[list] = add_squares_of(real_dtype(lists[list][0]));
     partials[list].resize(plan.chunks);
   }
+  const int64_t turn = kTurnBytes / real_size(lists[0][0]);
   for_chunks(plan, real_size(lists[0][0]), Order::kForwards, [&](int64_t tensor, int64_t chunk, Range range) {
     std::array<const void*, kLists> data;
     for (size_t list = 0; list < kLists; ++list) {
       data[list] = swept[list][tensor]->const_data_ptr();
     }
     std::array<Lanes, kLists> lanes;
-    for (int64_t begin = range.begin; begin < range.end; begin += kTurn) {
+    for (int64_t begin = range.begin; begin < range.end; begin += turn) {
       for (size_t list = 0; list < kLists; ++list) {
-        add_squares[list](lanes[list], data[list], {begin, std::min(begin + kTurn, range.end)});
+        add_squares[list](lanes[list], data[list], {begin, std::min(begin + turn, range.end)});
       }
     }
     for (size_t list = 0; list < kLists; ++list) {
