@@ -40,7 +40,8 @@ class LARS(OptimizerWrapper):
     the momentum. The two differ while lr changes.
 
     **Gradients are consumed**: after :meth:`step`, ``p.grad`` holds r · (g + λw). Clip before it, and look at gradients
-    before it.
+    before it. A base that takes trust ratios (see :mod:`torchlars.optim`) multiplies by them in its own update: then
+    ``p.grad`` stays as it was, and nothing is hidden from the base.
 
     **Weight decay** that the base would add to the gradient (SGD, Adam, RMSprop, ...) is taken over, and hidden from
     the base while it steps. Decoupled weight decay (AdamW, Muon, Adafactor, ``decoupled_weight_decay=True``) stays the
