@@ -26,7 +26,7 @@ C10_HOST_DEVICE inline int64_t chunk_size(int64_t numel) {
 
 // An empty tensor has one chunk, an empty one, so that no kernel needs to know of empty tensors.
 C10_HOST_DEVICE inline int64_t num_chunks(int64_t numel) {
-  return numel == 0 ? 1 : divide_up(numel, chunk_size(numel));
+  return numel <= kChunk ? 1 : divide_up(numel, chunk_size(numel));  // most tensors are spared the division
 }
 
 // Elements [begin, end) of one tensor.

@@ -251,7 +251,8 @@ def finite_number(name: str, value: Any) -> float:
 
 
 def _number(name: str, value: Any, kind: str, in_range: Callable[[float], bool]) -> float:
-    if isinstance(value, bool) or not isinstance(value, Real):
+    is_float = type(value) is float  # which is asked first because it is quick: this runs in every step
+    if not is_float and (isinstance(value, bool) or not isinstance(value, Real)):
         raise TypeError(f"{name} must be a {kind} number (got: {value!r} of type {type(value).__name__})")
     try:
         number = float(value)
