@@ -153,14 +153,18 @@ class SGD(torch.optim.SGD):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, or of :class:`torch.optim.SGD`.
 
-        Momentum becomes of the dtype that ``momentum_dtype`` asks for.
+        Momentum becomes of the dtype that ``momentum_dtype`` asks for. A group keeps a key of its own where the state
+        dict has none, as those of :class:`torch.optim.SGD` have.
         """
+        own_keys = [{key: group[key] for key in ("momentum_dtype",) if key in group} for group in self.param_groups]
         loaded: dict[str, Any] = {}
         handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))  # after all others
         try:
             super().load_state_dict(state_dict)
         finally:
             handle.remove()
+        for group, own in zip(self.param_groups, own_keys, strict=True):
+            group.update({**own, **group})
         # torch has rounded all state to the parameters' dtype.
         ids: Iterator[Any] = (i for group in loaded["param_groups"] for i in group["params"])
         for group in self.param_groups:
