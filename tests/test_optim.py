@@ -1,0 +1,1124 @@
+"""SGD that takes trust ratios, the protocol by which it does, and the eager door: all against torch's own SGD.
+
+The oracle is ``torch.optim.SGD``, alone and under LARS, which tests/test_bases.py holds to the contract by hand.
+"""
+
+import ast
+import copy
+import inspect
+import io
+import itertools
+import math
+import pickle
+import re
+import textwrap
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import CASES, DTYPES, REAL_DTYPES, Case, Layer, channels_last, sizes, sliced, transposed
+from closeness import assert_within_ulps
+
+import torchlars
+from torchlars import LARS, ops, optim, reference
+
+EPS, TRUST_COEF = 0.05, 0.3  # of the wrapper; far from the defaults, so that each is seen to matter
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread_and_checked_sparse_tensors():
+    """Tensors are small here: a second thread would only be waited for. Sparse ones want a word on their checks."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with torch.sparse.check_sparse_tensor_invariants():
+        yield
+    torch.set_num_threads(threads)
+
+
+# What is stepped.
+
+# Every kind of momentum that SGD has; of two groups, of which either, but never both, may be without weight decay.
+MOMENTA = {
+    "none": {},
+    "momentum": {"momentum": 0.9},
+    "dampened": {"momentum": 0.9, "dampening": 0.25},
+    "undershot": {"momentum": 0.9, "dampening": -0.5},
+    "nesterov": {"momentum": 0.9, "nesterov": True},
+}
+DECAYS = {"decays": (0.1, 0.03), "one_decays": (0.0, 0.07), "other_decays": (0.2, 0.0)}
+TABLE = [
+    pytest.param({**options, "maximize": maximize}, decays, id=f"{kind}-{decay}-{'max' if maximize else 'min'}")
+    for kind, options in MOMENTA.items()
+    for decay, decays in DECAYS.items()
+    for maximize in (False, True)
+]
+table = pytest.mark.parametrize(("options", "decays"), TABLE)
+few = pytest.mark.parametrize("options", list(MOMENTA.values()), ids=list(MOMENTA))
+
+SHAPES = [
+    # shape, scale, memory order
+    [((3, 4), 1.0, None), ((4,), 5.0, None), ((), 0.5, None), ((5,), 0.0, None), ((0, 3), 1.0, None)],
+    [((2, 3, 2, 2), 0.2, channels_last), ((4, 3), 2.0, transposed), ((7,), 3.0, None)],
+    [((2, 5), 0.7, None), ((6,), 1.5, None)],
+]
+
+
+def layers(index, dtype=torch.float64):
+    """The layers of one group, each with a scale of its own; the fourth is zero, the fifth is empty."""
+    generator = torch.Generator().manual_seed(index)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    params = []
+    for shape, scale, order in SHAPES[index]:
+        values = (scale * torch.randn(shape, dtype=wide, generator=generator)).to(dtype)
+        params.append(torch.nn.Parameter(values if order is None else order(values)))
+    return params
+
+
+def groups(dtype=torch.float64, decays=DECAYS["decays"], lr=0.5, **options):
+    """Two groups that differ in every hyper-parameter, except nesterov."""
+    second = {"momentum": 0.6} if options.get("momentum") else {}
+    if options.get("dampening"):
+        second["dampening"] = 0.4
+    return [
+        {"params": layers(0, dtype), "weight_decay": decays[0]},
+        {"params": layers(1, dtype), "weight_decay": decays[1], "lr": lr / 3, **second},
+    ]
+
+
+def adapted_groups(dtype=torch.float64, decays=DECAYS["decays"], **options):
+    """The same for LARS: with its own values, with values of a group, and a third group that is left alone."""
+    first, second = groups(dtype, decays, **options)
+    return [
+        first,
+        {**second, "trust_coef": 0.02, "eps": 0.01},
+        {"params": layers(2, dtype), "weight_decay": 0.15, "lr": 0.1, "trust_coef": None},
+    ]
+
+
+def pair(options, decays=DECAYS["decays"], dtype=torch.float64, **ours_alone):
+    """Our SGD and torch's, over equal layers."""
+    return (
+        optim.SGD(groups(dtype, decays, **options), lr=0.5, **options, **ours_alone),
+        torch.optim.SGD(groups(dtype, decays, **options), lr=0.5, **options),
+    )
+
+
+def lars_pair(options, decays=DECAYS["decays"], dtype=torch.float64):
+    """The same, under LARS."""
+    return tuple(
+        LARS(sgd(adapted_groups(dtype, decays, **options), lr=0.5, **options), eps=EPS, trust_coef=TRUST_COEF)
+        for sgd in (optim.SGD, torch.optim.SGD)
+    )
+
+
+PAIRS = {"plain": pair, "lars": lars_pair}
+both = pytest.mark.parametrize("pair_of", PAIRS.values(), ids=list(PAIRS))
+
+
+def params_of(optimizer):
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def give_gradients(optimizers, step):
+    """Fresh gradients, the same for all; one of zeros in step 1, and one missing in steps 0 and 2."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for index, params in enumerate(zip(*map(params_of, optimizers), strict=True)):
+        wide = torch.complex128 if params[0].is_complex() else torch.float64
+        grad = (0.3 * (index + 1) * torch.randn(params[0].shape, dtype=wide, generator=generator)).to(params[0].dtype)
+        for param in params:
+            missing = (step, index) in {(0, 6), (2, 1)}
+            zero = (step, index) == (1, 0)
+            param.grad = None if missing else torch.zeros_like(param) if zero else torch.empty_like(param).copy_(grad)
+
+
+def change_lr(optimizers, step):
+    for optimizer in optimizers:
+        for index, group in enumerate(optimizer.param_groups):
+            group["lr"] = group["lr"] * [0.5, 1.7, 0.9, 1.2][(step + index) % 4]
+
+
+def assert_same(ours, theirs, tolerance=0.0):
+    """Parameters and momentum agree, and both have state for the same parameters under the same keys."""
+    pairs = list(zip(params_of(ours), params_of(theirs), strict=True))
+    assert [p in ours.state for p, _ in pairs] == [q in theirs.state for _, q in pairs]
+    for index, (p, q) in enumerate(pairs):
+        close(p.detach(), q.detach(), tolerance, f"parameter {index}")
+        assert ours.state.get(p, {}).keys() == theirs.state.get(q, {}).keys(), index
+        for key, value in ours.state.get(p, {}).items():
+            close(value, theirs.state[q][key], tolerance, f"{key} of parameter {index}")
+
+
+def assert_same_ratios(ours, theirs, tolerance=0.0):
+    our_ratios, their_ratios = ours.trust_ratios(), theirs.trust_ratios()
+    assert len(our_ratios) == len(their_ratios)
+    for index, (p, q) in enumerate(zip(params_of(ours), params_of(theirs), strict=True)):
+        assert (p in our_ratios) == (q in their_ratios), index
+        if p in our_ratios:
+            close(our_ratios[p], their_ratios[q], tolerance, f"ratio {index}")
+
+
+def close(a, b, tolerance, message):
+    a, b = (x.to_dense() if x.is_sparse else x for x in (a, b))
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text: f"{message}: {text}")
+
+
+def snapshot(optimizer):
+    """Everything that a step may change, and the versions of what it may not."""
+    params = params_of(optimizer)
+    return copy.deepcopy(
+        (
+            [param.detach() for param in params],
+            [None if param.grad is None else param.grad.detach() for param in params],
+            [dict(optimizer.state.get(param, {})) for param in params],
+            [param._version for param in params],
+            [None if param.grad is None else param.grad._version for param in params],
+            [param in optimizer.state for param in params],
+        )
+    )
+
+
+def assert_unchanged(optimizer, before):
+    torch.testing.assert_close(snapshot(optimizer), before, rtol=0, atol=0, equal_nan=True)
+
+
+def run(optimizers, steps):
+    for step in steps:
+        give_gradients(optimizers, step)
+        for optimizer in optimizers:
+            optimizer.step()
+        change_lr(optimizers, step)
+
+
+# The update, plain and with trust ratios.
+
+
+@table
+def test_plain_step_equals_that_of_torch(options, decays, backend):
+    ours, theirs = pair(options, decays)
+    for step in range(4):
+        give_gradients([ours, theirs], step)
+        assert ours.step() is None
+        theirs.step()
+        assert_same(ours, theirs, 1e-12)
+        change_lr([ours, theirs], step)
+
+
+@table
+def test_lars_equals_lars_over_torchs_sgd_and_leaves_gradients_alone(options, decays, backend):
+    ours, theirs = lars_pair(options, decays)
+    for step in range(4):
+        give_gradients([ours, theirs], step)
+        grads = [param.grad for param in params_of(ours)]
+        values = [None if grad is None else grad.clone() for grad in grads]
+        versions = [None if grad is None else grad._version for grad in grads]
+        assert ours.step() is None
+        theirs.step()
+        assert_same(ours, theirs, 1e-12)
+        assert_same_ratios(ours, theirs, 1e-14)
+        assert len(ours.trust_ratios()) == 8 - (step in (0, 2))
+        for param, grad, value, version in zip(params_of(ours), grads, values, versions, strict=True):
+            assert param.grad is grad
+            assert grad is None or (torch.equal(grad, value) and grad._version == version)
+        change_lr([ours, theirs], step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.complex64, torch.complex128], ids=str)
+@few
+@both
+def test_other_dtypes_equal_torchs_to_their_precision(pair_of, options, dtype, backend):
+    ours, theirs = pair_of(options, dtype=dtype)
+    for step in range(4):
+        give_gradients([ours, theirs], step)
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs, 1e-12 if dtype == torch.complex128 else 2e-6)
+
+
+def widened(theirs, ours):
+    """Let torch's optimizer have what ours has, in float64."""
+    for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+        q.data.copy_(p.detach())
+        q.grad = None if p.grad is None else p.grad.double()
+        if p in ours.state:
+            theirs.state[q]["momentum_buffer"] = ours.state[p]["momentum_buffer"].double()
+
+
+@pytest.mark.parametrize("momentum_dtype", [None, torch.float32], ids=str)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@few
+def test_a_16_bit_step_is_one_in_float64_that_was_rounded_once(options, dtype, momentum_dtype, backend):
+    ours, theirs = pair(options, dtype=dtype, momentum_dtype=momentum_dtype)[0], pair(options)[1]
+    for step in range(3):
+        give_gradients([ours], step)
+        widened(theirs, ours)
+        ours.step()
+        theirs.step()
+        for index, (p, q) in enumerate(zip(params_of(ours), params_of(theirs), strict=True)):
+            assert_within_ulps(p, q.detach().to(dtype), 1, f"parameter {index}")
+            assert (p in ours.state) == (q in theirs.state)
+            if p in ours.state:
+                buffer, wide = ours.state[p]["momentum_buffer"], theirs.state[q]["momentum_buffer"]
+                if momentum_dtype is None:
+                    assert_within_ulps(buffer, wide.to(dtype), 1, f"momentum {index}")
+                else:
+                    assert buffer.dtype == torch.float32
+                    torch.testing.assert_close(buffer, wide.float(), rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@few
+def test_a_16_bit_step_under_lars_is_one_in_float64_that_was_rounded_once(options, dtype, backend):
+    ours, theirs = lars_pair(options, dtype=dtype)[0], lars_pair(options)[1]
+    for step in range(3):
+        give_gradients([ours], step)
+        widened(theirs, ours)
+        ours.step()
+        theirs.step()
+        ratios = ours.trust_ratios()
+        for index, (p, q) in enumerate(zip(params_of(ours), params_of(theirs), strict=True)):
+            assert_within_ulps(p, q.detach().to(dtype), 1, f"parameter {index}")
+            if p in ratios:
+                assert_within_ulps(ratios[p], theirs.trust_ratios()[q].float(), 1, f"ratio {index}")
+
+
+@both
+def test_momentum_may_come_and_go(pair_of, backend):
+    """A buffer that is missing is begun undampened; one that is there is kept for as long as there is no momentum."""
+    ours, theirs = pair_of({"dampening": 0.25})
+    for step, momentum in enumerate([0.0, 0.9, 0.0, 0.5, 0.8]):
+        for group in [*ours.param_groups, *theirs.param_groups]:
+            group["momentum"] = momentum
+        give_gradients([ours, theirs], step)
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs, 1e-12)
+
+
+@both
+def test_groups_may_differ_in_direction_and_in_kind(pair_of, backend):
+    ours, theirs = pair_of({"momentum": 0.9})
+    for optimizer in (ours, theirs):
+        optimizer.param_groups[0].update(maximize=True)
+        optimizer.param_groups[1].update(nesterov=True)
+    for step in range(3):
+        give_gradients([ours, theirs], step)
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs, 1e-12)
+
+
+@both
+def test_a_step_without_any_gradient_changes_nothing(pair_of, backend):
+    ours, _ = pair_of({"momentum": 0.9})
+    before = snapshot(ours)
+    assert ours.step() is None
+    assert_unchanged(ours, before)
+    assert len(ours.state) == 0
+
+
+def test_it_is_torchs_sgd_to_whoever_asks():
+    optimizer = optim.SGD(layers(0), lr=0.5, momentum=0.9)
+    assert isinstance(optimizer, torch.optim.SGD)
+    assert optimizer.takes_trust_ratios is True
+    assert torchlars.optim.SGD is optim.SGD
+    named = optim.SGD([(f"layer{i}", param) for i, param in enumerate(layers(0))], lr=0.5)
+    assert named.param_groups[0]["param_names"] == [f"layer{i}" for i in range(5)]
+    theirs = torch.optim.SGD(layers(0), lr=0.5, momentum=0.9)
+    assert list(optimizer.defaults.items()) == list(theirs.defaults.items())
+    assert optimizer.param_groups[0].keys() == theirs.param_groups[0].keys()
+
+
+# Momentum is in the parameter's memory order.
+
+ORDERS = {"channels_last": channels_last, "transposed": transposed, "as it is": lambda x: x}
+
+
+@both
+def test_momentum_has_the_parameters_memory_order(pair_of, backend):
+    ours, _ = pair_of({"momentum": 0.9})
+    for step in (3, 4):
+        give_gradients([ours], step)
+        ours.step()
+        orders = [(param.stride(), ours.state[param]["momentum_buffer"].stride()) for param in ours.state]
+        assert ((12, 1, 6, 3), (12, 1, 6, 3)) in orders
+        assert ((1, 4), (1, 4)) in orders
+        assert all(one == other for one, other in orders)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@both
+def test_loaded_momentum_of_another_memory_order_is_taken_over(pair_of, order, backend):
+    ours, theirs = pair_of({"momentum": 0.9})
+    run([ours, theirs], range(2))
+    for optimizer in (ours, theirs):
+        for state in optimizer.state.values():
+            buffer = state["momentum_buffer"]
+            if buffer.dim() == (4 if order == "channels_last" else 2) or order == "as it is":
+                state["momentum_buffer"] = ORDERS[order](buffer.contiguous())
+    for step in range(2, 4):
+        give_gradients([ours, theirs], step)
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs, 1e-12)
+    assert all(ours.state[p]["momentum_buffer"].stride() == p.stride() for p in ours.state if p.grad is not None)
+
+
+@both
+def test_momentum_stays_the_same_tensor(pair_of, backend):
+    ours, _ = pair_of({"momentum": 0.9})
+    run([ours], range(3))
+    before = {param: state["momentum_buffer"] for param, state in ours.state.items()}
+    versions = {param: buffer._version for param, buffer in before.items()}
+    run([ours], range(3, 4))
+    for param, buffer in before.items():
+        assert ours.state[param]["momentum_buffer"] is buffer
+        assert buffer._version > versions[param]
+        assert not buffer.requires_grad
+
+
+# State dicts.
+
+
+def through(how, state_dict):
+    if how == "deepcopy":
+        return copy.deepcopy(state_dict)
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+hows = pytest.mark.parametrize("how", ["deepcopy", "weights_only"])
+
+
+@few
+@both
+def test_state_dict_is_that_of_torch(pair_of, options):
+    ours, theirs = pair_of(options)
+    run([ours, theirs], range(3))
+    a, b = ours.state_dict(), theirs.state_dict()
+    assert a.keys() == b.keys()
+    assert a["param_groups"] == b["param_groups"]
+    assert list(a["param_groups"][0]) == list(b["param_groups"][0])
+    torch.testing.assert_close(a["state"], b["state"], rtol=1e-12, atol=1e-12)
+
+
+@hows
+@few
+@both
+def test_state_dicts_go_from_torch_to_us_and_back_in_mid_training(pair_of, options, how, backend):
+    ours, theirs = pair_of(options)
+    expected, other = pair_of(options)[1], pair_of(options)[1]
+    run([theirs, expected], range(2))
+
+    def hand_over(one, to):
+        to.load_state_dict(through(how, one.state_dict()))
+        for p, q in zip(params_of(one), params_of(to), strict=True):
+            q.data.copy_(p.detach())
+
+    hand_over(theirs, ours)
+    run([ours, expected], range(2, 4))
+    assert_same(ours, expected, 1e-12)
+    hand_over(ours, other)
+    run([other, expected], range(4, 6))
+    assert_same(other, expected, 1e-12)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@both
+def test_a_copy_goes_on_like_the_original(pair_of, copied, backend):
+    ours, _ = pair_of({"momentum": 0.9, "nesterov": True})
+    run([ours], range(2))
+    for param in params_of(ours):
+        param.grad = None
+    other = copied(ours)
+    run([ours, other], range(2, 4))
+    assert_same(ours, other)
+    assert all(p is not q for p, q in zip(params_of(ours), params_of(other), strict=True))
+    assert not any(
+        p.data_ptr() == q.data_ptr() for p, q in zip(params_of(ours), params_of(other), strict=True) if p.numel()
+    )
+
+
+def test_a_state_dict_of_other_groups_is_refused_and_nothing_changes(backend):
+    ours, _ = pair({"momentum": 0.9})
+    run([ours], range(2))
+    before = snapshot(ours)
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        ours.load_state_dict(optim.SGD(layers(0), lr=0.5).state_dict())
+    assert_unchanged(ours, before)
+    assert not ours._optimizer_load_state_dict_pre_hooks
+
+
+def test_loading_sees_what_hooks_make_of_a_state_dict(backend):
+    ours, _ = pair({"momentum": 0.9}, dtype=torch.bfloat16, momentum_dtype=torch.float32)
+    run([ours], range(1))
+
+    def doubled(_, state_dict):
+        state = {i: {"momentum_buffer": 2 * own["momentum_buffer"]} for i, own in state_dict["state"].items()}
+        return {**state_dict, "state": state}
+
+    other, _ = pair({"momentum": 0.9}, dtype=torch.bfloat16, momentum_dtype=torch.float32)
+    other.register_load_state_dict_pre_hook(doubled)
+    other.load_state_dict(ours.state_dict())
+    for p, q in zip(params_of(ours), params_of(other), strict=True):
+        assert (p in ours.state) == (q in other.state)
+        if p in ours.state:
+            assert torch.equal(other.state[q]["momentum_buffer"], 2 * ours.state[p]["momentum_buffer"])
+
+
+# momentum_dtype.
+
+KEPT = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def in_float32(dtype, **options):
+    return pair({"momentum": 0.9, **options}, dtype=dtype, momentum_dtype=torch.float32)[0]
+
+
+def reference_step(optimizer, buffers):
+    """What the reference makes of a step: new parameters, by parameter, and new momenta."""
+    results = {}
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            if param.grad is None:
+                continue
+            first = param not in buffers
+            buffer = buffers.setdefault(param, torch.zeros_like(param, dtype=torch.float32, requires_grad=False))
+            result = param.detach().clone()
+            reference.sgd_(
+                [result],
+                [param.grad],
+                [buffer],
+                None,
+                [group["weight_decay"]],
+                [group["lr"]],
+                [group["momentum"]],
+                [0.0 if first else group["dampening"]],
+                group["nesterov"],
+                group["maximize"],
+                None,
+            )
+            results[param] = result
+    return results
+
+
+@KEPT
+@pytest.mark.parametrize("options", [{}, {"dampening": 0.25}, {"nesterov": True}, {"maximize": True}], ids=str)
+def test_momentum_in_float32_is_that_of_the_reference(dtype, options, backend):
+    ours, buffers = in_float32(dtype, **options), {}
+    for step in range(4):
+        give_gradients([ours], step)
+        expected = reference_step(ours, buffers)
+        ours.step()
+        assert ours.state.keys() == buffers.keys()
+        for param, result in expected.items():
+            assert torch.equal(param, result)
+        for param, buffer in buffers.items():
+            assert ours.state[param]["momentum_buffer"].dtype == torch.float32
+            assert torch.equal(ours.state[param]["momentum_buffer"], buffer)
+        change_lr([ours], step)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.complex64], ids=str)
+def test_momentum_of_wider_layers_is_not_changed_by_momentum_dtype(dtype, backend):
+    one, other = (pair({"momentum": 0.9}, dtype=dtype, momentum_dtype=kept)[0] for kept in (torch.float32, None))
+    run([one, other], range(3))
+    assert_same(one, other)
+    assert all(state["momentum_buffer"].dtype == dtype for state in one.state.values())
+
+
+@hows
+@KEPT
+def test_momentum_in_float32_is_loaded_without_rounding(dtype, how, backend):
+    ours, other = in_float32(dtype), in_float32(dtype)
+    run([ours], range(3))
+    assert any((b := s["momentum_buffer"]).numel() and not torch.equal(b, b.to(dtype)) for s in ours.state.values())
+    other.load_state_dict(through(how, ours.state_dict()))
+    for p, q in zip(params_of(ours), params_of(other), strict=True):
+        q.data.copy_(p.detach())
+    assert_same(ours, other)
+    run([ours, other], range(3, 5))
+    assert_same(ours, other)
+
+
+@hows
+@KEPT
+def test_momentum_in_float32_goes_through_torch_and_comes_back_as_float32(dtype, how, backend):
+    ours, theirs = in_float32(dtype), pair({"momentum": 0.9}, dtype=dtype)[1]
+    run([ours], range(3))
+    theirs.load_state_dict(through(how, ours.state_dict()))
+    assert all(state["momentum_buffer"].dtype == dtype for state in theirs.state.values())
+    run([theirs], range(3, 4))
+    assert all(state["momentum_buffer"].dtype == dtype for state in theirs.state.values())
+    ours.load_state_dict(through(how, theirs.state_dict()))
+    for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+        assert (p in ours.state) == (q in theirs.state)
+        if p in ours.state:
+            assert ours.state[p]["momentum_buffer"].dtype == torch.float32
+            assert torch.equal(ours.state[p]["momentum_buffer"], theirs.state[q]["momentum_buffer"].float())
+
+
+@KEPT
+@pytest.mark.parametrize("where", ["argument", "group"])
+def test_momentum_that_torch_kept_becomes_float32(where, dtype, backend):
+    def build():
+        first, second = groups(dtype, momentum=0.9)
+        if where == "argument":
+            return optim.SGD([first, second], lr=0.5, momentum=0.9, momentum_dtype=torch.float32)
+        return optim.SGD([first, {**second, "momentum_dtype": torch.float32}], lr=0.5, momentum=0.9)
+
+    theirs, ours = pair({"momentum": 0.9}, dtype=dtype)[1], build()
+    run([theirs], range(3))
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    for _ in range(2):
+        expected = torch.float32 if where == "argument" else dtype
+        assert {ours.state[p]["momentum_buffer"].dtype for p in ours.param_groups[0]["params"]} == {expected}
+        assert {ours.state[p]["momentum_buffer"].dtype for p in ours.param_groups[1]["params"]} == {torch.float32}
+        run([ours], range(3, 4))
+
+
+@KEPT
+def test_momentum_dtype_may_be_a_groups_own(dtype, backend):
+    first, second = groups(dtype, momentum=0.9)
+    third = {"params": layers(2, dtype), "momentum_dtype": None, "weight_decay": 0.1}
+    ours = optim.SGD([first, second], lr=0.5, momentum=0.9, momentum_dtype=torch.float32)
+    ours.add_param_group(third)
+    run([ours], range(3))
+    for group, expected in zip(ours.param_groups, [torch.float32, torch.float32, dtype], strict=True):
+        assert group["momentum_dtype"] == (None if expected == dtype else expected)
+        assert {ours.state[param]["momentum_buffer"].dtype for param in group["params"]} == {expected}
+    other = copy.deepcopy(ours)
+    other.load_state_dict(copy.deepcopy(ours.state_dict()))
+    assert_same(ours, other)
+
+
+@KEPT
+def test_momentum_dtype_may_be_changed_between_steps(dtype, backend):
+    ours = pair({"momentum": 0.9}, dtype=dtype)[0]
+    for step, kept in enumerate([None, torch.float32, None]):
+        for group in ours.param_groups:
+            group["momentum_dtype"] = kept
+        give_gradients([ours], step + 3)
+        buffers = {
+            param: state["momentum_buffer"].to(kept or dtype).float().clone() for param, state in ours.state.items()
+        }
+        expected = reference_step(ours, buffers)
+        ours.step()
+        for param, result in expected.items():
+            assert torch.equal(param, result)
+            assert torch.equal(ours.state[param]["momentum_buffer"], buffers[param].to(kept or dtype))
+
+
+@pytest.mark.parametrize("wrong", [torch.float64, torch.bfloat16, "float32", 32, True], ids=str)
+def test_a_wrong_momentum_dtype_is_refused(wrong):
+    message = rf"must be None or torch.float32 \(got: {wrong!r}\)"
+    with pytest.raises(ValueError, match=f"momentum_dtype {message}"):
+        optim.SGD(layers(0), lr=0.5, momentum_dtype=wrong)
+    with pytest.raises(ValueError, match=f"momentum_dtype of parameter group 1 {message}"):
+        optim.SGD([{"params": layers(0)}, {"params": layers(1), "momentum_dtype": wrong}], lr=0.5)
+
+
+# The same bits for any number of threads, from run to run, and whichever way a layer took.
+
+
+def large_groups(dtype):
+    """Layers that are cut into chunks, among small ones."""
+    generator = torch.Generator().manual_seed(0)
+    numels = [[70_001, 5, 16_384], [300, 40_000, *[64] * 20]]
+    for index, group in enumerate(numels):
+        values = [(i + 1) * torch.randn(n, generator=generator, dtype=torch.float64) for i, n in enumerate(group)]
+        params = [torch.nn.Parameter(value.to(dtype)) for value in values]
+        yield {"params": params, "weight_decay": [0.1, 0.03][index], "lr": [0.5, 0.2][index]}
+
+
+def bits_of_large(dtype, under_lars, sgd=optim.SGD, **options):
+    optimizer = base = sgd(list(large_groups(dtype)), **options)
+    if under_lars:
+        optimizer = LARS(base, eps=EPS, trust_coef=TRUST_COEF)
+    run([optimizer], range(3))
+    ratios = (
+        [ratio for _, ratio in sorted((p.numel(), r) for p, r in optimizer.trust_ratios().items())]
+        if under_lars
+        else []
+    )
+    momenta = [base.state[param]["momentum_buffer"] for param in params_of(base)]
+    return [*(param.detach() for param in params_of(base)), *momenta, *ratios]
+
+
+def assert_bits(ones, others):
+    assert len(ones) == len(others)
+    for index, (one, other) in enumerate(zip(ones, others, strict=True)):
+        assert one.dtype == other.dtype, index
+        assert torch.equal(one, other), index
+
+
+LARGE = {
+    "float32": (torch.float32, {"momentum": 0.9}),
+    "nesterov": (torch.float64, {"momentum": 0.9, "nesterov": True}),
+    "bfloat16": (torch.bfloat16, {"momentum": 0.9, "momentum_dtype": torch.float32}),
+}
+
+
+@pytest.mark.parametrize("kind", LARGE)
+@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+def test_bits_do_not_depend_on_threads_or_repetition(extension, threads, under_lars, kind):
+    dtype, options = LARGE[kind]
+    results = []
+    for count in (1, 2, 3, 2):
+        threads(count)
+        results.append(bits_of_large(dtype, under_lars, **options))
+    for result in results[1:]:
+        assert_bits(result, results[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("sgd", [optim.SGD, torch.optim.SGD], ids=["ours", "torchs"])
+@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+def test_bits_do_not_depend_on_who_gathers(extension, monkeypatch, under_lars, sgd, dtype):
+    gathered = bits_of_large(dtype, under_lars, sgd, momentum=0.9)
+    monkeypatch.setattr(ops, "plain_layers", lambda kind: ops.NoPlainLayers())
+    assert_bits(bits_of_large(dtype, under_lars, sgd, momentum=0.9), gathered)
+
+
+# The eager door: which layers it takes.
+
+
+class Subclass(torch.nn.Parameter):
+    pass
+
+
+def parameter(*shape, dtype=torch.float32, scale=1.0):
+    generator = torch.Generator().manual_seed(math.prod(shape))
+    return torch.nn.Parameter(scale * torch.randn(shape, dtype=dtype, generator=generator))
+
+
+def with_gradient(param, grad=None):
+    param.grad = torch.full_like(param, 0.25) if grad is None else grad
+    return param
+
+
+def sparse_gradient(rows, shape, dtype=torch.float32, scale=1.0):
+    values = scale * torch.arange(1, 1 + len(rows) * math.prod(shape[1:]), dtype=dtype).reshape(len(rows), *shape[1:])
+    return torch.sparse_coo_tensor([rows], values, shape)
+
+
+def flagged(param):
+    param._fsdp_flattened = True
+    return param
+
+
+def inference_like(param):
+    with torch.inference_mode():
+        return torch.full_like(param, 0.5)
+
+
+def of_grad_dtype(param, dtype):
+    if not hasattr(param, "grad_dtype"):
+        pytest.skip("gradients of another dtype need a newer torch")
+    param.grad_dtype = dtype
+    return with_gradient(param, torch.full(param.shape, 0.25, dtype=dtype))
+
+
+PLAIN = {
+    "as it is": lambda: with_gradient(parameter(3, 4)),
+    "of no dimension": lambda: with_gradient(parameter()),
+    "empty": lambda: with_gradient(parameter(0, 3)),
+    "channels_last": lambda: with_gradient(torch.nn.Parameter(channels_last(parameter(2, 3, 2, 2).detach()))),
+    "gradient of another memory order": lambda: with_gradient(parameter(3, 4), transposed(torch.rand(3, 4))),
+    "gradient that requires a gradient": lambda: with_gradient(parameter(3), torch.rand(3, requires_grad=True)),
+    "a tensor that is no Parameter": lambda: with_gradient(torch.rand(3, requires_grad=True)),
+    "bfloat16": lambda: with_gradient(parameter(3, dtype=torch.bfloat16)),
+    "float16": lambda: with_gradient(parameter(3, dtype=torch.float16)),
+    "float64": lambda: with_gradient(parameter(3, dtype=torch.float64)),
+}
+ODD = {
+    "sparse": lambda: with_gradient(parameter(5, 2), sparse_gradient([1, 3, 1], (5, 2))),
+    "complex": lambda: with_gradient(parameter(3, dtype=torch.complex64)),
+    "conjugated": lambda: with_gradient(
+        parameter(3, dtype=torch.complex64), torch.rand(3, dtype=torch.complex64).conj()
+    ),
+    "negated": lambda: with_gradient(parameter(3), torch.rand(3, dtype=torch.complex64).conj().imag),
+    "expanded": lambda: with_gradient(parameter(3, 4), torch.rand(1, 4).expand(3, 4)),
+    "overlapping": lambda: with_gradient(parameter(3, 4), torch.rand(7).as_strided((3, 4), (1, 1))),
+    "sliced": lambda: with_gradient(torch.nn.Parameter(sliced(parameter(3, 4).detach()))),
+    "gradient sliced": lambda: with_gradient(parameter(3, 4), sliced(torch.rand(3, 4))),
+    "gradient of another dtype": lambda: of_grad_dtype(parameter(3, dtype=torch.bfloat16), torch.float32),
+    "gradient made in inference mode": lambda: with_gradient(p := parameter(3), inference_like(p)),
+    "subclass": lambda: with_gradient(Subclass(torch.rand(3))),
+    "FSDP1": lambda: flagged(with_gradient(parameter(3))),
+    "float8": lambda: with_gradient(torch.nn.Parameter(torch.rand(3).to(torch.float8_e4m3fn), requires_grad=True)),
+}
+ADD = {"weight_decay": 0.1, "trust_coef": 0.3, "eps": 0.05, "maximize": False}
+ADD_SGD = {**ADD, "lr": 0.5, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "momentum_in_float32": False}
+
+
+def add_to_lars(door, params, **different):
+    return door.add(params, **{**ADD, **different})
+
+
+def add_to_sgd(door, params, state=None, **different):
+    return door.add(params, {} if state is None else state, **{**ADD_SGD, **different})
+
+
+DOORS = {"LarsLayers": add_to_lars, "SgdLayers": add_to_sgd}
+doors = pytest.mark.parametrize("door", DOORS)
+
+
+def taken(layers):
+    """The buckets' parameters, by their identity: tensors compare element by element."""
+    return [[id(param) for param in bucket.params] for bucket in layers.buckets]
+
+
+@pytest.mark.parametrize("name", PLAIN)
+@doors
+def test_a_plain_layer_is_taken(extension, door, name):
+    layers, param = getattr(extension, door)(), PLAIN[name]()
+    assert DOORS[door](layers, [param]) == []
+    assert taken(layers) == [[id(param)]]
+    assert layers.buckets[0].params[0] is param
+
+
+@pytest.mark.parametrize("name", ODD)
+@doors
+def test_an_odd_layer_is_left_for_a_closer_look(extension, door, name):
+    layers, param = getattr(extension, door)(), ODD[name]()
+    before, after = parameter(2), parameter(4)
+    assert DOORS[door](layers, [with_gradient(before), param, with_gradient(after)]) == [1]
+    assert taken(layers) == [[id(before), id(after)]]
+
+
+@doors
+def test_a_layer_without_gradient_is_nobodys(extension, door):
+    layers = getattr(extension, door)()
+    assert DOORS[door](layers, [parameter(3), parameter(2, dtype=torch.complex64)]) == []
+    assert layers.buckets == []
+
+
+@doors
+def test_a_tied_layer_is_taken_once(extension, door):
+    layers, param, other = getattr(extension, door)(), with_gradient(parameter(3)), with_gradient(parameter(2))
+    assert DOORS[door](layers, [param, other, param]) == []
+    assert DOORS[door](layers, [param], weight_decay=0.7) == []
+    assert taken(layers) == [[id(param), id(other)]]
+
+
+@doors
+def test_buckets_are_of_one_dtype_and_direction(extension, door):
+    layers = getattr(extension, door)()
+    a, b, c, d = (
+        with_gradient(parameter(n, dtype=t))
+        for n, t in zip((2, 3, 4, 5), [torch.float32, torch.float64] * 2, strict=True)
+    )
+    e, f = with_gradient(parameter(6)), with_gradient(parameter(7))
+    assert DOORS[door](layers, (a, b, c)) == []  # any sequence
+    assert DOORS[door](layers, [d], weight_decay=0.2, trust_coef=0.1, eps=0.0) == []
+    assert DOORS[door](layers, [e], maximize=True) == []
+    assert DOORS[door](layers, [f]) == []
+    assert taken(layers) == [[id(a), id(c), id(f)], [id(b), id(d)], [id(e)]]
+
+
+def test_buckets_of_sgd_are_of_one_kind_of_step(extension):
+    layers, params = extension.SgdLayers(), [with_gradient(parameter(n)) for n in range(1, 10)]
+    state = {param: {"momentum_buffer": torch.ones_like(param, requires_grad=False)} for param in params}
+    one, other = torch.tensor(0.5), torch.tensor(0.5)
+    kinds = [
+        {},
+        {"lr": 0.1, "dampening": 0.5},
+        {"trust_coef": None, "eps": None},
+        {"momentum": 0.9},
+        {"momentum": 0.5, "nesterov": False},
+        {"momentum": 0.9, "nesterov": True},
+        {"lr": one},
+        {"lr": other},
+        {"lr": one, "weight_decay": 0.0},
+    ]
+    for param, kind in zip(params, kinds, strict=True):
+        assert add_to_sgd(layers, [param], state, **kind) == []
+    together = [[0, 1], [2], [3, 4], [5], [6, 8], [7]]
+    assert taken(layers) == [[id(params[i]) for i in bucket] for bucket in together]
+
+
+BUFFERS = {
+    "missing": (lambda param: None, True),
+    "None": (lambda param: {"momentum_buffer": None}, True),
+    "no state of its own": (lambda param: {}, True),
+    "as it should be": (lambda param: {"momentum_buffer": torch.ones(3, 4)}, False),
+    "of another dtype": (lambda param: {"momentum_buffer": torch.ones(3, 4, dtype=torch.float64)}, True),
+    "of another memory order": (lambda param: {"momentum_buffer": transposed(torch.ones(3, 4))}, True),
+    "of another shape": (lambda param: {"momentum_buffer": torch.ones(4, 3)}, True),
+    "sparse": (lambda param: {"momentum_buffer": torch.ones(3, 4).to_sparse()}, True),
+    "with gaps": (lambda param: {"momentum_buffer": sliced(torch.ones(3, 4))}, True),
+    "subclass": (
+        lambda param: {"momentum_buffer": torch.ones(3, 4).as_subclass(type("Sub", (torch.Tensor,), {}))},
+        True,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BUFFERS)
+def test_a_layer_whose_momentum_is_not_as_it_should_be_is_left(extension, name):
+    make, is_left = BUFFERS[name]
+    param, other = with_gradient(parameter(3, 4)), with_gradient(parameter(5))
+    state, own = {other: {"momentum_buffer": torch.zeros(5)}}, make(param)
+    if own is not None:
+        state[param] = own
+    layers = extension.SgdLayers()
+    assert add_to_sgd(layers, [param, other], state, momentum=0.9) == [0] * is_left
+    assert taken(layers) == [[id(other)] if is_left else [id(param), id(other)]]
+    assert (param in state) == (own is not None)
+    without = extension.SgdLayers()
+    assert add_to_sgd(without, [param, other], state, momentum=0.0) == []
+
+
+@KEPT
+def test_16_bit_layers_are_taken_with_the_momentum_they_ask_for(extension, dtype):
+    param = with_gradient(parameter(3, dtype=dtype))
+    for kept, in_float32, is_left in itertools.product([dtype, torch.float32], [False, True], [None]):
+        state = {param: {"momentum_buffer": torch.ones(3, dtype=kept)}}
+        is_left = (kept == torch.float32) != in_float32
+        positions = add_to_sgd(extension.SgdLayers(), [param], state, momentum=0.9, momentum_in_float32=in_float32)
+        assert positions == [0] * is_left
+
+
+def test_an_optimizers_plain_layers_are_all_taken_once_they_have_momentum(extension):
+    ours, _ = lars_pair({"momentum": 0.9}, dtype=torch.float32)
+    for step, others in ((3, 10), (4, 0)):
+        give_gradients([ours], step)
+        plain, left = ours.optim._gather(None)
+        assert sum(len(bucket.params) for bucket in left) == others
+        assert sum(len(bucket.params) for bucket in plain) == 10 - others
+        ours.step()
+    assert ops.plain_layers("SgdLayers").buckets == []
+
+
+def test_without_extension_or_while_compiling_no_layer_is_plain(backend):
+    layers = ops.plain_layers("LarsLayers")
+    assert isinstance(layers, ops.NoPlainLayers) == (backend == "reference")
+    none = ops.NoPlainLayers()
+    assert list(add_to_sgd(none, [parameter(3)] * 3)) == [0, 1, 2]
+    assert list(add_to_lars(none, (parameter(3),))) == [0]
+    assert list(none.buckets) == []
+
+
+@doors
+def test_the_door_refuses_what_is_no_sequence_of_tensors(extension, door):
+    layers = getattr(extension, door)()
+    for wrong in (None, 3, parameter):
+        with pytest.raises(TypeError):
+            DOORS[door](layers, wrong)
+    with pytest.raises(TypeError):
+        DOORS[door](layers, [with_gradient(parameter(3))], weight_decay="0.1")
+    assert layers.buckets == []
+
+
+# Odd layers are stepped like plain ones.
+
+
+def odd_pair(name, under_lars, **options):
+    """An odd layer between two plain ones, in our SGD and in torch's. Layers without weight decay are in their own group."""
+    optimizers = []
+    for sgd in (optim.SGD, torch.optim.SGD):
+        torch.manual_seed(0)
+        odd = ODD[name]()
+        real = torch.float32 if odd.dtype.is_complex else odd.dtype
+        one, other = (with_gradient(parameter(n, dtype=real, scale=n)) for n in (4, 6))
+        its_own = {"params": [odd], "weight_decay": 0.0 if name == "sparse" else 0.2}
+        base = sgd([{"params": [one]}, its_own, {"params": [other], "lr": 0.1}], lr=0.5, weight_decay=0.1, **options)
+        optimizers.append(LARS(base, eps=EPS, trust_coef=TRUST_COEF) if under_lars else base)
+    return optimizers
+
+
+DIFFER = {"float8", "gradient of another dtype", "FSDP1"}
+
+
+@pytest.mark.parametrize("name", [name for name in ODD if name not in DIFFER])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "maximize": True}], ids=str
+)
+@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+def test_an_odd_layer_is_stepped_as_by_torch(under_lars, options, name, backend):
+    ours, theirs = odd_pair(name, under_lars, **options)
+    grads = [
+        (param.grad, param.grad._version if name != "gradient made in inference mode" else 0)
+        for param in params_of(ours)
+    ]
+    for _ in range(3):
+        for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs, 2e-6)
+        if under_lars:
+            assert_same_ratios(ours, theirs, 1e-6)
+            assert len(ours.trust_ratios()) == 3
+    for param, (grad, version) in zip(params_of(ours), grads, strict=True):
+        assert param.grad is grad
+        assert grad.is_inference() or grad._version == version
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "dampening": 0.5}], ids=str)
+@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+def test_a_gradient_of_another_dtype_is_not_rounded(under_lars, options, backend):
+    """torch's own buffers are of the gradient's dtype then; the oracle is a step in float64."""
+    ours, _ = odd_pair("gradient of another dtype", under_lars, **options)
+    wide = torch.optim.SGD(
+        [{**group, "params": [p.detach().double() for p in group["params"]]} for group in ours.param_groups]
+    )
+    wide = LARS(wide, eps=EPS, trust_coef=TRUST_COEF) if under_lars else wide
+    for scale in (1.0, 1.001, 0.7):
+        for param in params_of(ours):
+            param.grad.fill_(0.251 * scale)
+        widened(wide, ours)
+        ours.step()
+        wide.step()
+        for p, q in zip(params_of(ours), params_of(wide), strict=True):
+            assert_within_ulps(p, q.detach().to(p.dtype), 1)
+            if options:
+                assert_within_ulps(ours.state[p]["momentum_buffer"], wide.state[q]["momentum_buffer"].to(p.dtype), 1)
+
+
+@pytest.mark.parametrize("coalesced", [False, True])
+@pytest.mark.parametrize(
+    "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "maximize": True}], ids=str
+)
+@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+def test_changing_sparse_gradients_are_stepped_as_by_torch(under_lars, options, coalesced, backend):
+    ours, theirs = odd_pair("sparse", under_lars, **options)
+    for rows in ([0, 1, 1], [4], [], [2, 2, 0]):
+        for optimizer in (ours, theirs):
+            grad = sparse_gradient(rows, (5, 2), scale=0.1)
+            params_of(optimizer)[1].grad = grad.coalesce() if coalesced else grad
+        for p, q in zip(params_of(ours)[::2], params_of(theirs)[::2], strict=True):
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs, 2e-6)
+        assert params_of(ours)[1].grad.is_coalesced() == coalesced or len(rows) < 2
+
+
+def raises_and_changes_nothing(optimizer, error, message):
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+
+
+@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+def test_sparse_gradients_with_weight_decay_are_refused_and_nothing_changes(under_lars, backend):
+    ours, _ = odd_pair("sparse", under_lars, momentum=0.9)
+    ours.param_groups[1]["weight_decay"] = 0.125
+    message = (
+        r"^sparse gradients need weight_decay=0 \(weight_decay: 0.125\) \(group: 1, parameter: 0, shape: \(5, 2\)\)$"
+    )
+    raises_and_changes_nothing(ours, RuntimeError, message)
+
+
+@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+def test_float8_is_refused_and_nothing_changes(under_lars, backend):
+    ours, _ = odd_pair("complex", under_lars, momentum=0.9)
+    float8 = ODD["float8"]()
+    ours.add_param_group({"params": [parameter(2), float8]})
+    before = [param.detach().clone() for param in params_of(ours)[:-1]]
+    message = r"^parameters and gradients must be both real or both complex, .* at least 16 bits \(parameter: torch.float8_e4m3fn, gradient: torch.float8_e4m3fn\) \(group: 3, parameter: 1, shape: \(3,\)\)$"
+    with pytest.raises(RuntimeError, match=message):
+        ours.step()
+    assert all(map(torch.equal, before, params_of(ours)[:-1]))
+    assert len(ours.state) == 0
+
+
+@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+def test_a_parameter_that_overlaps_itself_is_refused_and_nothing_changes(under_lars, backend):
+    ours, _ = odd_pair("complex", under_lars, momentum=0.9)
+    ours.add_param_group(
+        {"params": [with_gradient(torch.nn.Parameter(torch.rand(1, 4).expand(3, 4)), torch.rand(3, 4))]}
+    )
+    message = r"^elements of a parameter must not share memory \(strides: \(0, 1\)\) \(group: 3, parameter: 0, shape: \(3, 4\)\)$"
+    raises_and_changes_nothing(ours, RuntimeError, message)
+
+
+@KEPT
+def test_sparse_gradients_with_momentum_in_float32_are_refused_and_nothing_changes(dtype, backend):
+    table = with_gradient(parameter(5, 2, dtype=dtype), sparse_gradient([1, 3], (5, 2), dtype))
+    ours = optim.SGD(
+        [with_gradient(parameter(3, dtype=dtype)), table], lr=0.5, momentum=0.9, momentum_dtype=torch.float32
+    )
+    message = rf"^momentum_dtype must be None for sparse gradients .* \(dtype: {dtype}\) \(group: 0, parameter: 1, shape: \(5, 2\)\)$"
+    raises_and_changes_nothing(ours, RuntimeError, message)
+    ours.param_groups[0]["momentum"] = 0.0  # nothing to keep
+    ours.step()
+
+
+def test_parameters_flattened_by_fsdp1_are_stepped_but_refused_under_lars(backend):
+    ours, theirs = odd_pair("FSDP1", False, momentum=0.9)
+    for _ in range(2):
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs, 2e-6)
+    message = r"^parameters must be whole layers, but FSDP1 .* \(group: 1, parameter: 0, shape: \(3,\)\)$"
+    raises_and_changes_nothing(LARS(ours), RuntimeError, message)
+    ours.param_groups[1]["trust_coef"] = None
+    LARS(ours).step()
+
+
+@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+def test_a_layer_that_is_listed_twice_in_a_group_is_one_layer(under_lars, backend):
+    def build(times):
+        params = [with_gradient(parameter(n)) for n in (3, 4)]
+        base = optim.SGD([parameter(2)], lr=0.5, momentum=0.9, weight_decay=0.1)
+        base.add_param_group({"params": params})
+        base.param_groups[1]["params"] = params * times  # torch warns where it sees it
+        return LARS(base, eps=EPS, trust_coef=TRUST_COEF) if under_lars else base
+
+    once, twice = build(1), build(2)
+    for _ in range(2):
+        once.step()
+        twice.step()
+        for p, q in zip(once.param_groups[1]["params"], twice.param_groups[1]["params"], strict=False):
+            assert torch.equal(p, q)
+            assert torch.equal(once.state[p]["momentum_buffer"], twice.state[q]["momentum_buffer"])
+    if under_lars:
+        assert len(twice.trust_ratios()) == 2
+
+
+@pytest.fixture
+def mesh():
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch has no gloo")
+    from torch.distributed.device_mesh import init_device_mesh
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield init_device_mesh("cpu", (1,))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "nesterov": True}], ids=str)
+def test_dtensors_are_stepped_as_by_torch_but_refused_under_lars(mesh, options, backend):
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    def build(sgd):
+        whole, shard = parameter(4, 3), parameter(6, 2, scale=3.0)
+        shard = torch.nn.Parameter(distribute_tensor(shard.detach(), mesh, [Shard(0)]))
+        shard.grad = distribute_tensor(torch.arange(12.0).reshape(6, 2) / 7, mesh, [Shard(0)])
+        return sgd([with_gradient(whole), shard], lr=0.5, weight_decay=0.1, **options)
+
+    ours, theirs = build(optim.SGD), build(torch.optim.SGD)
+    if backend == "extension":
+        positions = add_to_sgd(ops.plain_layers("SgdLayers"), ours.param_groups[0]["params"])
+        assert positions == add_to_lars(ops.plain_layers("LarsLayers"), ours.param_groups[0]["params"]) == [1]
+    for _ in range(3):
+        ours.step()
+        theirs.step()
+        for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+            assert type(p) is type(q)
+            one, other = (x.to_local() if hasattr(x, "to_local") else x for x in (p, q))
+            close(one.detach(), other.detach(), 2e-6, "parameter")
+            assert (p in ours.state) == (q in theirs.state) == bool(options)
+            if options:
+                one, other = (x.state[y]["momentum_buffer"] for x, y in ((ours, p), (theirs, q)))
+                assert type(one) is type(other)
+                close(*(x.to_local() if hasattr(x, "to_local") else x for x in (one, other)), 2e-6, "momentum")
+    old = ours.param_groups[0]["params"][0].detach().clone()
+    with pytest.raises(RuntimeError, match=r"a DTensor may be a shard; .* \(group: 0, parameter: 1, shape: \(6, 2\)\)"):
+        LARS(ours).step()
+    assert torch.equal(ours.param_groups[0]["params"][0], old)
