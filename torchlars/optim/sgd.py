@@ -141,7 +141,7 @@ class SGD(torch.optim.SGD):
         buckets: dict[Any, Bucket] = {}
         for position, param in layers:
             grad = _gradient(index, position, param, numbers)
-            key = (param.device, param.dtype, grad.dtype, grad.layout, type(param))
+            key = (param.device, param.dtype, grad.dtype, grad.layout, type(param), _is_for_torch(param, grad))
             bucket = buckets.setdefault(key, Bucket(self.state, **numbers))
             bucket.params.append(param)
             bucket.grads.append(grad)
@@ -193,7 +193,7 @@ class Bucket:
 
     def update(self) -> None:
         """Take the step."""
-        if self.grads[0].is_sparse or is_traceable_wrapper_subclass(self.params[0]):
+        if _is_for_torch(self.params[0], self.grads[0]):
             self._update_by_torch()
             return
         layers = len(self.params)
@@ -234,7 +234,7 @@ class Bucket:
         return ordered if buffer is None else ordered.copy_(buffer)
 
     def _update_by_torch(self) -> None:
-        """Take the step by torch's own functions, which know sparse gradients and sharded parameters."""
+        """Take the step by torch's own functions, which know sparse gradients, and parameters sharded or lazy."""
         for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
             weight_decay = self.weight_decay
             if self.ratios is not None:
@@ -257,6 +257,11 @@ class Bucket:
             )
             if self.momentum != 0:
                 self.state[param]["momentum_buffer"] = buffers[0]
+
+
+def _is_for_torch(param: Tensor, grad: Tensor) -> bool:
+    """Tell whether no op of ours can update a layer: torch lets none write a list of lazily conjugated tensors."""
+    return grad.is_sparse or is_traceable_wrapper_subclass(param) or param.is_conj() or param.is_neg()
 
 
 def momentum_dtype_of(param: Tensor, momentum_dtype: torch.dtype | None) -> torch.dtype:
@@ -320,8 +325,11 @@ def _gradient(group: int, position: int, param: Tensor, numbers: dict[str, Any])
         problem = f"gradients must be on their parameter's device (parameter: {param.device}, gradient: {grad.device})"
     elif not grad.is_sparse and not is_traceable_wrapper_subclass(param) and not ops.is_writable_in_place(param):
         problem = f"elements of a parameter must not share memory (strides: {param.stride()})"
-    elif numbers["momentum_in_float32"] and kept and (grad.is_sparse or is_traceable_wrapper_subclass(param)):
-        problem = f"momentum_dtype must be None for sparse gradients and tensor subclasses (dtype: {param.dtype})"
+    elif numbers["momentum_in_float32"] and kept and _is_for_torch(param, grad):
+        problem = (
+            "momentum_dtype must be None for sparse gradients, tensor subclasses and lazily negated parameters "
+            f"(dtype: {param.dtype})"
+        )
     else:
         return grad.coalesce() if grad.is_sparse else grad
     raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
