@@ -10,7 +10,6 @@ import io
 import itertools
 import math
 import pickle
-import re
 import textwrap
 
 import pytest
@@ -746,6 +745,12 @@ ODD = {
     "gradient of another dtype": lambda: of_grad_dtype(parameter(3, dtype=torch.bfloat16), torch.float32),
     "gradient made in inference mode": lambda: with_gradient(p := parameter(3), inference_like(p)),
     "subclass": lambda: with_gradient(Subclass(torch.rand(3))),
+    "parameter conjugated": lambda: with_gradient(
+        torch.nn.Parameter(torch.rand(3, dtype=torch.complex64).conj()), 1j * torch.rand(3)
+    ),
+    "parameter negated": lambda: with_gradient(
+        torch.nn.Parameter(torch.rand(3, dtype=torch.complex64).conj().imag), torch.rand(3)
+    ),
     "FSDP1": lambda: flagged(with_gradient(parameter(3))),
     "float8": lambda: with_gradient(torch.nn.Parameter(torch.rand(3).to(torch.float8_e4m3fn), requires_grad=True)),
 }
@@ -1043,7 +1048,7 @@ def test_sparse_gradients_with_momentum_in_float32_are_refused_and_nothing_chang
     ours = optim.SGD(
         [with_gradient(parameter(3, dtype=dtype)), table], lr=0.5, momentum=0.9, momentum_dtype=torch.float32
     )
-    message = rf"^momentum_dtype must be None for sparse gradients .* \(dtype: {dtype}\) \(group: 0, parameter: 1, shape: \(5, 2\)\)$"
+    message = rf"^momentum_dtype must be None for sparse gradients, .* \(dtype: {dtype}\) \(group: 0, parameter: 1, shape: \(5, 2\)\)$"
     raises_and_changes_nothing(ours, RuntimeError, message)
     ours.param_groups[0]["momentum"] = 0.0  # nothing to keep
     ours.step()
@@ -1122,3 +1127,823 @@ def test_dtensors_are_stepped_as_by_torch_but_refused_under_lars(mesh, options, 
     with pytest.raises(RuntimeError, match=r"a DTensor may be a shard; .* \(group: 0, parameter: 1, shape: \(6, 2\)\)"):
         LARS(ours).step()
     assert torch.equal(ours.param_groups[0]["params"][0], old)
+
+
+# The protocol.
+
+
+def example():
+    """The class in the documentation."""
+    lines = inspect.cleandoc(optim.__doc__).splitlines()
+    begin = next(i for i, line in enumerate(lines) if line.startswith("    class "))
+    block = list(itertools.takewhile(lambda line: not line or line.startswith("    "), lines[begin:]))
+    source = textwrap.dedent("\n".join(block))
+    (name,) = [node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    namespace = {"torch": torch}
+    exec(source, namespace)
+    return namespace[name]
+
+
+def example_pair(groups_of=adapted_groups, **options):
+    base = example()(groups_of(**options), {"lr": 0.5, "weight_decay": 0.0})
+    return LARS(base, eps=EPS, trust_coef=TRUST_COEF), lars_pair({})[1]
+
+
+def test_the_documented_base_equals_sgd_under_lars(backend):
+    ours, theirs = example_pair()
+    for step in range(4):
+        give_gradients([ours, theirs], step)
+        grads = [None if param.grad is None else (param.grad, param.grad.clone()) for param in params_of(ours)]
+        assert ours.step() is None
+        theirs.step()
+        assert_same(ours, theirs, 1e-12)
+        assert_same_ratios(ours, theirs, 1e-14)
+        for param, grad in zip(params_of(ours), grads, strict=True):
+            assert grad is None or (param.grad is grad[0] and torch.equal(*grad))
+        change_lr([ours, theirs], step)
+
+
+def test_the_documented_base_is_plain_sgd_by_itself(backend):
+    ours, theirs = example_pair()[0].optim, torch.optim.SGD(adapted_groups(), lr=0.5)
+    run([ours, theirs], range(3))
+    assert_same(ours, theirs, 1e-12)
+
+
+def test_the_documented_base_takes_a_closure_and_measures_what_it_left(backend):
+    ours, theirs = example_pair()
+    for step in range(3):
+        losses = []
+        for optimizer in (ours, theirs):
+
+            def closure(optimizer=optimizer, step=step):
+                assert torch.is_grad_enabled()
+                give_gradients([optimizer], step)
+                return torch.tensor(2.0 + step)
+
+            losses.append(optimizer.step(closure))
+        assert losses == [2.0 + step] * 2
+        assert_same(ours, theirs, 1e-12)
+        assert_same_ratios(ours, theirs, 1e-14)
+
+
+class Records(torch.optim.Optimizer):
+    """A base that shows what it is given."""
+
+    takes_trust_ratios = True
+
+    def step(self, closure=None, *, trust_ratios=None, more=None):
+        self.closure, self.more, self.given = closure, more, trust_ratios
+        return "what the base returns"
+
+
+def records(group_list=None, **options):
+    base = Records(adapted_groups(**options) if group_list is None else group_list, {"lr": 0.5, "weight_decay": 0.125})
+    return base, LARS(base, eps=EPS, trust_coef=TRUST_COEF)
+
+
+def test_a_base_is_passed_what_step_was_and_its_result_is_returned(backend):
+    base, optimizer = records()
+
+    def closure():
+        raise AssertionError("only the base calls it")
+
+    assert optimizer.step() == "what the base returns"
+    assert (base.closure, base.more) == (None, None)
+    assert optimizer.step(closure, more=3) == "what the base returns"
+    assert (base.closure, base.more) == (closure, 3)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.03, 0.15]
+
+
+def test_a_group_left_alone_gets_none(backend):
+    base, optimizer = records()
+    give_gradients([optimizer], 3)
+    optimizer.step()
+    params = [group["params"] for group in optimizer.param_groups]
+    assert base.given.options(0) == {"trust_coef": TRUST_COEF, "eps": EPS}
+    assert base.given.options(1) == {"trust_coef": 0.02, "eps": 0.01}
+    assert base.given.options(2) is None
+    assert base.given.measure(2, params[2]) is None
+    assert optimizer.trust_ratios() == {}
+    ratios = base.given.measure(1, params[1][1:])
+    assert ratios.shape == (2,)
+    for param, ratio in zip(params[1][1:], ratios, strict=True):
+        expected = 0.02 * param.norm() / (param.grad.norm() + 0.03 * param.norm() + 0.01)
+        close(ratio, expected.detach(), 1e-14, "ratio")
+        assert optimizer.trust_ratios()[param] == ratio
+    assert len(optimizer.trust_ratios()) == 2
+    optimizer.step()
+    assert optimizer.trust_ratios() == {}
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_ratios_are_float64_for_float64_layers_and_float32_for_all_others(dtype, backend):
+    base, optimizer = records(dtype=dtype)
+    give_gradients([optimizer], 3)
+    optimizer.step()
+    ratios = base.given.measure(0, optimizer.param_groups[0]["params"])
+    assert ratios.dtype == (torch.float64 if dtype in (torch.float64, torch.complex128) else torch.float32)
+    assert not ratios.requires_grad
+    assert ratios[3:].tolist() == [1.0, 1.0]  # the zero layer and the empty one
+    assert all(ratio > 0 and ratio != 1 for ratio in ratios[:3].tolist())
+
+
+def test_a_base_may_measure_and_report_by_itself(backend):
+    class Reports(torch.optim.Optimizer):
+        takes_trust_ratios = True
+
+        @torch.no_grad()
+        def step(self, closure=None, *, trust_ratios=None):
+            for index, group in enumerate(self.param_groups):
+                options = trust_ratios.options(index)
+                for param in group["params"]:
+                    if param.grad is None:
+                        continue
+                    direction = param.grad + group["weight_decay"] * param
+                    if options is not None:
+                        w, g = param.norm(), param.grad.norm()
+                        ratio = options["trust_coef"] * w / (g + group["weight_decay"] * w + options["eps"])
+                        ratio = torch.where((w == 0) | (g == 0), 1.0, ratio)
+                        direction = ratio * direction
+                        trust_ratios.report([param], ratio.reshape(1))
+                    param -= group["lr"] * direction
+
+    ours = LARS(Reports(adapted_groups(), {"lr": 0.5}), eps=EPS, trust_coef=TRUST_COEF)
+    theirs = lars_pair({})[1]
+    for step in range(3):
+        give_gradients([ours, theirs], step)
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs, 1e-12)
+        assert_same_ratios(ours, theirs, 1e-14)
+
+
+@pytest.mark.parametrize(
+    ("name", "error", "message"),
+    [
+        ("FSDP1", RuntimeError, r"must be whole layers, but FSDP1 .* \(group: 1, parameter: 1, shape: \(3,\)\)"),
+        (
+            "float8",
+            TypeError,
+            r"must be of a real or complex .* \(group: 1, parameter: 1, dtype: torch.float8_e4m3fn\)",
+        ),
+        (
+            "sparse",
+            RuntimeError,
+            r"sparse gradients need weight_decay=0 \(weight_decay: 0.125\) \(group: 1, parameter: 1",
+        ),
+    ],
+)
+def test_what_cannot_be_measured_is_named_by_its_place_in_the_group(name, error, message, backend):
+    param = ODD[name]()
+    base, optimizer = records([{"params": [parameter(2)]}, {"params": [parameter(4), param]}])
+    optimizer.step()
+    with pytest.raises(error, match=message):
+        base.given.measure(1, [param])
+
+
+def test_a_base_that_does_not_say_so_is_given_scaled_gradients(backend):
+    class Silent(optim.SGD):
+        takes_trust_ratios = False
+
+    silent = LARS(Silent(adapted_groups(), lr=0.5, momentum=0.9), eps=EPS, trust_coef=TRUST_COEF)
+    _, theirs = lars_pair({"momentum": 0.9})
+    for optimizer in (silent, theirs):
+        optimizer.param_groups[1]["momentum"] = 0.9
+    for step in range(3):
+        give_gradients([silent, theirs], step)
+        silent.step()
+        theirs.step()
+        assert_same(silent, theirs, 1e-12)
+        for p, q in zip(params_of(silent), params_of(theirs), strict=True):
+            assert p.grad is None or torch.equal(p.grad, q.grad)
+
+
+# Loss scaling.
+
+
+def network(dtype=torch.float32):
+    torch.manual_seed(0)
+    return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).to(dtype)
+
+
+def loss_of(model, step):
+    generator = torch.Generator().manual_seed(step)
+    return (model(torch.randn(6, 3, generator=generator).to(model[0].weight.dtype)) ** 2).mean()
+
+
+def sgd_of(model, sgd=optim.SGD, under_lars=False, **options):
+    """Two groups of different decay."""
+    base = sgd(
+        [
+            {"params": list(model[0].parameters()), "weight_decay": 0.1},
+            {"params": list(model[2].parameters()), "weight_decay": 0.03, "lr": 0.2},
+        ],
+        **{"lr": 0.5, "momentum": 0.9, **options},
+    )
+    return LARS(base, eps=EPS, trust_coef=TRUST_COEF) if under_lars else base
+
+
+unders = pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+
+
+@unders
+def test_a_scaler_skips_the_step_of_an_overflow_and_leaves_no_trace(under_lars, backend):
+    model, same = network(), network()
+    optimizer, plain = sgd_of(model, under_lars=under_lars), sgd_of(same, under_lars=under_lars)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    for step in range(6):
+        overflows = step in (0, 3)
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        if overflows:
+            model[2].bias.grad[0] = math.inf
+        before = [param.detach().clone() for param in model.parameters()], copy.deepcopy(optimizer.state_dict())
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        if overflows:
+            assert scaler.get_scale() < scale
+            assert all(map(torch.equal, before[0], model.parameters()))
+            torch.testing.assert_close(optimizer.state_dict(), before[1], rtol=0, atol=0)
+            assert step > 0 or len(optimizer.state) == 0
+        else:
+            plain.zero_grad()
+            loss_of(same, step).backward()
+            plain.step()
+            assert_same(optimizer, plain)  # a power of two leaves no trace
+
+
+# Bad input.
+
+BAD = {
+    "lr negative": ({"lr": -0.1}, ValueError, r"lr of parameter group 1 must be a non-negative number \(got: -0.1\)"),
+    "lr NaN": ({"lr": math.nan}, ValueError, r"lr of parameter group 1 must be a non-negative number \(got: nan\)"),
+    "lr infinite": (
+        {"lr": math.inf},
+        ValueError,
+        r"lr of parameter group 1 must be a non-negative number \(got: inf\)",
+    ),
+    "lr string": ({"lr": "0.1"}, TypeError, r"lr of parameter group 1 must be a .* \(got: '0.1' of type str\)"),
+    "lr None": ({"lr": None}, TypeError, r"lr of parameter group 1 must be a .* \(got: None of type NoneType\)"),
+    "lr of two": (
+        {"lr": torch.ones(2)},
+        ValueError,
+        r"lr of parameter group 1 must be a number or a tensor of one element \(got: \(2,\)\)",
+    ),
+    "lr of none": (
+        {"lr": torch.ones(0, 3)},
+        ValueError,
+        r"lr of parameter group 1 must be a number or a tensor of one element \(got: \(0, 3\)\)",
+    ),
+    "momentum negative": ({"momentum": -1}, ValueError, r"momentum of parameter group 1 must be a .* \(got: -1\)"),
+    "momentum NaN": ({"momentum": math.nan}, ValueError, r"momentum of parameter group 1 must be a .* \(got: nan\)"),
+    "momentum True": (
+        {"momentum": True},
+        TypeError,
+        r"momentum of parameter group 1 must be a .* \(got: True of type bool",
+    ),
+    "momentum tensor": (
+        {"momentum": torch.tensor(0.9)},
+        TypeError,
+        r"momentum of parameter group 1 must be .* of type Tensor",
+    ),
+    "dampening NaN": (
+        {"dampening": math.nan},
+        ValueError,
+        r"dampening of parameter group 1 must be a finite .* \(got: nan",
+    ),
+    "dampening string": (
+        {"dampening": "0"},
+        TypeError,
+        r"dampening of parameter group 1 must be a finite .* \(got: '0'",
+    ),
+    "decay negative": (
+        {"weight_decay": -0.1},
+        ValueError,
+        r"weight_decay of parameter group 1 must be .* \(got: -0.1\)",
+    ),
+    "decay string": (
+        {"weight_decay": "0.1"},
+        TypeError,
+        r"weight_decay of parameter group 1 must be .* \(got: '0.1' of",
+    ),
+    "nesterov without momentum": (
+        {"nesterov": True, "momentum": 0},
+        ValueError,
+        r"nesterov of parameter group 1 needs momentum and no dampening \(momentum: 0.0, dampening: 0.0\)",
+    ),
+    "nesterov with dampening": (
+        {"nesterov": True, "dampening": 0.5},
+        ValueError,
+        r"nesterov of parameter group 1 needs momentum and no dampening \(momentum: 0.9, dampening: 0.5\)",
+    ),
+    "momentum_dtype": (
+        {"momentum_dtype": torch.float16},
+        ValueError,
+        r"momentum_dtype of parameter group 1 must be None or torch.float32 \(got: torch.float16\)",
+    ),
+    "differentiable": (
+        {"differentiable": True},
+        ValueError,
+        r"differentiable of parameter group 1 must be False \(got: True\)|differentiable must be False \(group: 1, got: True",
+    ),
+}
+
+
+def small_groups():
+    return [{"params": [with_gradient(parameter(n, scale=n)) for n in numels]} for numels in ((3, 4), (2, 5))]
+
+
+@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("steps", [0, 1])
+@unders
+def test_a_bad_hyper_parameter_of_one_group_is_refused_and_nothing_changes(under_lars, steps, bad, backend):
+    options, error, message = BAD[bad]
+    optimizer = optim.SGD(small_groups(), lr=0.5, momentum=0.9, weight_decay=0.1)
+    optimizer = LARS(optimizer) if under_lars else optimizer
+    for _ in range(steps):
+        optimizer.step()
+    optimizer.param_groups[1].update(options)
+    raises_and_changes_nothing(optimizer, error, message)
+    assert (
+        optimizer.param_groups[1].items()
+        >= {k: v for k, v in options.items() if not isinstance(v, torch.Tensor)}.items()
+    )
+
+
+@pytest.mark.parametrize("bad", [bad for bad in BAD if bad not in ("lr None", "momentum_dtype")])
+def test_a_bad_hyper_parameter_of_one_group_is_refused_by_the_constructor(bad):
+    options, error, message = BAD[bad]
+    first, second = small_groups()
+    with pytest.raises(error, match=message):
+        optim.SGD([first, {**second, **options}], lr=0.5, momentum=0.9, weight_decay=0.1)
+
+
+@pytest.mark.parametrize("bad", [bad for bad in BAD if bad not in ("differentiable", "dampening string")])
+def test_a_bad_argument_is_refused(bad):
+    """Torch's own constructor comes first, and says it in its own words where it asks."""
+    options, error, _ = BAD[bad]
+    with pytest.raises((error, TypeError)):
+        optim.SGD(small_groups(), **{"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, **options})
+
+
+@pytest.mark.parametrize("argument", ["foreach", "fused", "differentiable", "capturable"])
+def test_arguments_that_choose_among_implementations_do_not_exist(argument):
+    with pytest.raises(TypeError, match=f"unexpected keyword argument '{argument}'"):
+        optim.SGD(small_groups(), lr=0.5, **{argument: False})
+
+
+@unders
+def test_a_differentiable_group_that_was_loaded_is_refused_and_nothing_changes(under_lars, backend):
+    ours = optim.SGD(small_groups(), lr=0.5, momentum=0.9, weight_decay=0.1)
+    ours = LARS(ours) if under_lars else ours
+    state_dict = ours.state_dict()
+    state_dict["param_groups"][1]["differentiable"] = True
+    ours.load_state_dict(state_dict)
+    raises_and_changes_nothing(ours, ValueError, "differentiable")
+
+
+@pytest.mark.parametrize("implementation", [{"foreach": True}, {"fused": True}], ids=str)
+@unders
+def test_a_loaded_choice_among_implementations_is_passed_over(under_lars, implementation, backend):
+    theirs = torch.optim.SGD(small_groups(), lr=0.5, momentum=0.9, weight_decay=0.1, **implementation)
+    ours = optim.SGD(small_groups(), lr=0.1)
+    theirs, ours = (LARS(one, EPS, TRUST_COEF) if under_lars else one for one in (theirs, ours))
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    for _ in range(3):
+        give_gradients([ours, theirs], 3)
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs, 2e-6)
+
+
+# A tensor as lr, closures, schedulers, hooks.
+
+
+@pytest.mark.parametrize("lr_dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", [(), (1,)], ids=str)
+@few
+@both
+def test_lr_may_be_a_tensor_which_is_read_at_each_step(pair_of, options, shape, lr_dtype, backend):
+    ours, other = pair_of(options)[0], pair_of(options)[0]
+    tensors = []
+    for group, its_other in zip(ours.param_groups, other.param_groups, strict=True):
+        group["lr"] = torch.full(shape, group["lr"], dtype=lr_dtype)
+        its_other["lr"] = group["lr"].item()
+        tensors.append(group["lr"])
+    for step in range(3):
+        give_gradients([ours, other], step)
+        ours.step()
+        other.step()
+        assert_same(ours, other, 1e-15)
+        for group, its_other, tensor in zip(ours.param_groups, other.param_groups, tensors, strict=True):
+            assert group["lr"] is tensor
+            tensor.mul_(0.7)
+            its_other["lr"] = tensor.item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@both
+def test_lr_in_a_tensor_gives_the_bits_of_lr_as_a_number(pair_of, dtype, backend):
+    ours, other = (pair_of({"momentum": 0.9}, dtype=dtype)[0] for _ in range(2))
+    for group in ours.param_groups:
+        group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+    run([ours, other], range(3))
+    assert_same(ours, other)
+    assert isinstance(optim.SGD(layers(0), lr=torch.tensor(0.5)).param_groups[0]["lr"], torch.Tensor)
+
+
+@pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
+@unders
+def test_a_closure_is_called_once_with_gradients_enabled_and_its_loss_returned(under_lars, grad_mode, backend):
+    model, same = network(torch.float64), network(torch.float64)
+    optimizer, theirs = (sgd_of(m, sgd, under_lars) for m, sgd in ((model, optim.SGD), (same, torch.optim.SGD)))
+    for step in range(3):
+        calls = []
+
+        def closure(step=step, calls=calls):
+            calls.append(torch.is_grad_enabled())
+            optimizer.zero_grad()
+            loss = loss_of(model, step)
+            loss.backward()
+            return loss
+
+        with grad_mode():
+            loss = optimizer.step(closure)
+            assert torch.is_grad_enabled() == (grad_mode is torch.enable_grad)
+        theirs.zero_grad()
+        expected = loss_of(same, step)
+        expected.backward()
+        theirs.step()
+        assert calls == [True]
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-12)
+        assert_same(optimizer, theirs, 1e-12)
+    assert all(param.requires_grad and param.is_leaf for param in model.parameters())
+
+
+SCHEDULERS = {
+    "OneCycleLR": lambda one: torch.optim.lr_scheduler.OneCycleLR(one, max_lr=[1.0, 0.3], total_steps=8),
+    "LambdaLR": lambda one: torch.optim.lr_scheduler.LambdaLR(one, [lambda n: 0.9**n, lambda n: 1 / (1 + n)]),
+    "CyclicLR": lambda one: torch.optim.lr_scheduler.CyclicLR(one, 0.1, 1.0, step_size_up=3, base_momentum=0.5),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@unders
+def test_schedulers_drive_it_as_they_drive_torchs(under_lars, name, backend):
+    models = network(torch.float64), network(torch.float64)
+    optimizers = [sgd_of(m, sgd, under_lars) for m, sgd in zip(models, (optim.SGD, torch.optim.SGD), strict=True)]
+    schedulers = [SCHEDULERS[name](one) for one in optimizers]
+    seen = set()
+    for step in range(6):
+        for model, optimizer, scheduler in zip(models, optimizers, schedulers, strict=True):
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+            scheduler.step()
+        assert_same(*optimizers, 1e-12)
+        for one, other in zip(*(optimizer.param_groups for optimizer in optimizers), strict=True):
+            assert (one["lr"], one["momentum"]) == (other["lr"], other["momentum"])
+        seen.add((one["lr"], one["momentum"]))
+    assert len(seen) > 3
+    assert name == "LambdaLR" or len({momentum for _, momentum in seen}) > 3
+
+
+def test_hooks_fire_once_on_the_object_they_were_given_to(backend):
+    model, fired = network(), []
+    optimizer = sgd_of(model, under_lars=True)
+    handles = [
+        optimizer.register_step_pre_hook(lambda *_: fired.append("pre")),
+        optimizer.register_step_post_hook(lambda *_: fired.append("post")),
+        optimizer.optim.register_step_pre_hook(lambda *_: fired.append("base pre")),
+        optimizer.optim.register_step_post_hook(lambda *_: fired.append("base post")),
+    ]
+    loss_of(model, 0).backward()
+    optimizer.step()
+    assert fired == ["pre", "base pre", "base post", "post"]
+    optimizer.optim.step()
+    assert fired[4:] == ["base pre", "base post"]
+    assert len(handles) == 4
+
+
+# Compiled.
+
+
+@pytest.fixture
+def compiled():
+    """Compile a function, without machine code, and note the names of what was called."""
+    names = set()
+
+    def note(module, inputs):
+        names.update(str(node.target) for node in module.graph.nodes if node.op.startswith("call"))
+        return module.forward
+
+    torch._dynamo.reset()
+    yield lambda function: (torch.compile(function, backend=note), names)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning",  # torch's own, while it compiles
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
+)
+@unders
+def test_a_compiled_step_gives_the_numbers_of_an_eager_one(under_lars, compiled, backend):
+    models = network(torch.float64), network(torch.float64)
+    optimizer, expected = (sgd_of(model, under_lars=under_lars) for model in models)
+    step, names = compiled(optimizer.step)
+    for number in range(3):
+        for model, one in zip(models, (optimizer, expected), strict=True):
+            one.zero_grad()
+            loss_of(model, number).backward()
+        step()
+        expected.step()
+        assert_same(optimizer, expected)
+        if under_lars:
+            assert_same_ratios(optimizer, expected)
+        for one in (optimizer, expected):
+            one.param_groups[0]["lr"] *= 0.5
+            one.param_groups[1]["weight_decay"] = 0.02 * number
+    assert backend == "reference" or "torchlars.sgd_" in names
+    assert not under_lars or backend == "reference" or {"torchlars.squared_norms", "torchlars.trust_ratios"} <= names
+
+
+# The ops, against the reference.
+
+STEPS = [
+    # momentum, nesterov, ratios, lr_scale, maximize
+    (None, False, False, False, False),
+    (None, False, True, True, True),
+    ("own", False, False, True, True),
+    ("own", False, True, False, False),
+    ("own", True, False, False, True),
+    ("own", True, True, True, False),
+    ("float32", False, True, True, True),
+    ("float32", True, False, False, False),
+]
+OPS = ["sgd_", "lars_sgd_"]
+
+
+def steps_of(case, dtype):
+    """Every kind of step that the dtype has; of the longest cases one."""
+    kinds = [step for step in STEPS if step[0] != "float32" or dtype.itemsize == 2]
+    return kinds[-1:] if case.name == "many" else kinds[::2] if case.name in ("large_norms", "chunk_borders") else kinds
+
+
+def copied(tensor):
+    """The same, in memory of its own, with what lies around it."""
+    storage = tensor.untyped_storage().clone()
+    copy = tensor.new_empty(0).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+    return copy.conj() if tensor.is_conj() else copy
+
+
+def arguments_of(case, dtype, kind, grad_dtype=None):
+    """Arguments for both ops by name; each layer has numbers of its own."""
+    momentum, nesterov, has_ratios, has_lr_scale, maximize = kind
+    grads, params, weight_decays, trust_coefs, eps, case_maximizes = case.make(dtype, grad_dtype=grad_dtype)
+    if case.name == "conjugated":  # torch's dispatcher lets no op write lists of lazily conjugated tensors
+        grads, params = params, [param.resolve_conj() for param in grads]
+    n, generator = len(params), torch.Generator().manual_seed(len(params))
+    ratio_dtype = ops.compute_dtype(grads[0].dtype, dtype)
+    buffers = []
+    if momentum is not None:
+        wide = torch.complex128 if dtype.is_complex else torch.float64
+        kept = torch.float32 if momentum == "float32" else dtype
+        for i, param in enumerate(params):
+            value = 0.2 * (1 + i % 3) * torch.randn(param.shape, generator=generator, dtype=wide)
+            buffers.append(torch.empty_like(param.resolve_conj(), dtype=kept).copy_(value))
+    return {
+        "params": params,
+        "grads": grads,
+        "momentum_buffers": buffers,
+        "ratios": torch.rand(n, generator=generator, dtype=ratio_dtype) + 0.1 if has_ratios else None,
+        "weight_decays": weight_decays,
+        "trust_coefs": trust_coefs,
+        "eps": eps,
+        "lrs": [0.1 * (1 + i % 4) for i in range(n)],
+        "momentums": [0.5 + 0.1 * (i % 5) if buffers else 0.0 for i in range(n)],
+        "dampenings": [[0.0, 0.3, -0.2][i % 3] for i in range(n)],
+        "nesterov": nesterov,
+        "maximize": maximize != case_maximizes,
+        "lr_scale": torch.tensor(0.37, dtype=torch.float64) if has_lr_scale else None,
+    }
+
+
+def call(op, arguments, module=ops, **different):
+    """Call an op with copies of what it writes. Return those, and the ratios if there are any."""
+    copies = {name: [copied(x) for x in arguments[name]] for name in ("params", "grads", "momentum_buffers")}
+    taken = {**arguments, **copies, **different}
+    foreign = {"sgd_": {"trust_coefs", "eps"}, "lars_sgd_": {"ratios"}}[op]
+    ratios = getattr(module, op)(**{name: value for name, value in taken.items() if name not in foreign})
+    for grad, original in zip(taken["grads"], arguments["grads"], strict=True):
+        assert torch.equal(grad, original), "gradients are only read"
+    return taken["params"], taken["momentum_buffers"], ratios
+
+
+def assert_same_results(actual, expected, ulps=0):
+    for name, ones, others in zip(("parameter", "momentum"), actual, expected, strict=False):
+        assert len(ones) == len(others)
+        for i, (one, other) in enumerate(zip(ones, others, strict=True)):
+            assert_within_ulps(one, other, ulps, f"{name} of layer {i}")
+
+
+def named(values):
+    return pytest.mark.parametrize("case", values, ids=lambda case: case.name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(CASES)
+def test_sgd_gives_the_bits_of_the_reference(extension, case, dtype):
+    for kind in steps_of(case, dtype):
+        arguments = arguments_of(case, dtype, kind)
+        assert_same_results(call("sgd_", arguments), call("sgd_", arguments, reference))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(CASES)
+def test_lars_sgd_equals_the_reference_and_has_the_bits_of_measure_decide_and_update(extension, case, dtype):
+    is_wide = dtype in (torch.float64, torch.complex128)
+    for kind in steps_of(case, dtype)[::2] or steps_of(case, dtype):
+        arguments = arguments_of(case, dtype, kind)
+        actual = call("lars_sgd_", arguments)
+        norms = ops.squared_norms(arguments["params"]), ops.squared_norms(arguments["grads"])
+        ratio_dtype = torch.float64 if is_wide else torch.float32
+        hyper = arguments["weight_decays"], arguments["trust_coefs"], arguments["eps"]
+        ratios = ops.trust_ratios(*norms, *hyper, ratio_dtype)
+        assert torch.equal(actual[2], ratios)
+        assert_same_results(actual, call("sgd_", arguments, ratios=ratios))
+        # Sums are the only thing in which the two may differ: so the rest is compared with the same ratios.
+        expected = reference.trust_ratios(
+            *map(reference.squared_norms, (arguments["params"], arguments["grads"])), *hyper, ratio_dtype
+        )
+        assert_within_ulps(ratios, expected, 4 if is_wide else 1, "ratios")
+        assert_same_results(actual, call("sgd_", arguments, reference, ratios=ratios))
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("grad_dtype", REAL_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+def test_gradients_may_have_another_dtype_than_parameters(extension, dtype, grad_dtype, op):
+    case = Case("mixed_dtypes", "", [*sizes(5, 70, 17000), Layer((3, 4), weight_decay=0.0), Layer((0,))])
+    for kind in steps_of(case, dtype):
+        arguments = arguments_of(case, dtype, kind, grad_dtype)
+        actual = call(op, arguments)
+        ratios = arguments["ratios"] if op == "sgd_" else actual[2]
+        assert_same_results(actual, call("sgd_", arguments, reference, ratios=ratios))
+
+
+@named(CASES)
+@pytest.mark.parametrize("op", OPS)
+def test_memory_around_views_is_not_touched_and_versions_are_bumped(backend, op, case):
+    arguments = arguments_of(case, torch.float32, STEPS[3])
+    for name in ("params", "momentum_buffers", "grads"):
+        arguments[name] = [copied(x) for x in arguments[name]]
+    written = [*arguments["params"], *arguments["momentum_buffers"]]
+    before = [(tensor._version, tensor.data_ptr(), tensor.untyped_storage().clone()) for tensor in written]
+    grads = [(grad._version, grad.untyped_storage().clone()) for grad in arguments["grads"]]
+    foreign = {"sgd_": {"trust_coefs", "eps"}, "lars_sgd_": {"ratios"}}[op]
+    getattr(ops, op)(**{name: value for name, value in arguments.items() if name not in foreign})
+    for tensor, (version, pointer, storage) in zip(written, before, strict=True):
+        assert tensor._version > version
+        assert tensor.data_ptr() == pointer
+        after = tensor.new_empty(0).set_(tensor.untyped_storage())
+        untouched = torch.ones(len(after), dtype=torch.bool)
+        untouched.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset()).fill_(False)
+        assert torch.equal(after[untouched], tensor.new_empty(0).set_(storage)[untouched])
+    for grad, (version, storage) in zip(arguments["grads"], grads, strict=True):
+        assert grad._version == version
+        assert torch.equal(grad.new_empty(0).set_(grad.untyped_storage()), grad.new_empty(0).set_(storage))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_momentum_buffers_of_any_layout_are_written_in_place(extension, op):
+    case = Case(
+        "buffers", "", [Layer((6, 5)), Layer((6, 5), param_layout=transposed), Layer((6, 5), grad_layout=sliced)]
+    )
+    for dtype, orders in itertools.product(DTYPES, itertools.permutations([sliced, transposed, lambda x: x])):
+        arguments = arguments_of(case, dtype, STEPS[5])
+        arguments["momentum_buffers"] = [
+            order(x) for order, x in zip(orders, arguments["momentum_buffers"], strict=True)
+        ]
+        actual = call(op, arguments)
+        ratios = arguments["ratios"] if op == "sgd_" else actual[2]
+        assert_same_results(actual, call("sgd_", arguments, reference, ratios=ratios))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_layers_that_require_gradients_stay_leaves(backend, op):
+    case = Case("leaves", "", [Layer((3,)), Layer((4,))])
+    arguments = arguments_of(case, torch.float32, STEPS[3])
+    params = [param.requires_grad_() for param in arguments["params"]]
+    getattr(ops, op)(
+        **{k: v for k, v in arguments.items() if k not in (("trust_coefs", "eps") if op == "sgd_" else ("ratios",))}
+    )
+    assert all(param.is_leaf and param.requires_grad and param.grad_fn is None for param in params)
+
+
+x, y = torch.ones(3), torch.ones(4)
+bad_lr_scale = r"lr_scale to be one float64 on cpu \(got: shape "
+BAD_CALLS = {
+    "no params": ({"params": [], "grads": []}, r"at least one tensor \(got: grads is empty\)"),
+    "more params": ({"params": [x, x, x]}, r"one length \(grads: 2, params: 3\)"),
+    "integers": ({"params": [x.long(), y.long()]}, r"expected float64, float32, .* \(params\[0\]: "),
+    "a sparse gradient": ({"grads": [x.to_sparse(), y]}, r"strided tensors \(grads\[0\]: .*[Ss]parse"),
+    "mixed dtypes": ({"params": [x, y.double()]}, r"one dtype \(params\[0\]: .*, params\[1\]: "),
+    "mixed devices": ({"grads": [x, y.to("meta")]}, r"one device \(grads\[0\]: cpu, grads\[1\]: meta\)"),
+    "kinds": ({"grads": [x * 1j, y * 1j]}, r"both real or both complex \(grads\[0\]: "),
+    "shapes": ({"grads": [y, x]}, r"one shape \(grads\[0\]: \[4\], params\[0\]: \[3\]\)"),
+    "shapes without decay": (
+        {"grads": [x, x], "weight_decays": [0.0, 0.0]},
+        r"one shape \(grads\[1\]: \[3\], params\[1\]: \[4\]\)",
+    ),
+    "an expanded parameter": (
+        {"params": [torch.ones(1).expand(3), y]},
+        r"params that can be written in place \(params\[0\]: shape \[3\], strides \[0\] overlap in memory\); clone it first",
+    ),
+    "an overlapping buffer": (
+        {"momentum_buffers": [x, torch.ones(1).expand(4)]},
+        r"momentum_buffers that can be written in place \(momentum_buffers\[1\]: shape \[4\], strides \[0\] overlap",
+    ),
+    "more decays": ({"weight_decays": [0.1] * 3}, r"one length \(grads: 2, weight_decays: 3\)"),
+    "decay < 0": ({"weight_decays": [0.1, -0.1]}, r"non-negative numbers \(weight_decays\[1\]: -0.1\)"),
+    "fewer lrs": ({"lrs": [0.1]}, r"one length \(grads: 2, lrs: 1\)"),
+    "lr < 0": ({"lrs": [0.1, -2.0]}, r"non-negative numbers \(lrs\[1\]: -2"),
+    "lr NaN": ({"lrs": [math.nan, 0.1]}, r"non-negative numbers \(lrs\[0\]: nan\)"),
+    "fewer momentums": ({"momentums": [0.9]}, r"one length \(grads: 2, momentums: 1\)"),
+    "momentum infinite": ({"momentums": [0.9, math.inf]}, r"non-negative numbers \(momentums\[1\]: inf\)"),
+    "more dampenings": ({"dampenings": [0.0] * 3}, r"one length \(grads: 2, dampenings: 3\)"),
+    "dampening NaN": ({"dampenings": [0.0, math.nan]}, r"finite numbers \(dampenings\[1\]: nan\)"),
+    "fewer buffers": ({"momentum_buffers": [x]}, r"one length \(grads: 2, momentum_buffers: 1\)"),
+    "mixed buffers": (
+        {"momentum_buffers": [x, y.double()]},
+        r"one dtype \(momentum_buffers\[0\]: .*, momentum_buffers\[1\]: ",
+    ),
+    "buffers of another device": (
+        {"momentum_buffers": [x.to("meta"), y.to("meta")]},
+        r"one device \(params\[0\]: cpu, momentum_buffers\[0\]: meta\)",
+    ),
+    "buffers of another dtype": (
+        {"momentum_buffers": [x.double(), y.double()]},
+        r"momentum_buffers of the dtype of params, or of float32 for 16-bit ones \(params\[0\]: .*, momentum_buffers\[0\]: ",
+    ),
+    "buffers of 16 bits": (
+        {"momentum_buffers": [x.bfloat16(), y.bfloat16()]},
+        r"momentum_buffers of the dtype of params, or of float32 for 16-bit ones",
+    ),
+    "buffers of other shapes": (
+        {"momentum_buffers": [x, x]},
+        r"one shape \(params\[1\]: \[4\], momentum_buffers\[1\]: \[3\]\)",
+    ),
+    "no buffers": ({"momentum_buffers": []}, r"momentum_buffers where there is momentum \(momentums\[0\]: 0.9\)"),
+    "nesterov without buffers": (
+        {"momentum_buffers": [], "momentums": [0.0, 0.0], "nesterov": True},
+        r"momentum_buffers where nesterov is True",
+    ),
+    "lr_scale in float32": ({"lr_scale": torch.tensor(0.5)}, bad_lr_scale + r"\[\], .*[Ff]loat"),
+    "lr_scale of two": ({"lr_scale": torch.ones(2, dtype=torch.float64)}, bad_lr_scale + r"\[2\]"),
+    "lr_scale elsewhere": (
+        {"lr_scale": torch.ones((), dtype=torch.float64, device="meta")},
+        bad_lr_scale + r"\[\], .*meta",
+    ),
+}
+BAD_CALLS_OF_ONE = {
+    "sgd_": {
+        "more ratios": ({"ratios": torch.ones(3)}, r"one length \(grads: 2, ratios: 3\)"),
+        "ratios in float64": (
+            {"ratios": torch.ones(2, dtype=torch.float64)},
+            r"ratios to be a contiguous vector of .*[Ff]loat",
+        ),
+        "a matrix of ratios": (
+            {"ratios": torch.ones(2, 1)},
+            r"ratios to be a contiguous vector of .* \(got: shape \[2, 1\]",
+        ),
+        "ratios elsewhere": ({"ratios": torch.ones(2, device="meta")}, r"one device \(grads\[0\]: cpu, ratios: meta\)"),
+    },
+    "lars_sgd_": {
+        "fewer coefs": ({"trust_coefs": [0.1]}, r"one length \(grads: 2, trust_coefs: 1\)"),
+        "coef 0": ({"trust_coefs": [0.1, 0.0]}, r"positive numbers \(trust_coefs\[1\]: 0"),
+        "more eps": ({"eps": [0.1] * 3}, r"one length \(grads: 2, eps: 3\)"),
+        "eps NaN": ({"eps": [math.nan, 0.0]}, r"non-negative numbers \(eps\[0\]: nan\)"),
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("op", "bad"), [(op, bad) for op in OPS for bad in [*BAD_CALLS, *BAD_CALLS_OF_ONE[op]]], ids=str
+)
+def test_bad_calls_are_refused_and_change_nothing(backend, op, bad):
+    different, message = {**BAD_CALLS, **BAD_CALLS_OF_ONE[op]}[bad]
+    arguments = arguments_of(Case("bad", "", [Layer((3,)), Layer((4,))]), torch.float32, STEPS[3])
+    arguments = {**arguments, "momentums": [0.9, 0.5], **different}
+    if op == "sgd_":
+        del arguments["trust_coefs"], arguments["eps"]
+    else:
+        del arguments["ratios"]
+    tensors = [*arguments["params"], *arguments["grads"], *arguments["momentum_buffers"]]
+    before = [(tensor._version, tensor.clone()) for tensor in tensors]
+    with pytest.raises(RuntimeError, match=message) as raised:
+        getattr(ops, op)(**arguments)
+    assert str(raised.value).startswith(f"{op}: expected "), "the message opens with the op's name"
+    for tensor, (version, value) in zip(tensors, before, strict=True):
+        assert tensor._version == version
+        assert tensor.device.type == "meta" or torch.equal(tensor.to_dense(), value.to_dense())
