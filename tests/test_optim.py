@@ -1647,15 +1647,21 @@ def compiled():
     "ignore:`torch.jit:DeprecationWarning",  # torch's own, while it compiles
     "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",
 )
-@unders
+@pytest.mark.parametrize(
+    ("backend", "under_lars"), [("extension", False), ("extension", True), ("reference", True)], indirect=["backend"]
+)
 def test_a_compiled_step_gives_the_numbers_of_an_eager_one(under_lars, compiled, backend):
-    models = network(torch.float64), network(torch.float64)
-    optimizer, expected = (sgd_of(model, under_lars=under_lars) for model in models)
+    def build():
+        one, other = parameter(3, 4, scale=2.0), parameter(5)
+        base = optim.SGD(
+            [{"params": [one], "weight_decay": 0.1}, {"params": [other], "weight_decay": 0.03}], lr=0.5, momentum=0.9
+        )
+        return LARS(base, eps=EPS, trust_coef=TRUST_COEF) if under_lars else base
+
+    optimizer, expected = build(), build()
     step, names = compiled(optimizer.step)
     for number in range(3):
-        for model, one in zip(models, (optimizer, expected), strict=True):
-            one.zero_grad()
-            loss_of(model, number).backward()
+        give_gradients([optimizer, expected], number + 3)
         step()
         expected.step()
         assert_same(optimizer, expected)
@@ -1663,7 +1669,7 @@ def test_a_compiled_step_gives_the_numbers_of_an_eager_one(under_lars, compiled,
             assert_same_ratios(optimizer, expected)
         for one in (optimizer, expected):
             one.param_groups[0]["lr"] *= 0.5
-            one.param_groups[1]["weight_decay"] = 0.02 * number
+            one.param_groups[1]["weight_decay"] *= 1.5
     assert backend == "reference" or "torchlars.sgd_" in names
     assert not under_lars or backend == "reference" or {"torchlars.squared_norms", "torchlars.trust_ratios"} <= names
 
@@ -1687,7 +1693,7 @@ OPS = ["sgd_", "lars_sgd_"]
 def steps_of(case, dtype):
     """Every kind of step that the dtype has; of the longest cases one."""
     kinds = [step for step in STEPS if step[0] != "float32" or dtype.itemsize == 2]
-    return kinds[-1:] if case.name == "many" else kinds[::2] if case.name in ("large_norms", "chunk_borders") else kinds
+    return kinds[3:4] if case.name == "many" else kinds[::3] if case.name in ("large_norms", "chunk_borders") else kinds
 
 
 def copied(tensor):
@@ -1763,7 +1769,7 @@ def test_sgd_gives_the_bits_of_the_reference(extension, case, dtype):
 @named(CASES)
 def test_lars_sgd_equals_the_reference_and_has_the_bits_of_measure_decide_and_update(extension, case, dtype):
     is_wide = dtype in (torch.float64, torch.complex128)
-    for kind in steps_of(case, dtype)[::2] or steps_of(case, dtype):
+    for kind in steps_of(case, dtype)[::2]:
         arguments = arguments_of(case, dtype, kind)
         actual = call("lars_sgd_", arguments)
         norms = ops.squared_norms(arguments["params"]), ops.squared_norms(arguments["grads"])
