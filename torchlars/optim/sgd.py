@@ -228,6 +228,8 @@ class Bucket:
     def _buffer_like(self, param: Tensor, buffer: Tensor | None) -> Tensor:
         """Return a momentum buffer in the parameter's memory order, so that the two can be swept side by side."""
         dtype = momentum_dtype_of(param, torch.float32 if self.momentum_in_float32 else None)
+        if buffer is not None and buffer.is_sparse:  # of a gradient that was sparse, as torch begins it
+            buffer = buffer.to_dense()
         if buffer is not None and buffer.dtype == dtype and buffer.stride() == param.stride():
             return buffer
         ordered = torch.zeros_like(param, dtype=dtype, requires_grad=False)
