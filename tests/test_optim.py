@@ -15,6 +15,7 @@ import textwrap
 import pytest
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint.state_dict as dcp
 from cases import CASES, DTYPES, REAL_DTYPES, Case, Layer, channels_last, sizes, sliced, transposed
 from closeness import assert_within_ulps
 
@@ -111,6 +112,7 @@ def lars_pair(options, decays=DECAYS["decays"], dtype=torch.float64):
 
 
 PAIRS = {"plain": pair, "lars": lars_pair}
+unders = pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
 both = pytest.mark.parametrize("pair_of", PAIRS.values(), ids=list(PAIRS))
 
 
@@ -660,7 +662,7 @@ LARGE = {
 
 
 @pytest.mark.parametrize("kind", LARGE)
-@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+@unders
 def test_bits_do_not_depend_on_threads_or_repetition(extension, threads, under_lars, kind):
     dtype, options = LARGE[kind]
     results = []
@@ -673,7 +675,7 @@ def test_bits_do_not_depend_on_threads_or_repetition(extension, threads, under_l
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("sgd", [optim.SGD, torch.optim.SGD], ids=["ours", "torchs"])
-@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+@unders
 def test_bits_do_not_depend_on_who_gathers(extension, monkeypatch, under_lars, sgd, dtype):
     gathered = bits_of_large(dtype, under_lars, sgd, momentum=0.9)
     monkeypatch.setattr(ops, "plain_layers", lambda kind: ops.NoPlainLayers())
@@ -941,7 +943,7 @@ DIFFER = {"float8", "gradient of another dtype", "FSDP1"}
 @pytest.mark.parametrize(
     "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "maximize": True}], ids=str
 )
-@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+@unders
 def test_an_odd_layer_is_stepped_as_by_torch(under_lars, options, name, backend):
     ours, theirs = odd_pair(name, under_lars, **options)
     grads = [
@@ -963,7 +965,7 @@ def test_an_odd_layer_is_stepped_as_by_torch(under_lars, options, name, backend)
 
 
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "dampening": 0.5}], ids=str)
-@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+@unders
 def test_a_gradient_of_another_dtype_is_not_rounded(under_lars, options, backend):
     """torch's own buffers are of the gradient's dtype then; the oracle is a step in float64."""
     ours, _ = odd_pair("gradient of another dtype", under_lars, **options)
@@ -987,7 +989,7 @@ def test_a_gradient_of_another_dtype_is_not_rounded(under_lars, options, backend
 @pytest.mark.parametrize(
     "options", [{}, {"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "maximize": True}], ids=str
 )
-@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+@unders
 def test_changing_sparse_gradients_are_stepped_as_by_torch(under_lars, options, coalesced, backend):
     ours, theirs = odd_pair("sparse", under_lars, **options)
     for rows in ([0, 1, 1], [4], [], [2, 2, 0]):
@@ -1002,6 +1004,21 @@ def test_changing_sparse_gradients_are_stepped_as_by_torch(under_lars, options, 
         assert params_of(ours)[1].grad.is_coalesced() == coalesced or len(rows) < 2
 
 
+@unders
+def test_a_gradient_may_be_sparse_and_dense_in_turn(under_lars, backend):
+    """Torch's own SGD begins a sparse momentum then, and cannot go on with it: so the oracle's gradients are dense."""
+    (ours, _), (_, theirs) = (odd_pair("sparse", under_lars, momentum=0.9) for _ in range(2))
+    for step in range(4):
+        grad = sparse_gradient([0, 1, 1], (5, 2), scale=0.1 * (step + 1))
+        params_of(ours)[1].grad = grad if step % 2 == 0 else grad.to_dense()
+        params_of(theirs)[1].grad = grad.to_dense()
+        ours.step()
+        theirs.step()
+        for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+            close(p.detach(), q.detach(), 2e-6, f"step {step}")
+            q.grad = p.grad.to_dense().clone()
+
+
 def raises_and_changes_nothing(optimizer, error, message):
     before = snapshot(optimizer)
     with pytest.raises(error, match=message):
@@ -1009,7 +1026,7 @@ def raises_and_changes_nothing(optimizer, error, message):
     assert_unchanged(optimizer, before)
 
 
-@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+@unders
 def test_sparse_gradients_with_weight_decay_are_refused_and_nothing_changes(under_lars, backend):
     ours, _ = odd_pair("sparse", under_lars, momentum=0.9)
     ours.param_groups[1]["weight_decay"] = 0.125
@@ -1019,7 +1036,7 @@ def test_sparse_gradients_with_weight_decay_are_refused_and_nothing_changes(unde
     raises_and_changes_nothing(ours, RuntimeError, message)
 
 
-@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+@unders
 def test_float8_is_refused_and_nothing_changes(under_lars, backend):
     ours, _ = odd_pair("complex", under_lars, momentum=0.9)
     float8 = ODD["float8"]()
@@ -1032,7 +1049,7 @@ def test_float8_is_refused_and_nothing_changes(under_lars, backend):
     assert len(ours.state) == 0
 
 
-@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+@unders
 def test_a_parameter_that_overlaps_itself_is_refused_and_nothing_changes(under_lars, backend):
     ours, _ = odd_pair("complex", under_lars, momentum=0.9)
     ours.add_param_group(
@@ -1066,7 +1083,7 @@ def test_parameters_flattened_by_fsdp1_are_stepped_but_refused_under_lars(backen
     LARS(ours).step()
 
 
-@pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
+@unders
 def test_a_layer_that_is_listed_twice_in_a_group_is_one_layer(under_lars, backend):
     def build(times):
         params = [with_gradient(parameter(n)) for n in (3, 4)]
@@ -1343,9 +1360,6 @@ def sgd_of(model, sgd=optim.SGD, under_lars=False, **options):
     return LARS(base, eps=EPS, trust_coef=TRUST_COEF) if under_lars else base
 
 
-unders = pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lars"])
-
-
 @unders
 def test_a_scaler_skips_the_step_of_an_overflow_and_leaves_no_trace(under_lars, backend):
     model, same = network(), network()
@@ -1371,6 +1385,26 @@ def test_a_scaler_skips_the_step_of_an_overflow_and_leaves_no_trace(under_lars, 
             loss_of(same, step).backward()
             plain.step()
             assert_same(optimizer, plain)  # a power of two leaves no trace
+
+
+@unders
+def test_distributed_checkpoints_keep_momentum_in_float32(under_lars, backend):
+    def build():
+        model = network(torch.bfloat16)
+        return model, sgd_of(model, under_lars=under_lars, momentum_dtype=torch.float32)
+
+    (model, optimizer), (other, fresh) = build(), build()
+    for step in range(2):
+        optimizer.zero_grad()
+        loss_of(model, step).backward()
+        optimizer.step()
+    for flat in (False, True):
+        options = dcp.StateDictOptions(flatten_optimizer_state_dict=flat)
+        state_dict = dcp.get_optimizer_state_dict(model, optimizer, options=options)
+        dcp.set_optimizer_state_dict(other, fresh, copy.deepcopy(state_dict), options=options)
+        for p, q in zip(params_of(optimizer), params_of(fresh), strict=True):
+            assert optimizer.state[p]["momentum_buffer"].dtype == torch.float32
+            assert torch.equal(optimizer.state[p]["momentum_buffer"], fresh.state[q]["momentum_buffer"])
 
 
 # Bad input.
