@@ -94,7 +94,7 @@ void fetch_ahead([[maybe_unused]] PyObject* param) {
 using Seen = ska::flat_hash_set<const c10::TensorImpl*>;
 
 // Calls take(param, grad, the parameter as a Python object) for every plain layer of a group that was not seen before;
-// it may decline by returning false. Returns the positions of all others that have a gradient.
+// it may decline by returning false. Returns the positions of all others that may have a gradient.
 template <typename Take>
 std::vector<int64_t> for_plain_layers(const py::sequence& params, Seen& seen, const Take& take) {
   const auto fast = py::reinterpret_steal<py::object>(PySequence_Fast(params.ptr(), "expected a sequence"));

@@ -1505,7 +1505,7 @@ def test_a_bad_hyper_parameter_of_one_group_is_refused_and_nothing_changes(under
     )
 
 
-@pytest.mark.parametrize("bad", [bad for bad in BAD if bad not in ("lr None", "momentum_dtype")])
+@pytest.mark.parametrize("bad", BAD)
 def test_a_bad_hyper_parameter_of_one_group_is_refused_by_the_constructor(bad):
     options, error, message = BAD[bad]
     first, second = small_groups()
@@ -1513,12 +1513,53 @@ def test_a_bad_hyper_parameter_of_one_group_is_refused_by_the_constructor(bad):
         optim.SGD([first, {**second, **options}], lr=0.5, momentum=0.9, weight_decay=0.1)
 
 
-@pytest.mark.parametrize("bad", [bad for bad in BAD if bad not in ("differentiable", "dampening string")])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_group_with_a_bad_hyper_parameter_is_not_added(bad):
+    options, error, message = BAD[bad]
+    first, second = small_groups()
+    optimizer = optim.SGD([first], lr=0.5, momentum=0.9, weight_decay=0.1)
+    with pytest.raises(error, match=message):
+        optimizer.add_param_group({**second, **options})
+    assert len(optimizer.param_groups) == 1
+
+
+@pytest.mark.parametrize("bad", [bad for bad in BAD if bad != "differentiable"])
 def test_a_bad_argument_is_refused(bad):
-    """Torch's own constructor comes first, and says it in its own words where it asks."""
-    options, error, _ = BAD[bad]
-    with pytest.raises((error, TypeError)):
+    options, error, message = BAD[bad]
+    with pytest.raises(error, match=message.replace(" of parameter group 1", "")):
         optim.SGD(small_groups(), **{"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, **options})
+
+
+@unders
+def test_momentum_of_another_shape_is_refused_and_nothing_changes(under_lars, backend):
+    optimizer = optim.SGD(small_groups(), lr=0.5, momentum=0.9, weight_decay=0.1)
+    optimizer = LARS(optimizer) if under_lars else optimizer
+    optimizer.step()
+    optimizer.state[optimizer.param_groups[1]["params"][0]]["momentum_buffer"] = torch.zeros(7)
+    message = r"momentum must have its parameter's shape \(momentum_buffer: \(7,\)\) \(group: 1, parameter: 0"
+    raises_and_changes_nothing(optimizer, RuntimeError, message)
+
+
+def test_after_a_step_that_was_refused_the_trust_ratios_are_still_those_of_the_last_one(backend):
+    optimizer = LARS(optim.SGD(small_groups(), lr=0.5, momentum=0.9, weight_decay=0.1))
+    optimizer.step()
+    ratios = optimizer.trust_ratios()
+    optimizer.param_groups[1]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr of parameter group 1"):
+        optimizer.step()
+    after = optimizer.trust_ratios()
+    assert ratios.keys() == after.keys()
+    assert all(torch.equal(after[param], ratio) for param, ratio in ratios.items())
+
+
+def test_momentum_of_a_parameter_with_gaps_stays_in_its_memory(backend):
+    param = torch.nn.Parameter(sliced(torch.randn(6, 5)))
+    param.grad = torch.randn(6, 5)
+    optimizer = optim.SGD([param], lr=0.5, momentum=0.9, weight_decay=0.1)
+    optimizer.step()
+    pointer = optimizer.state[param]["momentum_buffer"].data_ptr()
+    optimizer.step()
+    assert optimizer.state[param]["momentum_buffer"].data_ptr() == pointer
 
 
 @pytest.mark.parametrize("argument", ["foreach", "fused", "differentiable", "capturable"])

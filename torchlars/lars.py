@@ -105,10 +105,12 @@ class LARS(OptimizerWrapper):
                 Nothing has changed then. Whatever raises, hyper-parameters are back as they were.
         """
         if getattr(self.optim, "takes_trust_ratios", False):
-            self._last_step = []
+            trust_ratios = TrustRatios(self)
             if closure is not None or args:
                 args = (closure, *args)
-            return self.optim.step(*args, trust_ratios=TrustRatios(self), **kwargs)  # type: ignore[call-overload]
+            loss = self.optim.step(*args, trust_ratios=trust_ratios, **kwargs)  # type: ignore[call-overload]
+            self._last_step = trust_ratios.reported
+            return loss
         hidden = HiddenHyperParameters()
 
         def adapted_closure() -> Any:
@@ -183,6 +185,7 @@ class TrustRatios:
 
     def __init__(self, lars: LARS) -> None:
         self._lars = lars
+        self.reported: list[tuple[Sequence[Tensor], Tensor]] = []
 
     def options(self, index: int) -> dict[str, float] | None:
         """Return ``trust_coef`` and ``eps`` of a group, or None if it is not adapted."""
@@ -211,7 +214,7 @@ class TrustRatios:
 
     def report(self, params: Sequence[Tensor], ratios: Tensor) -> None:
         """Take note of ratios that were applied."""
-        self._lars._last_step.append((params, ratios))
+        self.reported.append((params, ratios))
 
 
 @dataclass

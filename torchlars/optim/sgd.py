@@ -35,9 +35,9 @@ class SGD(torch.optim.SGD):
     from memory where a layer fits into cache.
 
     A drop-in for :class:`torch.optim.SGD`: the same groups, the same state under the same keys, and each loads the
-    other's state dicts. Its arguments ``foreach``, ``fused`` and ``differentiable`` choose among implementations, of
+    other's state dicts. The arguments ``foreach``, ``fused`` and ``differentiable`` choose among implementations, of
     which this is one, and do not exist here. bfloat16 and float16 layers are computed in float32, and rounded once
-    when they are written.
+    when they are written. A parameter that a group lists twice is one layer, and stepped once.
 
     Args:
         params: parameters, named parameters, or groups of them.
@@ -75,14 +75,19 @@ class SGD(torch.optim.SGD):
         maximize: bool = False,
         momentum_dtype: torch.dtype | None = None,
     ) -> None:
-        _check_momentum_dtype("momentum_dtype", momentum_dtype)
+        given = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
+        _hyper_parameters("", {**given, "nesterov": nesterov, "maximize": maximize, "momentum_dtype": momentum_dtype})
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
         if momentum_dtype is not None:  # else groups hold the keys of torch's SGD, and no other
             self.defaults["momentum_dtype"] = momentum_dtype
             for group in self.param_groups:
                 group.setdefault("momentum_dtype", momentum_dtype)
-        for index, group in enumerate(self.param_groups):
-            _hyper_parameters(index, group, self.defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group, if its hyper-parameters are possible."""
+        if isinstance(param_group, dict):  # else torch says so
+            _hyper_parameters(f" of parameter group {len(self.param_groups)}", {**self.defaults, **param_group})
+        super().add_param_group(param_group)
 
     def step(self, closure: Callable[[], Any] | None = None, *, trust_ratios: TrustRatios | None = None) -> Any:
         """Take one step.
@@ -122,7 +127,7 @@ class SGD(torch.optim.SGD):
         buckets: list[Bucket] = []
         seen: set[Tensor] = set()
         for index, group in enumerate(self.param_groups):
-            numbers = _hyper_parameters(index, group, self.defaults)
+            numbers = _hyper_parameters(f" of parameter group {index}", {**self.defaults, **group})
             options: dict[str, Any] | None = None if trust_ratios is None else trust_ratios.options(index)
             options = options or {"trust_coef": None, "eps": None}
             others = []
@@ -140,7 +145,7 @@ class SGD(torch.optim.SGD):
         """Return the buckets of those layers of a group that are not plain."""
         buckets: dict[Any, Bucket] = {}
         for position, param in layers:
-            grad = _gradient(index, position, param, numbers)
+            grad = _gradient(index, position, param, numbers, self.state.get(param, {}).get("momentum_buffer"))
             key = (param.device, param.dtype, grad.dtype, grad.layout, type(param), _is_for_torch(param, grad))
             bucket = buckets.setdefault(key, Bucket(self.state, **numbers))
             bucket.params.append(param)
@@ -230,7 +235,8 @@ class Bucket:
         dtype = momentum_dtype_of(param, torch.float32 if self.momentum_in_float32 else None)
         if buffer is not None and buffer.is_sparse:  # of a gradient that was sparse, as torch begins it
             buffer = buffer.to_dense()
-        if buffer is not None and buffer.dtype == dtype and buffer.stride() == param.stride():
+        ordered = torch.empty_like(param, device="meta")  # in gaps of a parameter there is no momentum
+        if buffer is not None and buffer.dtype == dtype and buffer.stride() == ordered.stride():
             return buffer
         ordered = torch.zeros_like(param, dtype=dtype, requires_grad=False)
         return ordered if buffer is None else ordered.copy_(buffer)
@@ -271,42 +277,39 @@ def momentum_dtype_of(param: Tensor, momentum_dtype: torch.dtype | None) -> torc
     return momentum_dtype if momentum_dtype is not None and param.dtype.itemsize == 2 else param.dtype
 
 
-def _check_momentum_dtype(name: str, momentum_dtype: Any) -> None:
-    if momentum_dtype not in (None, torch.float32):
-        raise ValueError(f"{name} must be None or torch.float32 (got: {momentum_dtype!r})")
-
-
-def _hyper_parameters(index: int, group: dict[str, Any], defaults: dict[str, Any]) -> dict[str, Any]:
-    """Return a group's hyper-parameters, or raise."""
-    of_group = f"of parameter group {index}"
+def _hyper_parameters(of_group: str, group: dict[str, Any]) -> dict[str, Any]:
+    """Return hyper-parameters as an update takes them, or raise."""
     lr = group["lr"]
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
-            raise ValueError(f"lr {of_group} must be a number or a tensor of one element (got: {tuple(lr.shape)})")
+            raise ValueError(f"lr{of_group} must be a number or a tensor of one element (got: {tuple(lr.shape)})")
     else:
-        lr = non_negative_number(f"lr {of_group}", lr)
+        lr = non_negative_number(f"lr{of_group}", lr)
     if group.get("differentiable", False):
-        raise ValueError(f"differentiable {of_group} must be False (got: True): the step writes in place")
-    momentum_dtype = group.get("momentum_dtype", defaults.get("momentum_dtype"))
-    _check_momentum_dtype(f"momentum_dtype {of_group}", momentum_dtype)
+        raise ValueError(f"differentiable{of_group} must be False (got: True): the step writes in place")
+    momentum_dtype = group.get("momentum_dtype")
+    if momentum_dtype not in (None, torch.float32):
+        raise ValueError(f"momentum_dtype{of_group} must be None or torch.float32 (got: {momentum_dtype!r})")
     numbers = {
         "lr": lr,
-        "momentum": non_negative_number(f"momentum {of_group}", group["momentum"]),
-        "dampening": finite_number(f"dampening {of_group}", group["dampening"]),
-        "weight_decay": non_negative_number(f"weight_decay {of_group}", group["weight_decay"]),
+        "momentum": non_negative_number(f"momentum{of_group}", group["momentum"]),
+        "dampening": finite_number(f"dampening{of_group}", group["dampening"]),
+        "weight_decay": non_negative_number(f"weight_decay{of_group}", group["weight_decay"]),
         "nesterov": bool(group["nesterov"]),
         "maximize": bool(group["maximize"]),
         "momentum_in_float32": momentum_dtype is not None,
     }
     if numbers["nesterov"] and (numbers["momentum"] == 0 or numbers["dampening"] != 0):
         raise ValueError(
-            f"nesterov {of_group} needs momentum and no dampening "
+            f"nesterov{of_group} needs momentum and no dampening "
             f"(momentum: {numbers['momentum']}, dampening: {numbers['dampening']})"
         )
     return numbers
 
 
-def _gradient(group: int, position: int, param: Tensor, numbers: dict[str, Any]) -> Tensor:
+def _gradient(
+    group: int, position: int, param: Tensor, numbers: dict[str, Any], momentum_buffer: Tensor | None
+) -> Tensor:
     """Return a parameter's gradient, or raise if the step cannot be taken with it."""
     grad = param.grad
     assert grad is not None
@@ -327,6 +330,8 @@ def _gradient(group: int, position: int, param: Tensor, numbers: dict[str, Any])
         problem = f"gradients must be on their parameter's device (parameter: {param.device}, gradient: {grad.device})"
     elif not grad.is_sparse and not is_traceable_wrapper_subclass(param) and not ops.is_writable_in_place(param):
         problem = f"elements of a parameter must not share memory (strides: {param.stride()})"
+    elif numbers["momentum"] != 0 and momentum_buffer is not None and momentum_buffer.shape != param.shape:
+        problem = f"momentum must have its parameter's shape (momentum_buffer: {tuple(momentum_buffer.shape)})"
     elif numbers["momentum_in_float32"] and kept and _is_for_torch(param, grad):
         problem = (
             "momentum_dtype must be None for sparse gradients, tensor subclasses and lazily negated parameters "
