@@ -20,6 +20,7 @@ from typing import Any
 import torch
 
 import torchlars
+from torchlars import _extension
 
 PEERS = ("timm", "pytorch_optimizer", "bitsandbytes")
 
@@ -93,7 +94,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchlars": torchlars.__version__,
+        "torchlars": f"{torchlars.__version__} ({'reference' if _extension.extension is None else 'extension'})",
         **versions,
     }
     if device.type == "cuda":
@@ -146,6 +147,15 @@ def write(out: Path, name: str, report: Mapping[str, Any], markdown: str) -> Non
     (out / f"{name}.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     (out / f"{name}.md").write_text(markdown, encoding="utf-8")
     print(f"saved as {name}.json and {name}.md in {out}")
+
+
+def check_extension(parser: argparse.ArgumentParser) -> None:
+    """Refuse to time the reference in the name of torchlars."""
+    if _extension.extension is None:
+        parser.error(
+            f"torchlars has no extension in {_extension.PACKAGE} ({_extension.reason}); "
+            "build it in place: pip install --no-build-isolation --no-deps -e ."
+        )
 
 
 def add_arguments(parser: argparse.ArgumentParser, out: Path, rounds: int, min_time: float) -> None:

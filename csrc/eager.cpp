@@ -115,13 +115,13 @@ std::vector<int64_t> for_plain_layers(const py::sequence& params, Seen& seen, co
       continue;
     }
     const at::Tensor& param = THPVariable_Unpack(item);
-    const at::Tensor& grad = param.grad();
+    at::Tensor grad = param.grad();  // owned: take may run Python code, in which another thread may replace it
     if (!grad.defined()) {
       continue;
     }
     if (!is_plain_layer(param, grad)) {
       others.push_back(position);
-    } else if (seen.insert(param.unsafeGetTensorImpl()).second && !take(param, grad, item)) {
+    } else if (seen.insert(param.unsafeGetTensorImpl()).second && !take(param, std::move(grad), item)) {
       others.push_back(position);
     }
   }
@@ -191,10 +191,10 @@ class LarsLayers {
  public:
   std::vector<int64_t> add(const py::sequence& params, double weight_decay, double trust_coef, double eps,
                            bool maximize) {
-    return for_plain_layers(params, seen_, [&](const at::Tensor& param, const at::Tensor& grad, PyObject* object) {
+    return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
       LarsBucket& bucket = bucket_for(buckets, LarsBucket::Key{param.device(), param.scalar_type(), maximize});
       bucket.params.add(object);
-      bucket.grads.push_back(grad);
+      bucket.grads.push_back(std::move(grad));
       bucket.weight_decays.push_back(weight_decay);
       bucket.trust_coefs.push_back(trust_coef);
       bucket.eps.push_back(eps);
@@ -252,7 +252,7 @@ struct SgdBucket {
         lars_sgd("torchlars::lars_sgd_");
     std::optional<at::Tensor> lr_scale;
     if (lr.has_value()) {
-      lr_scale = lr->to(at::TensorOptions(key.device).dtype(c10::kDouble), /*non_blocking=*/true);
+      lr_scale = lr->to(at::TensorOptions(key.device).dtype(c10::kDouble), /*non_blocking=*/!key.device.is_cpu());
     }
     if (key.is_adapted) {
       return lars_sgd(params.tensors(), grads, momentum_buffers.tensors(), weight_decays, trust_coefs, eps, lrs,
@@ -274,7 +274,7 @@ class SgdLayers {
                            bool maximize, bool momentum_in_float32) {
     static PyObject* const momentum_buffer = PyUnicode_InternFromString("momentum_buffer");
     const at::Tensor* const lr_tensor = std::get_if<at::Tensor>(&lr);
-    return for_plain_layers(params, seen_, [&](const at::Tensor& param, const at::Tensor& grad, PyObject* object) {
+    return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
       SgdBucket::Key key{param.device(),
                          param.scalar_type(),
                          std::nullopt,
@@ -301,7 +301,7 @@ class SgdLayers {
       }
       SgdBucket& bucket = bucket_for(buckets, key);
       bucket.params.add(object);
-      bucket.grads.push_back(grad);
+      bucket.grads.push_back(std::move(grad));
       if (found) {
         bucket.momentum_buffers.add(found);
       }

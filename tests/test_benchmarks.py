@@ -18,7 +18,7 @@ PEERS = {
 
 
 @pytest.fixture
-def module(monkeypatch):
+def module(monkeypatch, extension):
     """Import a module of the benchmarks, which are no package to be installed; no peer is there unless a test says so."""
     monkeypatch.syspath_prepend(str(ROOT))
     for peer in PEERS:
@@ -33,6 +33,15 @@ def step_time(module, tmp_path):
         return module("step_time.main").main(argv)
 
     return run
+
+
+@pytest.mark.parametrize("name", ["step_time.main", "host_time.main"])
+def test_the_reference_is_not_timed_in_the_name_of_torchlars(module, name, monkeypatch, capsys):
+    main = module(name).main
+    monkeypatch.setattr(module("common")._extension, "extension", None)
+    with pytest.raises(SystemExit):
+        main([])
+    assert "torchlars has no extension in" in capsys.readouterr().err
 
 
 def test_step_time_writes_what_the_table_needs(step_time, tmp_path, capsys):

@@ -1407,6 +1407,57 @@ def test_distributed_checkpoints_keep_momentum_in_float32(under_lars, backend):
             assert torch.equal(optimizer.state[p]["momentum_buffer"], fresh.state[q]["momentum_buffer"])
 
 
+# What a base gets from LARS.
+
+
+class Asks(torch.optim.SGD):
+    """Asks for trust ratios, and does nothing with them."""
+
+    takes_trust_ratios = True
+
+    def step(self, closure=None, *, trust_ratios=None):
+        self.got = self.ask(trust_ratios)
+
+
+def asks(params, ask):
+    optimizer = Asks([{"params": params}], lr=0.5, weight_decay=0.1)
+    optimizer.ask = ask
+    return LARS(optimizer)
+
+
+def test_no_parameters_have_no_trust_ratios(backend):
+    optimizer = asks([parameter(3)], lambda trust_ratios: trust_ratios.measure(0, []))
+    optimizer.step()
+    assert optimizer.optim.got.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("which", "message"),
+    [
+        ("stranger", r"params must be of the group \(group: 0, got one of shape \(9,\)\)"),
+        ("without gradient", r"params must have gradients \(group: 0, parameter: 1\)"),
+        ("mixed", r"of one device and dtype \(group: 0, parameter: 2, torch.float64 on cpu, but torch.float32 on cpu"),
+    ],
+)
+def test_a_base_that_asks_for_what_cannot_be_measured_is_told_so(which, message, backend):
+    first, bare, double = with_gradient(parameter(3)), parameter(4), with_gradient(parameter(5, dtype=torch.float64))
+    asked = {"stranger": with_gradient(parameter(9)), "without gradient": bare, "mixed": double}[which]
+    optimizer = asks([first, bare, double], lambda trust_ratios: trust_ratios.measure(0, [first, asked]))
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("numel", [2, 9])
+def test_a_compiled_step_is_one_graph_however_many_layers_there_are(numel, extension):
+    optimizer = optim.SGD(
+        [with_gradient(parameter(n)) for n in range(1, numel)], lr=0.5, momentum=0.9, weight_decay=0.1
+    )
+    optimizer.step()  # which allocates momentum
+    explanation = torch._dynamo.explain(optimizer.step)()
+    assert explanation.graph_break_count == 0
+    torch._dynamo.reset()
+
+
 # Bad input.
 
 BAD = {
@@ -1528,6 +1579,14 @@ def test_a_bad_argument_is_refused(bad):
     options, error, message = BAD[bad]
     with pytest.raises(error, match=message.replace(" of parameter group 1", "")):
         optim.SGD(small_groups(), **{"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1, **options})
+
+
+@unders
+def test_momentum_that_is_no_tensor_is_refused_and_nothing_changes(under_lars, backend):
+    optimizer = optim.SGD(small_groups(), lr=0.5, momentum=0.9, weight_decay=0.1)
+    optimizer = LARS(optimizer) if under_lars else optimizer
+    optimizer.state[optimizer.param_groups[1]["params"][0]]["momentum_buffer"] = 3.0
+    raises_and_changes_nothing(optimizer, RuntimeError, r"momentum must be a tensor \(momentum_buffer: 3.0\)")
 
 
 @unders

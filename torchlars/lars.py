@@ -200,12 +200,23 @@ class TrustRatios:
         group = self._lars.param_groups[index]
         weight_decay = coupled_weight_decay(self._lars.optim, index, group)
         positions = {param: position for position, param in enumerate(group["params"])}
-        grads = []
+        grads: list[Tensor] = []
         for param in params:
-            _check_layer(index, positions[param], param, weight_decay)
+            position = positions.get(param)
+            if position is None:
+                raise ValueError(f"params must be of the group (group: {index}, got one of shape {tuple(param.shape)})")
             grad = param.grad
-            assert grad is not None
+            if grad is None:
+                raise ValueError(f"params must have gradients (group: {index}, parameter: {position})")
+            _check_layer(index, position, param, weight_decay)
+            if (param.device, param.dtype) != (params[0].device, params[0].dtype):
+                raise ValueError(
+                    f"params must be of one device and dtype (group: {index}, parameter: {position}, {param.dtype} on "
+                    f"{param.device}, but {params[0].dtype} on {params[0].device} before)"
+                )
             grads.append(grad.coalesce()._values() if grad.is_sparse else grad)
+        if not grads:
+            return torch.empty(0)
         layers = len(params)
         trust_coefs, eps = [options["trust_coef"]] * layers, [options["eps"]] * layers
         ratios = _measure(grads, params, [weight_decay] * layers, trust_coefs, eps)

@@ -55,6 +55,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--tensors", nargs="+", type=common.positive(int), default=[100, 1000, 10_000], metavar="N")
     common.add_arguments(parser, Path(__file__).parent / "results", rounds=15, min_time=0.05)
     args = parser.parse_args(argv)
+    common.check_extension(parser)
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that torch can see, and there is none")
     return args
@@ -63,12 +64,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 def contestants(params: list[Parameter], left_out: dict[str, str]) -> dict[str, Step]:
     """Return what is timed, by name."""
     grads, count = grads_of(params), len(params)
+    gathered: list[Any] = []
+
+    def gather() -> None:
+        layers = ops.plain_layers("LarsLayers")
+        layers.add(params, HYPER.weight_decay, HYPER.trust_coef, HYPER.eps, False)
+        gathered[:] = layers.buckets
+
+    gather()
     decays, coefs, eps = ([value] * count for value in (HYPER.weight_decay, HYPER.trust_coef, HYPER.eps))
     steps: dict[str, Step] = {
         "reading p.grad in a Python loop": lambda: [param.grad for param in params],
         "ops.scale_by_trust_ratios_, lists ready": lambda: ops.scale_by_trust_ratios_(
             grads, params, decays, coefs, eps, False
         ),
+        "of the LARS part: gathering in C++": gather,
+        "of the LARS part: the op, called from C++": lambda: [bucket.adapt() for bucket in gathered],
         "no-op": NoOp(params, HYPER).step,
         "LARS(no-op)": lars(NoOp(params, HYPER), HYPER),
         "SGD foreach": sgd(params, HYPER, "foreach").step,

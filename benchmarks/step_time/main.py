@@ -109,6 +109,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--compile-tiny", action="store_true", help="compile on the set tiny, too, which takes minutes")
     common.add_arguments(parser, Path(__file__).parent / "results", rounds=15, min_time=0.1)
     args = parser.parse_args(argv)
+    common.check_extension(parser)
     args.sets = args.sets or [name for name, layers in SETS.items() if args.device in layers.devices]
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that torch can see, and there is none")
@@ -197,7 +198,7 @@ def time_set(
         if device.type == "cuda":  # after all timing, which a profiler may slow down
             entry.facts["launches"] = cuda.launches(entry.step)
         timed[entrant_name] |= entry.facts | {"formula": entry.contestant.formula, "form": entry.contestant.form}
-        if entry.contestant.accesses is not None:
+        if entry.contestant.accesses is not None and (layers.reuse is not None or entry.contestant.form == "wrapper"):
             timed[entrant_name] |= {
                 "accesses": entry.contestant.accesses,
                 "byte_floor": targets.byte_floor(entry.contestant.accesses, entry.contestant.cacheable, layers.reuse),

@@ -22,7 +22,9 @@ its ``step`` has one keyword more::
             return loss
 
 LARS passes a :class:`TrustRatios`, asks for nothing in return, and hides nothing: the weight decay λ in r · (g + λw) is
-the base's own. Without LARS, ``trust_ratios`` is None and the step is the base's plain one.
+the base's own. Without LARS, ``trust_ratios`` is None and the step is the base's plain one. A base with parameters of
+several devices or dtypes in a group asks for those of each. A subclass whose ``step`` does not know the keyword says
+``takes_trust_ratios = False``, and gets gradients scaled as any other base does.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ class TrustRatios(Protocol):
             alone, and whose step is the plain one.
 
         Raises:
-            TypeError, RuntimeError: a parameter or gradient cannot be adapted; the message names it.
+            TypeError, ValueError, RuntimeError: a parameter or gradient cannot be adapted; the message names it.
         """
 
     def options(self, index: int) -> dict[str, float] | None:

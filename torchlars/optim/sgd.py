@@ -41,7 +41,8 @@ class SGD(torch.optim.SGD):
 
     Args:
         params: parameters, named parameters, or groups of them.
-        lr: γ ≥ 0, a number or a tensor of one element. A tensor is read on the parameters' device, without waiting.
+        lr: γ ≥ 0, a number or a tensor of one element. A tensor is read on the parameters' device, without waiting, so
+            that its value is not checked. The other hyper-parameters are numbers.
         momentum: μ ≥ 0.
         dampening: τ.
         weight_decay: λ ≥ 0, coupled: part of the gradient.
@@ -212,7 +213,8 @@ class Bucket:
                 buffers.append(self._buffer_like(param, buffer))
         lr, lr_scale = self.lr, None
         if isinstance(lr, Tensor):
-            lr_scale = lr.to(self.params[0].device, torch.float64, non_blocking=True)
+            device = self.params[0].device
+            lr_scale = lr.to(device, torch.float64, non_blocking=device.type != "cpu")
             lr = 1.0
         ops.sgd_(
             self.params,
@@ -269,7 +271,9 @@ class Bucket:
 
 def _is_for_torch(param: Tensor, grad: Tensor) -> bool:
     """Tell whether no op of ours can update a layer: torch lets none write a list of lazily conjugated tensors."""
-    return grad.is_sparse or is_traceable_wrapper_subclass(param) or param.is_conj() or param.is_neg()
+    if grad.is_sparse or is_traceable_wrapper_subclass(param):
+        return True
+    return not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg())  # to ask would break a graph
 
 
 def momentum_dtype_of(param: Tensor, momentum_dtype: torch.dtype | None) -> torch.dtype:
@@ -307,9 +311,7 @@ def _hyper_parameters(of_group: str, group: dict[str, Any]) -> dict[str, Any]:
     return numbers
 
 
-def _gradient(
-    group: int, position: int, param: Tensor, numbers: dict[str, Any], momentum_buffer: Tensor | None
-) -> Tensor:
+def _gradient(group: int, position: int, param: Tensor, numbers: dict[str, Any], momentum_buffer: Any) -> Tensor:
     """Return a parameter's gradient, or raise if the step cannot be taken with it."""
     grad = param.grad
     assert grad is not None
@@ -330,6 +332,8 @@ def _gradient(
         problem = f"gradients must be on their parameter's device (parameter: {param.device}, gradient: {grad.device})"
     elif not grad.is_sparse and not is_traceable_wrapper_subclass(param) and not ops.is_writable_in_place(param):
         problem = f"elements of a parameter must not share memory (strides: {param.stride()})"
+    elif numbers["momentum"] != 0 and momentum_buffer is not None and not isinstance(momentum_buffer, Tensor):
+        problem = f"momentum must be a tensor (momentum_buffer: {momentum_buffer!r})"
     elif numbers["momentum"] != 0 and momentum_buffer is not None and momentum_buffer.shape != param.shape:
         problem = f"momentum must have its parameter's shape (momentum_buffer: {tuple(momentum_buffer.shape)})"
     elif numbers["momentum_in_float32"] and kept and _is_for_torch(param, grad):
