@@ -806,6 +806,7 @@ def test_an_averaged_model_is_unaffected(backend):
 # Profiler and compiler.
 
 
+@pytest.mark.filterwarnings("ignore:Warning. Profiler clears events:UserWarning")  # torch's own, in 2.11
 def test_the_profiler_records_the_step_of_wrapper_and_base():
     model, optimizer = trained()
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
@@ -814,6 +815,8 @@ def test_the_profiler_records_the_step_of_wrapper_and_base():
     assert counts["Optimizer.step#LARS.step"] == 1
     assert counts["Optimizer.step#SGD.step"] == 1
 
+
+COMPILED = 1e-12  # the base is compiled as well, and rounds as its compiler likes
 
 compiles = pytest.mark.filterwarnings(
     "ignore:`torch.jit:DeprecationWarning",  # torch's own, while it compiles
@@ -851,13 +854,13 @@ def test_a_compiled_step_equals_an_eager_one_while_lr_and_decay_change(backend, 
             loss_of(one, number).backward()
         step()
         expected.step()
-        assert_same(model, reference)
+        assert_same(model, reference, COMPILED)
         assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1 / (1 + number // 2), 0.03]
         for p, q in zip(model.parameters(), reference.parameters(), strict=True):
-            assert torch.equal(p.grad, q.grad)
+            torch.testing.assert_close(p.grad, q.grad, rtol=COMPILED, atol=COMPILED)
         ratios = list(zip(optimizer.trust_ratios().values(), expected.trust_ratios().values(), strict=True))
         assert len(ratios) == 2
-        assert all(a == b for a, b in ratios)
+        assert all(torch.isclose(a, b, rtol=COMPILED, atol=0.0) for a, b in ratios)
         for one in (optimizer, expected):
             one.param_groups[0]["lr"] *= 0.5
             one.param_groups[0]["weight_decay"] = 0.1 / (1 + (number + 1) // 2)
@@ -883,8 +886,9 @@ def test_a_compiled_step_takes_a_closure_and_a_scheduler(backend, graphs):
 
     step = torch.compile(optimizer.step, backend=compiler(graphs))
     for _ in range(2):
-        assert torch.equal(step(closure(model, optimizer)), expected.step(closure(reference, expected)))
-        assert_same(model, reference)
+        loss, expected_loss = step(closure(model, optimizer)), expected.step(closure(reference, expected))
+        torch.testing.assert_close(loss, expected_loss, rtol=COMPILED, atol=0.0)
+        assert_same(model, reference, COMPILED)
         for scheduler in schedulers:
             scheduler.step()
 
@@ -922,7 +926,7 @@ def test_inductor_compiles_the_op(backend, graphs):
             loss_of(one, number).backward()
         step()
         expected.step()
-        assert_same(model, reference)
+        assert_same(model, reference, COMPILED)
         for one in (optimizer, expected):
             one.param_groups[0]["lr"] *= 0.5
     assert ["torchlars.scale_by_trust_ratios_"] in graphs

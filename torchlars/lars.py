@@ -85,7 +85,7 @@ class LARS(OptimizerWrapper):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._last_step: list[tuple[Sequence[Tensor], Tensor]] = []
+        self._last_step: list[tuple[Sequence[Tensor], Tensor]] = []  # changed in place, which torch 2.11 can trace
 
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Scale every gradient by its layer's trust ratio, then let the base take its step.
@@ -109,7 +109,7 @@ class LARS(OptimizerWrapper):
             if closure is not None or args:
                 args = (closure, *args)
             loss = self.optim.step(*args, trust_ratios=trust_ratios, **kwargs)  # type: ignore[call-overload]
-            self._last_step = trust_ratios.reported
+            self._last_step[:] = trust_ratios.reported
             return loss
         hidden = HiddenHyperParameters()
 
@@ -148,7 +148,7 @@ class LARS(OptimizerWrapper):
     @torch.no_grad()
     def _adapt(self) -> None:
         """Measure, decide, apply."""
-        self._last_step = [(bucket.params, bucket.adapt()) for bucket in self._gather()]
+        self._last_step[:] = [(bucket.params, bucket.adapt()) for bucket in self._gather()]
 
     def _gather(self) -> Iterable[Bucket]:
         """Return all layers to adapt, in buckets. Raise what there is to raise before anything changes."""
