@@ -816,7 +816,8 @@ def test_the_profiler_records_the_step_of_wrapper_and_base():
     assert counts["Optimizer.step#SGD.step"] == 1
 
 
-COMPILED = 1e-12  # the base is compiled as well, and rounds as its compiler likes
+# The base is compiled as well. To the bit, but for torch 2.11 and 2.12, whose compiler may round its step otherwise.
+COMPILED = 0.0 if [int(number) for number in torch.__version__.split(".")[:2]] >= [2, 13] else 1e-12
 
 compiles = pytest.mark.filterwarnings(
     "ignore:`torch.jit:DeprecationWarning",  # torch's own, while it compiles
