@@ -96,25 +96,36 @@ inline bool is_writable_in_place(const at::Tensor& tensor) {
   return true;
 }
 
-// Gradients and parameters, pair by pair. equal_shapes: also where weight_decays[i] is 0 and params[i] is not read.
+// Two lists of tensors that go together, pair by pair; their shapes apart.
+inline void check_pairs(const char* op, const char* name, at::TensorList tensors, const char* other_name,
+                        at::TensorList others) {
+  check_tensors(op, name, tensors);
+  check_tensors(op, other_name, others);
+  check_length(op, other_name, others.size(), name, tensors.size());
+  TORCH_CHECK(tensors[0].device() == others[0].device(), op, ": expected tensors on one device (", name,
+              "[0]: ", tensors[0].device(), ", ", other_name, "[0]: ", others[0].device(), ")");
+  TORCH_CHECK(tensors[0].is_complex() == others[0].is_complex(), op, ": expected ", name, " and ", other_name,
+              " to be both real or both complex (", name, "[0]: ", tensors[0].scalar_type(), ", ", other_name,
+              "[0]: ", others[0].scalar_type(), ")");
+}
+
+// Shapes are free where free_where_zero[i] is 0, if that is given.
+inline void check_shapes(const char* op, const char* name, at::TensorList tensors, const char* other_name,
+                         at::TensorList others, at::ArrayRef<double> free_where_zero = {}) {
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    TORCH_CHECK(tensors[i].sizes() == others[i].sizes() || (!free_where_zero.empty() && free_where_zero[i] == 0), op,
+                ": expected ", name, " and ", other_name, " of one shape (", name, "[", i, "]: ", tensors[i].sizes(),
+                ", ", other_name, "[", i, "]: ", others[i].sizes(), ")");
+  }
+}
+
+// Gradients and parameters. equal_shapes: also where weight_decays[i] is 0 and params[i] is not read.
 inline void check_layers(const char* op, at::TensorList grads, at::TensorList params,
                          at::ArrayRef<double> weight_decays, bool equal_shapes) {
-  check_tensors(op, "grads", grads);
-  check_tensors(op, "params", params);
-  check_length(op, "params", params.size(), "grads", grads.size());
+  check_pairs(op, "grads", grads, "params", params);
   check_length(op, "weight_decays", weight_decays.size(), "grads", grads.size());
   check_numbers(op, "weight_decays", weight_decays, true);
-  TORCH_CHECK(grads[0].device() == params[0].device(), op,
-              ": expected tensors on one device (grads[0]: ", grads[0].device(), ", params[0]: ", params[0].device(),
-              ")");
-  TORCH_CHECK(grads[0].is_complex() == params[0].is_complex(), op,
-              ": expected grads and params to be both real or both complex (grads[0]: ", grads[0].scalar_type(),
-              ", params[0]: ", params[0].scalar_type(), ")");
-  for (size_t i = 0; i < grads.size(); ++i) {
-    TORCH_CHECK(grads[i].sizes() == params[i].sizes() || (weight_decays[i] == 0 && !equal_shapes), op,
-                ": expected grads and params of one shape (grads[", i, "]: ", grads[i].sizes(), ", params[", i,
-                "]: ", params[i].sizes(), ")");
-  }
+  check_shapes(op, "grads", grads, "params", params, equal_shapes ? at::ArrayRef<double>() : weight_decays);
 }
 
 inline void check_writable(const char* op, const char* name, at::TensorList tensors) {
@@ -125,6 +136,48 @@ inline void check_writable(const char* op, const char* name, at::TensorList tens
   }
 }
 
+inline void check_sums(const char* op, at::TensorList tensors, at::TensorList others, at::ArrayRef<double> scales) {
+  check_pairs(op, "tensors", tensors, "others", others);
+  check_length(op, "scales", scales.size(), "tensors", tensors.size());
+  check_shapes(op, "tensors", tensors, "others", others, scales);
+  for (size_t i = 0; i < scales.size(); ++i) {
+    TORCH_CHECK(std::isfinite(scales[i]), op, ": expected finite numbers (scales[", i, "]: ", scales[i], ")");
+  }
+}
+
+inline void check_updates(const char* op, at::TensorList params, at::TensorList old_params) {
+  check_pairs(op, "params", params, "old_params", old_params);
+  TORCH_CHECK(params[0].scalar_type() == old_params[0].scalar_type(), op,
+              ": expected params and old_params of one dtype (params[0]: ", params[0].scalar_type(),
+              ", old_params[0]: ", old_params[0].scalar_type(), ")");
+  check_shapes(op, "params", params, "old_params", old_params);
+  check_writable(op, "params", params);
+}
+
+inline void check_lr_scale(const char* op, const std::optional<at::Tensor>& given, c10::Device device) {
+  if (given.has_value()) {
+    const at::Tensor& lr_scale = *given;
+    TORCH_CHECK(lr_scale.numel() == 1 && lr_scale.scalar_type() == c10::kDouble && lr_scale.device() == device, op,
+                ": expected lr_scale to be one float64 on ", device, " (got: shape ", lr_scale.sizes(), ", ",
+                lr_scale.scalar_type(), ", ", lr_scale.device(), ")");
+  }
+}
+
+// The learning rates of layers: a number each, and what multiplies them all.
+struct Lrs {
+  at::ArrayRef<double> lrs;  // may be empty where none is needed
+  const std::optional<at::Tensor>& lr_scale;
+};
+
+inline void check_lrs(const char* op, size_t layers, const char* than, const Lrs& given, c10::Device device,
+                      bool are_needed) {
+  if (are_needed || !given.lrs.empty()) {
+    check_length(op, "lrs", given.lrs.size(), than, layers);
+  }
+  check_numbers(op, "lrs", given.lrs, true);
+  check_lr_scale(op, given.lr_scale, device);
+}
+
 inline void check_squared_norms(const char* op, const char* name, const at::Tensor& squared_norms) {
   TORCH_CHECK(squared_norms.dim() == 1 && squared_norms.scalar_type() == c10::kDouble && squared_norms.is_contiguous(),
               op, ": expected a contiguous vector of float64 (", name, ": shape ", squared_norms.sizes(), ", ",
@@ -133,7 +186,7 @@ inline void check_squared_norms(const char* op, const char* name, const at::Tens
 
 inline void check_trust_ratios(const at::Tensor& param_squared_norms, const at::Tensor& grad_squared_norms,
                                at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs,
-                               at::ArrayRef<double> eps, c10::ScalarType dtype) {
+                               at::ArrayRef<double> eps, c10::ScalarType dtype, const Lrs& lrs, bool need_lrs) {
   const char* op = "trust_ratios";
   check_squared_norms(op, "param_squared_norms", param_squared_norms);
   check_squared_norms(op, "grad_squared_norms", grad_squared_norms);
@@ -144,16 +197,18 @@ inline void check_trust_ratios(const at::Tensor& param_squared_norms, const at::
               ": expected tensors on one device (param_squared_norms: ", param_squared_norms.device(),
               ", grad_squared_norms: ", grad_squared_norms.device(), ")");
   TORCH_CHECK(dtype == c10::kDouble || dtype == c10::kFloat, op, ": expected float64 or float32 (dtype: ", dtype, ")");
+  check_lrs(op, layers, "param_squared_norms", lrs, param_squared_norms.device(), need_lrs);
 }
 
-inline void check_ratios(const char* op, const at::Tensor& ratios, at::TensorList grads, at::TensorList params) {
+inline void check_ratios(const char* op, const at::Tensor& ratios, at::TensorList grads, at::TensorList params,
+                         const char* name = "grads") {
   const auto dtype = compute_dtype(grads[0].scalar_type(), params[0].scalar_type());
   TORCH_CHECK(ratios.dim() == 1 && ratios.is_contiguous() && ratios.scalar_type() == dtype, op,
               ": expected ratios to be a contiguous vector of ", dtype, " (got: shape ", ratios.sizes(), ", ",
               ratios.scalar_type(), ")");
-  check_length(op, "ratios", ratios.size(0), "grads", grads.size());
-  TORCH_CHECK(ratios.device() == grads[0].device(), op,
-              ": expected tensors on one device (grads[0]: ", grads[0].device(), ", ratios: ", ratios.device(), ")");
+  check_length(op, "ratios", ratios.size(0), name, grads.size());
+  TORCH_CHECK(ratios.device() == grads[0].device(), op, ": expected tensors on one device (", name,
+              "[0]: ", grads[0].device(), ", ratios: ", ratios.device(), ")");
 }
 
 // What a step of SGD takes, per layer.
@@ -208,12 +263,7 @@ inline void check_sgd(const char* op, const SgdArguments& sgd) {
                   ", momentum_buffers[", i, "]: ", sgd.momentum_buffers[i].sizes(), ")");
     }
   }
-  if (sgd.lr_scale.has_value()) {
-    const at::Tensor& lr_scale = *sgd.lr_scale;
-    TORCH_CHECK(lr_scale.numel() == 1 && lr_scale.scalar_type() == c10::kDouble && lr_scale.device() == param.device(),
-                op, ": expected lr_scale to be one float64 on ", param.device(), " (got: shape ", lr_scale.sizes(),
-                ", ", lr_scale.scalar_type(), ", ", lr_scale.device(), ")");
-  }
+  check_lr_scale(op, sgd.lr_scale, param.device());
 }
 
 }  // namespace torchlars

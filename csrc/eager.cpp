@@ -157,15 +157,47 @@ class Op {
   c10::TypedOperatorHandle<Signature> handle_;
 };
 
+using Floats = at::ArrayRef<double>;
+using Scalar = const std::optional<at::Tensor>&;
+
+// A learning rate as Python has it: a number, or a tensor whose value the host does not know.
+using Lr = std::variant<double, at::Tensor>;
+
+const at::Tensor* tensor_in(const Lr& lr) { return std::get_if<at::Tensor>(&lr); }
+const c10::TensorImpl* key_of(const Lr& lr) { return tensor_in(lr) ? tensor_in(lr)->unsafeGetTensorImpl() : nullptr; }
+double number_in(const Lr& lr) { return tensor_in(lr) ? 1 : std::get<double>(lr); }
+
+// A tensor as ops take it, which multiplies their lrs; none if it is a number.
+std::optional<at::Tensor> lr_scale_of(const std::optional<at::Tensor>& lr, c10::Device device) {
+  if (!lr.has_value()) {
+    return std::nullopt;
+  }
+  return lr->to(at::TensorOptions(device).dtype(c10::kDouble), /*non_blocking=*/!device.is_cpu());
+}
+
+// What all layers of a call have in common, of how LARS adapts them.
+struct Dialect {
+  bool decayed_norm;
+  bool clip;
+  bool lr_in_momentum;
+
+  bool operator==(const Dialect& other) const {
+    return decayed_norm == other.decayed_norm && clip == other.clip && lr_in_momentum == other.lr_in_momentum;
+  }
+};
+
 // Layers that LARS adapts in one call.
 struct LarsBucket {
   struct Key {
     c10::Device device;
     c10::ScalarType dtype;
     bool maximize;
+    Dialect dialect;
+    const c10::TensorImpl* lr;  // null: a number, or not needed
 
     bool operator==(const Key& other) const {
-      return device == other.device && dtype == other.dtype && maximize == other.maximize;
+      return device == other.device && dtype == other.dtype && maximize == other.maximize && dialect == other.dialect &&
+             lr == other.lr;
     }
   };
 
@@ -174,30 +206,43 @@ struct LarsBucket {
   Key key;
   PyTensors params;
   Tensors grads;
+  std::optional<at::Tensor> lr;
   Numbers weight_decays;
   Numbers trust_coefs;
   Numbers eps;
+  Numbers lrs;
 
   // Scales the gradients. Returns the trust ratios.
   at::Tensor adapt() {
-    using Signature = at::Tensor(at::TensorList, at::TensorList, at::ArrayRef<double>, at::ArrayRef<double>,
-                                 at::ArrayRef<double>, bool);
-    static const Op<Signature> op("torchlars::scale_by_trust_ratios_");
-    return op(grads, params.tensors(), weight_decays, trust_coefs, eps, key.maximize);
+    static const Op<at::Tensor(at::TensorList, at::TensorList, Floats, Floats, Floats, bool, Floats, Scalar, bool, bool,
+                               bool)>
+        op("torchlars::scale_by_trust_ratios_");
+    return op(grads, params.tensors(), weight_decays, trust_coefs, eps, key.maximize, lrs, lr_scale_of(lr, key.device),
+              key.dialect.decayed_norm, key.dialect.clip, key.dialect.lr_in_momentum);
   }
 };
 
 class LarsLayers {
  public:
-  std::vector<int64_t> add(const py::sequence& params, double weight_decay, double trust_coef, double eps,
-                           bool maximize) {
+  // lr: none where neither clip nor lr_in_momentum needs it.
+  std::vector<int64_t> add(const py::sequence& params, double weight_decay, bool maximize, double trust_coef,
+                           double eps, bool decayed_norm, bool clip, bool lr_in_momentum, const std::optional<Lr>& lr) {
+    const Dialect dialect{decayed_norm, clip, lr_in_momentum};
+    const c10::TensorImpl* const lr_key = lr.has_value() ? key_of(*lr) : nullptr;
     return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
-      LarsBucket& bucket = bucket_for(buckets, LarsBucket::Key{param.device(), param.scalar_type(), maximize});
+      LarsBucket& bucket =
+          bucket_for(buckets, LarsBucket::Key{param.device(), param.scalar_type(), maximize, dialect, lr_key});
       bucket.params.add(object);
       bucket.grads.push_back(std::move(grad));
       bucket.weight_decays.push_back(weight_decay);
       bucket.trust_coefs.push_back(trust_coef);
       bucket.eps.push_back(eps);
+      if (lr.has_value()) {
+        bucket.lrs.push_back(number_in(*lr));
+        if (lr_key) {
+          bucket.lr = *tensor_in(*lr);
+        }
+      }
       return true;
     });
   }
@@ -218,11 +263,12 @@ struct SgdBucket {
     bool nesterov;
     bool maximize;
     bool is_adapted;
+    Dialect dialect;
 
     bool operator==(const Key& other) const {
       return device == other.device && dtype == other.dtype && momentum_dtype == other.momentum_dtype &&
              lr == other.lr && nesterov == other.nesterov && maximize == other.maximize &&
-             is_adapted == other.is_adapted;
+             is_adapted == other.is_adapted && dialect == other.dialect;
     }
   };
 
@@ -242,21 +288,17 @@ struct SgdBucket {
 
   // Takes the step. Returns the trust ratios, if there are any.
   std::optional<at::Tensor> update() {
-    using Floats = at::ArrayRef<double>;
-    using Scalar = const std::optional<at::Tensor>&;
     static const Op<void(at::TensorList, at::TensorList, at::TensorList, Scalar, Floats, Floats, Floats, Floats, bool,
                          bool, Scalar)>
         sgd("torchlars::sgd_");
     static const Op<at::Tensor(at::TensorList, at::TensorList, at::TensorList, Floats, Floats, Floats, Floats, Floats,
-                               Floats, bool, bool, Scalar)>
+                               Floats, bool, bool, Scalar, bool, bool, bool)>
         lars_sgd("torchlars::lars_sgd_");
-    std::optional<at::Tensor> lr_scale;
-    if (lr.has_value()) {
-      lr_scale = lr->to(at::TensorOptions(key.device).dtype(c10::kDouble), /*non_blocking=*/!key.device.is_cpu());
-    }
+    const auto lr_scale = lr_scale_of(lr, key.device);
     if (key.is_adapted) {
       return lars_sgd(params.tensors(), grads, momentum_buffers.tensors(), weight_decays, trust_coefs, eps, lrs,
-                      momentums, dampenings, key.nesterov, key.maximize, lr_scale);
+                      momentums, dampenings, key.nesterov, key.maximize, lr_scale, key.dialect.decayed_norm,
+                      key.dialect.clip, key.dialect.lr_in_momentum);
     }
     sgd(params.tensors(), grads, momentum_buffers.tensors(), std::nullopt, weight_decays, lrs, momentums, dampenings,
         key.nesterov, key.maximize, lr_scale);
@@ -269,19 +311,19 @@ class SgdLayers {
   // state: the optimizer's. trust_coef and eps: none where the group is not adapted. A layer whose buffer is missing,
   // or not as a kernel takes it, is left to Python, which makes one.
   std::vector<int64_t> add(const py::sequence& params, const py::dict& state, double weight_decay,
-                           std::optional<double> trust_coef, std::optional<double> eps,
-                           const std::variant<double, at::Tensor>& lr, double momentum, double dampening, bool nesterov,
+                           std::optional<double> trust_coef, std::optional<double> eps, bool decayed_norm, bool clip,
+                           bool lr_in_momentum, const Lr& lr, double momentum, double dampening, bool nesterov,
                            bool maximize, bool momentum_in_float32) {
     static PyObject* const momentum_buffer = PyUnicode_InternFromString("momentum_buffer");
-    const at::Tensor* const lr_tensor = std::get_if<at::Tensor>(&lr);
     return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
       SgdBucket::Key key{param.device(),
                          param.scalar_type(),
                          std::nullopt,
-                         lr_tensor ? lr_tensor->unsafeGetTensorImpl() : nullptr,
+                         key_of(lr),
                          nesterov,
                          maximize,
-                         trust_coef.has_value()};
+                         trust_coef.has_value(),
+                         Dialect{decayed_norm, clip, lr_in_momentum}};
       PyObject* found = nullptr;
       if (momentum != 0) {
         PyObject* const own_state = PyDict_GetItemWithError(state.ptr(), object);
@@ -305,13 +347,13 @@ class SgdLayers {
       if (found) {
         bucket.momentum_buffers.add(found);
       }
-      if (lr_tensor) {
-        bucket.lr = *lr_tensor;
+      if (key.lr) {
+        bucket.lr = *tensor_in(lr);
       }
       bucket.weight_decays.push_back(weight_decay);
       bucket.trust_coefs.push_back(trust_coef.value_or(0));
       bucket.eps.push_back(eps.value_or(0));
-      bucket.lrs.push_back(lr_tensor ? 1 : std::get<double>(lr));
+      bucket.lrs.push_back(number_in(lr));
       bucket.momentums.push_back(momentum);
       bucket.dampenings.push_back(dampening);
       return true;
@@ -332,8 +374,9 @@ void bind_eager_door(py::module_& m) {
       .def("adapt", &LarsBucket::adapt, "Scale the gradients, and return the trust ratios.");
   py::class_<LarsLayers>(m, "LarsLayers", "The plain layers of one step, in buckets.")
       .def(py::init<>())
-      .def("add", &LarsLayers::add, py::arg("params"), py::arg("weight_decay"), py::arg("trust_coef"), py::arg("eps"),
-           py::arg("maximize"), "Take a group's plain layers. Return the positions of those that need a closer look.")
+      .def("add", &LarsLayers::add, py::arg("params"), py::arg("weight_decay"), py::arg("maximize"),
+           py::arg("trust_coef"), py::arg("eps"), py::arg("decayed_norm"), py::arg("clip"), py::arg("lr_in_momentum"),
+           py::arg("lr"), "Take a group's plain layers. Return the positions of those that need a closer look.")
       .def_readonly("buckets", &LarsLayers::buckets);
   py::class_<SgdBucket, std::shared_ptr<SgdBucket>>(m, "SgdBucket", "Plain layers that one call updates.")
       .def_property_readonly("params", [](const SgdBucket& bucket) { return bucket.params.objects(); })
@@ -341,8 +384,9 @@ void bind_eager_door(py::module_& m) {
   py::class_<SgdLayers>(m, "SgdLayers", "The plain layers of one step of SGD, in buckets.")
       .def(py::init<>())
       .def("add", &SgdLayers::add, py::arg("params"), py::arg("state"), py::arg("weight_decay"), py::arg("trust_coef"),
-           py::arg("eps"), py::arg("lr"), py::arg("momentum"), py::arg("dampening"), py::arg("nesterov"),
-           py::arg("maximize"), py::arg("momentum_in_float32"),
+           py::arg("eps"), py::arg("decayed_norm"), py::arg("clip"), py::arg("lr_in_momentum"), py::arg("lr"),
+           py::arg("momentum"), py::arg("dampening"), py::arg("nesterov"), py::arg("maximize"),
+           py::arg("momentum_in_float32"),
            "Take a group's plain layers. Return the positions of those that need a closer look.")
       .def_readonly("buckets", &SgdLayers::buckets);
 }

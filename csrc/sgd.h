@@ -10,11 +10,12 @@ namespace torchlars {
 // The numbers of one layer's step. T is the type of the arithmetic: float, or double for double layers.
 template <typename T>
 struct SgdNumbers {
+  // lr_in_momentum: lr multiplies the ratio, and with it what the momentum collects, instead of the step.
   C10_HOST_DEVICE SgdNumbers(double ratio, double weight_decay, double lr, double momentum, double dampening,
-                             bool maximize)
-      : ratio(static_cast<T>(maximize ? -ratio : ratio)),
+                             bool maximize, bool lr_in_momentum)
+      : ratio(static_cast<T>((maximize ? -ratio : ratio) * (lr_in_momentum ? lr : 1))),
         weight_decay(static_cast<T>(maximize ? -weight_decay : weight_decay)),
-        lr(static_cast<T>(lr)),
+        lr(static_cast<T>(lr_in_momentum ? 1 : lr)),
         momentum(static_cast<T>(momentum)),
         undampened(static_cast<T>(1 - dampening)) {}
 

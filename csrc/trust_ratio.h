@@ -7,18 +7,35 @@
 
 namespace torchlars {
 
+// How trust ratios are decided, beside the numbers of each layer.
+struct RatioOptions {
+  bool decayed_norm = false;  // the gradient's norm is that of g + weight_decay * w
+  bool clip = false;          // no layer's step is longer than the base optimizer's own
+  bool of_updates = false;    // in the gradient's place is an update, lr * u
+};
+
 // The trust ratio of one layer, from squared norms. Always in double: a bucket has few layers, so precision is free.
 // A layer with a zero norm keeps its gradient's own length. NaN is no zero: it stays NaN, so that the fault is seen.
+// lr is read only with clip and of_updates.
 C10_HOST_DEVICE inline double trust_ratio(double param_squared_norm, double grad_squared_norm, double weight_decay,
-                                          double trust_coef, double eps) {
+                                          double trust_coef, double eps, double lr, const RatioOptions& options) {
   const double param_norm = std::sqrt(param_squared_norm);
-  const double grad_norm = std::sqrt(grad_squared_norm);
+  double grad_norm = std::sqrt(grad_squared_norm);
+  if (options.of_updates && grad_norm != 0) {
+    grad_norm /= lr;
+  }
   const double norms = param_norm + grad_norm;
   const bool is_nan = norms != norms;
-  if (!is_nan && (param_norm == 0 || grad_norm == 0)) {
-    return 1;
+  double ratio = 1;
+  if (is_nan || (param_norm != 0 && grad_norm != 0)) {
+    const double decayed = options.decayed_norm ? 0 : weight_decay * param_norm;
+    ratio = trust_coef * param_norm / (grad_norm + decayed + eps);
   }
-  return trust_coef * param_norm / (grad_norm + weight_decay * param_norm + eps);
+  if (options.clip) {
+    ratio = options.of_updates ? ratio : ratio / lr;
+    ratio = ratio > 1 ? 1 : ratio;
+  }
+  return ratio;
 }
 
 // One element of the gradient that the base optimizer sees. T is the type of the arithmetic: float, or double for
@@ -32,6 +49,12 @@ C10_HOST_DEVICE inline T adapted_gradient(T grad, T param, T weight_decay, T rat
 template <typename T>
 C10_HOST_DEVICE inline T adapted_gradient(T grad, T ratio) {
   return ratio * grad;
+}
+
+// One element of a parameter after a step, given what it was before and what the base optimizer made of it.
+template <typename T>
+C10_HOST_DEVICE inline T scaled_update(T param, T old_param, T ratio) {
+  return old_param + ratio * (param - old_param);
 }
 
 }  // namespace torchlars

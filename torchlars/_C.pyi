@@ -13,7 +13,16 @@ class LarsBucket:
 class LarsLayers:
     def __init__(self) -> None: ...
     def add(
-        self, params: Sequence[Tensor], weight_decay: float, trust_coef: float, eps: float, maximize: bool
+        self,
+        params: Sequence[Tensor],
+        weight_decay: float,
+        maximize: bool,
+        trust_coef: float,
+        eps: float,
+        decayed_norm: bool,
+        clip: bool,
+        lr_in_momentum: bool,
+        lr: float | Tensor | None,
     ) -> list[int]: ...
     @property
     def buckets(self) -> list[LarsBucket]: ...
@@ -32,6 +41,9 @@ class SgdLayers:
         weight_decay: float,
         trust_coef: float | None,
         eps: float | None,
+        decayed_norm: bool,
+        clip: bool,
+        lr_in_momentum: bool,
         lr: float | Tensor,
         momentum: float,
         dampening: float,

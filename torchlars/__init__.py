@@ -4,7 +4,8 @@
 """
 
 from torchlars import optim
-from torchlars.lars import LARS
+from torchlars.lamb import LAMB
+from torchlars.lars import LARC, LARS
 
-__all__ = ["LARS", "__version__", "optim"]
+__all__ = ["LAMB", "LARC", "LARS", "__version__", "optim"]
 __version__ = "1.0.0.dev0"

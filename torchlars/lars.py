@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
@@ -11,18 +11,29 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchlars import ops
+from torchlars.layers import TrustRatioWrapper, check_param, check_update, check_update_is_scalable, copies
 from torchlars.wrapper import (
     HiddenHyperParameters,
-    OptimizerWrapper,
     coupled_weight_decay,
+    learning_rate,
     non_negative_number,
+    one_of,
     positive_number,
+    true_or_false,
 )
 
-__all__ = ["LARS"]
+__all__ = ["LARC", "LARS"]
 
 
-class LARS(OptimizerWrapper):
+def _none_or_decoupled(name: str, value: Any) -> str | None:
+    if value is None or value == "decoupled":
+        return value  # type: ignore[no-any-return]
+    raise (ValueError if isinstance(value, str) else TypeError)(
+        f"{name} must be None or 'decoupled' (got: {value!r}); how much is the base's: SGD(..., weight_decay=1e-4)"
+    )
+
+
+class LARS(TrustRatioWrapper):
     r"""Layer-wise adaptive rate scaling around a base optimizer.
 
     Before the base takes its step, the gradient *g* of every layer (every parameter tensor *w*) becomes
@@ -73,22 +84,71 @@ class LARS(OptimizerWrapper):
         >>> optimizer.step()
     """
 
-    options: ClassVar = {"eps": non_negative_number, "trust_coef": positive_number}
+    options: ClassVar = {
+        "eps": non_negative_number,
+        "trust_coef": positive_number,
+        "clip": true_or_false,
+        "norm": one_of("raw", "decayed"),
+        "lr_in_momentum": true_or_false,
+        "apply_to": one_of("gradient", "update"),
+        "weight_decay": _none_or_decoupled,
+    }
+    wrapper_only = frozenset({"weight_decay"})
     opt_out = "trust_coef"
     state_key = "lars"
 
     eps: float
     trust_coef: float
+    clip: bool
+    norm: str
+    lr_in_momentum: bool
+    apply_to: str
+    weight_decay: str | None
 
-    def __init__(self, optimizer: Optimizer, eps: float = 1e-8, trust_coef: float = 0.001) -> None:
-        super().__init__(optimizer, eps=eps, trust_coef=trust_coef)
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        eps: float = 1e-8,
+        trust_coef: float = 0.001,
+        *,
+        clip: bool = False,
+        norm: str = "raw",
+        lr_in_momentum: bool = False,
+        apply_to: str = "gradient",
+        weight_decay: str | None = None,
+    ) -> None:
+        super().__init__(
+            optimizer,
+            eps=eps,
+            trust_coef=trust_coef,
+            clip=clip,
+            norm=norm,
+            lr_in_momentum=lr_in_momentum,
+            apply_to=apply_to,
+            weight_decay=weight_decay,
+        )
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._last_step: list[tuple[Sequence[Tensor], Tensor]] = []  # changed in place, which torch 2.11 can trace
+    def check_options(self, of_group: str, options: dict[str, Any]) -> None:
+        """Raise if options do not go together, or not with the base."""
+        if options["apply_to"] == "update":
+            check_update_is_scalable(self.optim, f"apply_to='update'{of_group}")
+        if not options["lr_in_momentum"]:
+            return
+        if options["apply_to"] == "update":
+            raise ValueError(
+                f"lr_in_momentum=True{of_group} needs apply_to='gradient' (got: 'update', which scales the whole step, "
+                "with lr and momentum in it)"
+            )
+        if not isinstance(self.optim, torch.optim.SGD):
+            raise TypeError(
+                f"lr_in_momentum=True{of_group} needs a base whose step is linear in lr: torch.optim.SGD, "
+                f"torchlars.optim.SGD or a subclass (got: {type(self.optim).__name__})"
+            )
 
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Scale every gradient by its layer's trust ratio, then let the base take its step.
+
+        With ``apply_to="update"`` it is the step that is scaled.
 
         Args:
             closure: evaluates the model anew and returns the loss. It is called as often as the base asks, with
@@ -104,191 +164,345 @@ class LARS(OptimizerWrapper):
             TypeError, ValueError, RuntimeError: a group, parameter or gradient cannot be adapted; the message names it.
                 Nothing has changed then. Whatever raises, hyper-parameters are back as they were.
         """
-        if getattr(self.optim, "takes_trust_ratios", False):
-            trust_ratios = TrustRatios(self)
-            if closure is not None or args:
-                args = (closure, *args)
-            loss = self.optim.step(*args, trust_ratios=trust_ratios, **kwargs)  # type: ignore[call-overload]
-            self._last_step[:] = trust_ratios.reported
-            return loss
-        hidden = HiddenHyperParameters()
+        this = Step(self, gradients_may_come=closure is not None)
 
         def adapted_closure() -> Any:
-            hidden.restore()
+            this.hidden.restore()
             with torch.enable_grad():
                 loss = closure()  # type: ignore[misc]
-            self._adapt()
-            self._hide_weight_decay(hidden)
+            this.read_groups()
+            this.adapt()
+            this.hide()
             return loss
 
         if closure is not None:
             args = (adapted_closure, *args)
         elif args:  # they keep their places
             args = (None, *args)
+        if this.base_takes:
+            kwargs["trust_ratios"] = this
         try:
             if closure is None:
-                self._adapt()
-            self._hide_weight_decay(hidden)
-            return self.optim.step(*args, **kwargs)
+                this.adapt()
+            this.hide()
+            loss = self.optim.step(*args, **kwargs)
         finally:
-            hidden.restore()
+            this.hidden.restore()
+        this.scale_updates()
+        self._last_step[:] = this.reported
+        return loss
 
-    def trust_ratios(self) -> dict[Tensor, Tensor]:
-        """Return the trust ratio of every layer that the last step adapted, by parameter.
+    def group_options(self, index: int, group: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the options of the ``index``-th group, or None if it opts out."""
+        options = super().group_options(index, group)
+        if options is None:
+            self._options_of_unadapted(index, group)
+        return options
 
-        Each is a 0-dimensional tensor on its parameter's device; only reading its value waits for that device. Layers
-        without a gradient and groups with ``trust_coef=None`` have none.
-        """
+    def _options_of_unadapted(self, index: int, group: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the options of a group that opts out, but asks for its lr to be in the momentum all the same."""
+        name = "lr_in_momentum"
+        if not true_or_false(f"{name} of parameter group {index}", self._group_keys(group).get(name, False)):
+            return None
+        options = {"trust_coef": None, "eps": 0.0, "clip": False, "norm": "raw", name: True, "apply_to": "gradient"}
+        self.check_options(f" of parameter group {index}", options)
+        return options
+
+    def adaptation(self, index: int) -> Adaptation | None:
+        """Return how the layers of the ``index``-th group are adapted now, or None if they are left to the base."""
+        group = self.param_groups[index]
+        options = super().group_options(index, group) or self._options_of_unadapted(index, group)
+        if options is None:
+            return None
+        options.pop("weight_decay", None)
+        decoupled = self.weight_decay == "decoupled"
+        lr = None
+        if options["clip"] or options["lr_in_momentum"]:
+            lr = learning_rate(self.optim, index, group)
+        if options["clip"] and not isinstance(lr, Tensor) and lr == 0:
+            raise ValueError(
+                f"clip needs an lr above 0 (parameter group {index}, got: {lr}): min(ratio / lr, 1) would let whole "
+                "gradients into the momentum; begin a warm-up above 0"
+            )
+        return Adaptation(
+            group=group,
+            weight_decay=0.0 if decoupled else coupled_weight_decay(self.optim, index, group),
+            maximize=bool(group.get("maximize", False)),
+            lr=lr,
+            **options,
+        )
+
+
+class LARC(LARS):
+    r"""LARS under the name and with the defaults of NVIDIA's apex: ``LARS(optimizer, eps, trust_coef, clip=clip)``.
+
+    With ``clip=True`` the trust ratio is min(*r* / γ, 1), so that no layer's learning rate *r* is above the group's γ;
+    with ``clip=False`` this is plain LARS. Everything else, groups' keys included, is as in :class:`LARS`.
+
+    Args:
+        optimizer: the base, any :class:`torch.optim.Optimizer`. Kept as ``.optim``.
+        trust_coef: η > 0. ``trust_coefficient`` there.
+        clip: whether no layer's learning rate is to be above the group's.
+        eps: ε ≥ 0, in units of a gradient's norm.
+
+    Raises:
+        TypeError, ValueError: as :class:`LARS` does. With ``clip``, :meth:`step` also raises where lr is 0.
+
+    Source: ``apex.parallel.LARC``. There a layer whose weights or gradient are all zero takes no weight decay, and the
+    whole of γ where that is above 1; here its ratio is 1 before it is clipped.
+
+    Example:
+        >>> optimizer = LARC(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4))
+    """
+
+    def __init__(self, optimizer: Optimizer, trust_coef: float = 0.02, clip: bool = True, eps: float = 1e-8) -> None:
+        super().__init__(optimizer, eps, trust_coef, clip=clip)
+
+
+@dataclass
+class Adaptation:
+    """How one step adapts the layers of one group."""
+
+    group: dict[str, Any]
+    trust_coef: float | None  # None: no trust ratio, but lr in the momentum
+    eps: float
+    clip: bool
+    norm: str
+    lr_in_momentum: bool
+    apply_to: str
+    weight_decay: float  # the coupled one
+    maximize: bool
+    lr: float | Tensor | None  # None: nothing here needs it
+
+    @property
+    def is_of_gradients(self) -> bool:
+        """Whether gradients are multiplied by trust ratios."""
+        return self.trust_coef is not None and self.apply_to == "gradient"
+
+    def for_kernels(self) -> dict[str, Any]:
+        """Return what one pass needs to measure, decide and apply."""
         return {
-            param: ratio
-            for params, ratios in self._last_step
-            for param, ratio in zip(params, ratios.unbind(), strict=True)
+            "trust_coef": self.trust_coef,
+            "eps": self.eps,
+            "decayed_norm": self.norm == "decayed",
+            "clip": self.clip,
+            "lr_in_momentum": self.lr_in_momentum,
+            "lr": self.lr,
         }
 
-    @torch.no_grad()
-    def _adapt(self) -> None:
-        """Measure, decide, apply."""
-        self._last_step[:] = [(bucket.params, bucket.adapt()) for bucket in self._gather()]
+    def kind(self) -> tuple[Any, ...]:
+        """Return what all layers of a bucket have in common."""
+        lr = self.lr if isinstance(self.lr, Tensor) else None
+        adapts = self.trust_coef is not None
+        return (self.maximize, self.norm, self.clip, self.lr_in_momentum, self.apply_to, adapts, lr)
 
-    def _gather(self) -> Iterable[Bucket]:
+
+class Step:
+    """One step; to a base that takes trust ratios, its :class:`torchlars.optim.TrustRatios`."""
+
+    def __init__(self, lars: LARS, gradients_may_come: bool) -> None:
+        self._lars = lars
+        self.base_takes = bool(getattr(lars.optim, "takes_trust_ratios", False))
+        self.hidden = HiddenHyperParameters()
+        self.reported: list[tuple[Sequence[Tensor], Tensor]] = []
+        self._scaled_later: list[tuple[Sequence[Tensor], Tensor]] = []
+        self.read_groups()
+        self._old_params = copies(self._to_be_updated(gradients_may_come))
+
+    def read_groups(self) -> None:
+        """Read from the groups how they are adapted. Raise what can be told from them."""
+        hows = {index: self._lars.adaptation(index) for index in range(len(self._lars.param_groups))}
+        self._adaptations = {index: how for index, how in hows.items() if how is not None}
+
+    def _to_be_updated(self, gradients_may_come: bool) -> Iterable[Tensor]:
+        """Return all parameters whose updates may have to be scaled."""
+        for index, how in self._adaptations.items():
+            if how.apply_to == "update":
+                for position, param in enumerate(how.group["params"]):
+                    if param.grad is not None or (gradients_may_come and param.requires_grad):
+                        check_update(index, position, param)
+                        yield param
+
+    @torch.no_grad()
+    def adapt(self) -> None:
+        """Measure, decide, apply; all but what the base does by itself."""
+        self.reported.clear()
+        self._scaled_later.clear()
+        for bucket in self._gather():
+            ratios = bucket.adapt()
+            if ratios is not None:
+                self.reported.append((bucket.params, ratios))
+                if isinstance(bucket, Bucket) and bucket.how.apply_to == "update":
+                    self._scaled_later.append((bucket.params, ratios))
+
+    def _gather(self) -> Iterable[Any]:
         """Return all layers to adapt, in buckets. Raise what there is to raise before anything changes."""
         plain_layers = ops.plain_layers("LarsLayers")
         buckets: dict[Any, Bucket] = {}
         seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
-        for index, group in enumerate(self.param_groups):
-            options = self.group_options(index, group)
-            if options is None:
-                continue
-            weight_decay = coupled_weight_decay(self.optim, index, group)
-            maximize = bool(group.get("maximize", False))
-            for position in plain_layers.add(group["params"], weight_decay, **options, maximize=maximize):
-                param = group["params"][position]
+        for index, how in self._adaptations.items():
+            params = how.group["params"]
+            positions: Iterable[int] = range(len(params))
+            if how.is_of_gradients:
+                if self.base_takes:
+                    continue
+                positions = plain_layers.add(params, how.weight_decay, how.maximize, **how.for_kernels())
+            for position in positions:
+                param = params[position]
                 if param.grad is None or param in seen:
                     continue
                 seen.add(param)
-                _check_layer(index, position, param, weight_decay)
-                is_sparse = param.grad.is_sparse
-                key = (param.device, param.dtype, param.grad.dtype, is_sparse, maximize)
-                bucket = buckets.setdefault(key, Bucket(is_sparse=is_sparse, maximize=maximize))
-                bucket.add(param, weight_decay, **options)
+                _check_layer(index, position, param, how.weight_decay)
+                key = (param.device, param.dtype, param.grad.dtype, param.grad.is_sparse, how.kind())
+                buckets.setdefault(key, Bucket(how)).add(param, how, is_written=how.apply_to == "gradient")
         return [*plain_layers.buckets, *buckets.values()]
 
-    def _hide_weight_decay(self, hidden: HiddenHyperParameters) -> None:
-        """Hide the weight decay that the gradients hold already."""
-        for index, group in enumerate(self.param_groups):
-            if self.group_options(index, group) is not None and coupled_weight_decay(self.optim, index, group) != 0:
-                hidden.hide(group, "weight_decay", 0.0)
+    def hide(self) -> None:
+        """Hide what the gradients hold already: weight decay, and lr where it is in the momentum."""
+        for how in self._adaptations.values():
+            if how.apply_to == "update":
+                continue
+            if how.weight_decay != 0 and not (self.base_takes and how.is_of_gradients):
+                self.hidden.hide(how.group, "weight_decay", 0.0)
+            if how.lr_in_momentum:
+                self.hidden.hide(how.group, "lr", 1.0)
 
+    @torch.no_grad()
+    def scale_updates(self) -> None:
+        """Apply the trust ratios of gradients to updates."""
+        for params, ratios in self._scaled_later:
+            ops.apply_trust_ratios_to_updates_(params, [self._old_params[param] for param in params], ratios)
 
-class TrustRatios:
-    """What a base that takes trust ratios gets: see :class:`torchlars.optim.TrustRatios`."""
+    # To a base that takes trust ratios.
 
-    def __init__(self, lars: LARS) -> None:
-        self._lars = lars
-        self.reported: list[tuple[Sequence[Tensor], Tensor]] = []
-
-    def options(self, index: int) -> dict[str, float] | None:
-        """Return ``trust_coef`` and ``eps`` of a group, or None if it is not adapted."""
-        return self._lars.group_options(index, self._lars.param_groups[index])
+    def options(self, index: int) -> dict[str, Any] | None:
+        """Return how to measure a group, or None if its gradients are to be taken as they are."""
+        how = self._adaptations.get(index)
+        return how.for_kernels() if how is not None and how.is_of_gradients else None
 
     @torch.no_grad()
     def measure(self, index: int, params: Sequence[Tensor]) -> Tensor | None:
-        """Return the trust ratios of some parameters of a group, or None if it is not adapted."""
-        options = self.options(index)
-        if options is None:
+        """Return what the gradients of some parameters of a group are to be multiplied by, or None for nothing."""
+        how = self._adaptations.get(index)
+        if how is None or not how.is_of_gradients:
             return None
-        group = self._lars.param_groups[index]
-        weight_decay = coupled_weight_decay(self._lars.optim, index, group)
-        positions = {param: position for position, param in enumerate(group["params"])}
-        grads: list[Tensor] = []
+        positions = {param: position for position, param in enumerate(how.group["params"])}
+        bucket = Bucket(how)
         for param in params:
             position = positions.get(param)
             if position is None:
                 raise ValueError(f"params must be of the group (group: {index}, got one of shape {tuple(param.shape)})")
-            grad = param.grad
-            if grad is None:
+            if param.grad is None:
                 raise ValueError(f"params must have gradients (group: {index}, parameter: {position})")
-            _check_layer(index, position, param, weight_decay)
+            _check_layer(index, position, param, how.weight_decay)
             if (param.device, param.dtype) != (params[0].device, params[0].dtype):
                 raise ValueError(
                     f"params must be of one device and dtype (group: {index}, parameter: {position}, {param.dtype} on "
                     f"{param.device}, but {params[0].dtype} on {params[0].device} before)"
                 )
-            grads.append(grad.coalesce()._values() if grad.is_sparse else grad)
-        if not grads:
+            bucket.add(param, how, is_written=False)
+        if not bucket.params:
             return torch.empty(0)
-        layers = len(params)
-        trust_coefs, eps = [options["trust_coef"]] * layers, [options["eps"]] * layers
-        ratios = _measure(grads, params, [weight_decay] * layers, trust_coefs, eps)
+        ratios = bucket.measure()
         self.report(params, ratios)
-        return ratios
+        return ops.times_lr(ratios, how.lr) if how.lr_in_momentum and how.lr is not None else ratios
 
     def report(self, params: Sequence[Tensor], ratios: Tensor) -> None:
         """Take note of ratios that were applied."""
         self.reported.append((params, ratios))
 
 
-@dataclass
 class Bucket:
-    """Layers that one call can adapt: of one device and one dtype."""
+    """Layers that one call can adapt: of one device and one dtype, and adapted in one way."""
 
-    is_sparse: bool
-    maximize: bool
-    params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
-    weight_decays: list[float] = field(default_factory=list)
-    trust_coefs: list[float] = field(default_factory=list)
-    eps: list[float] = field(default_factory=list)
+    def __init__(self, how: Adaptation) -> None:
+        self.how = how  # but for the numbers, which each layer has of its own
+        self.is_sparse = False
+        self.params: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.weight_decays: list[float] = []
+        self.trust_coefs: list[float] = []
+        self.eps: list[float] = []
+        self.lrs: list[float] = []
 
-    def add(self, param: Tensor, weight_decay: float, trust_coef: float, eps: float) -> None:
+    def add(self, param: Tensor, how: Adaptation, is_written: bool = True) -> None:
         """Add one layer."""
+        assert param.grad is not None
+        self.is_sparse = param.grad.is_sparse
         self.params.append(param)
-        self.grads.append(_writable_gradient(param))
-        self.weight_decays.append(weight_decay)
-        self.trust_coefs.append(trust_coef)
-        self.eps.append(eps)
+        if is_written:
+            self.grads.append(_writable_gradient(param))
+        else:
+            self.grads.append(param.grad.coalesce()._values() if param.grad.is_sparse else param.grad)
+        self.weight_decays.append(how.weight_decay)
+        if how.trust_coef is not None:
+            self.trust_coefs.append(how.trust_coef)
+        self.eps.append(how.eps)
+        if how.lr is not None:
+            self.lrs.append(1.0 if isinstance(how.lr, Tensor) else how.lr)
 
-    def adapt(self) -> Tensor:
-        """Scale the gradients, and return the trust ratios."""
-        if not self.is_sparse:
+    def _lr_scale(self) -> Tensor | None:
+        return ops.lr_scale(self.how.lr, self.params[0].device) if isinstance(self.how.lr, Tensor) else None
+
+    def measure(self) -> Tensor:
+        """Measure and decide."""
+        weight_decays = self.weight_decays
+        if self.how.norm == "decayed":
+            scales = [-weight_decay if self.how.maximize else weight_decay for weight_decay in weight_decays]
+            grad_squared_norms = ops.squared_norms_of_sums(self.grads, self.params, scales)
+            weight_decays = [0.0] * len(weight_decays)
+        else:
+            grad_squared_norms = ops.squared_norms(self.grads)
+        return ops.trust_ratios(
+            ops.squared_norms(self.params),
+            grad_squared_norms,
+            weight_decays,
+            self.trust_coefs,
+            self.eps,
+            ops.compute_dtype(self.grads[0].dtype, self.params[0].dtype),
+            self.lrs,
+            self._lr_scale(),
+            self.how.clip,
+        )
+
+    def adapt(self) -> Tensor | None:
+        """Scale the gradients, unless it is updates that are scaled. Return the trust ratios, if there are any."""
+        how = self.how
+        if how.apply_to == "update":
+            return self.measure()
+        if how.is_of_gradients and not self.is_sparse:
             return ops.scale_by_trust_ratios_(
-                self.grads, self.params, self.weight_decays, self.trust_coefs, self.eps, self.maximize
+                self.grads,
+                self.params,
+                self.weight_decays,
+                self.trust_coefs,
+                self.eps,
+                how.maximize,
+                self.lrs,
+                self._lr_scale(),
+                how.norm == "decayed",
+                how.clip,
+                how.lr_in_momentum,
             )
         # The values of a sparse gradient are fewer than the parameter's: the two cannot be swept side by side.
-        ratios = _measure(self.grads, self.params, self.weight_decays, self.trust_coefs, self.eps)
-        ops.apply_trust_ratios_(self.grads, self.params, ratios, self.weight_decays, self.maximize)
-        return ratios
+        ratios = self.measure() if how.is_of_gradients else self._ones()
+        lrs = self.lrs if how.lr_in_momentum else []
+        ops.apply_trust_ratios_(
+            self.grads, self.params, ratios, self.weight_decays, how.maximize, lrs, self._lr_scale()
+        )
+        return ratios if how.is_of_gradients else None
 
-
-def _measure(
-    grads: Sequence[Tensor],
-    params: Sequence[Tensor],
-    weight_decays: Sequence[float],
-    trust_coefs: Sequence[float],
-    eps: Sequence[float],
-) -> Tensor:
-    """Measure and decide."""
-    dtype = ops.compute_dtype(grads[0].dtype, params[0].dtype)
-    norms = ops.squared_norms(params), ops.squared_norms(grads)
-    return ops.trust_ratios(*norms, weight_decays, trust_coefs, eps, dtype)
+    def _ones(self) -> Tensor:
+        dtype = ops.compute_dtype(self.grads[0].dtype, self.params[0].dtype)
+        return torch.ones(len(self.grads), dtype=dtype, device=self.grads[0].device)
 
 
 def _check_layer(group: int, position: int, param: Tensor, weight_decay: float) -> None:
     """Raise if a parameter with its gradient cannot be adapted."""
     grad = param.grad
     assert grad is not None
-    if getattr(param, "_fsdp_flattened", False):
-        problem = (
-            "parameters must be whole layers, but FSDP1 flattens and splits them; use DDP or ZeroRedundancyOptimizer"
-        )
-    elif getattr(param, "device_mesh", None) is not None:
-        problem = "parameters must be whole layers, but a DTensor may be a shard; use DDP or ZeroRedundancyOptimizer"
-    elif param.dtype not in ops.DTYPES:
-        raise TypeError(
-            f"parameters must be of a real or complex floating dtype with at least 16 bits (group: {group}, "
-            f"parameter: {position}, dtype: {param.dtype}); leave others to the base: trust_coef=None in their group"
-        )
-    elif grad.layout not in (torch.strided, torch.sparse_coo):
+    check_param(group, position, param)
+    if grad.layout not in (torch.strided, torch.sparse_coo):
         problem = f"gradients must be strided or sparse COO (layout: {grad.layout})"
     elif grad.is_sparse and weight_decay != 0:
         problem = f"sparse gradients need weight_decay=0 (weight_decay: {weight_decay})"

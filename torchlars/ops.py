@@ -22,16 +22,31 @@ from torchlars._extension import extension
 __all__ = [
     "DTYPES",
     "apply_trust_ratios_",
+    "apply_trust_ratios_to_updates_",
     "compute_dtype",
     "is_writable_in_place",
     "lars_sgd_",
+    "lr_scale",
     "scale_by_trust_ratios_",
+    "scale_updates_by_trust_ratios_",
     "sgd_",
     "squared_norms",
+    "squared_norms_of_sums",
+    "times_lr",
     "trust_ratios",
 ]
 
-OPS = ("squared_norms", "trust_ratios", "apply_trust_ratios_", "scale_by_trust_ratios_", "sgd_", "lars_sgd_")
+OPS = (
+    "squared_norms",
+    "squared_norms_of_sums",
+    "trust_ratios",
+    "apply_trust_ratios_",
+    "scale_by_trust_ratios_",
+    "apply_trust_ratios_to_updates_",
+    "scale_updates_by_trust_ratios_",
+    "sgd_",
+    "lars_sgd_",
+)
 DTYPES = reference.DTYPES
 compute_dtype = reference.compute_dtype
 is_writable_in_place = reference.is_writable_in_place
@@ -65,6 +80,17 @@ def plain_layers(kind: str) -> Any:
     return getattr(extension, kind)()
 
 
+def lr_scale(lr: Tensor, device: torch.device) -> Tensor:
+    """Return a learning rate as ops take it, which multiplies the ``lrs``. The host does not wait for its value."""
+    return lr.detach().to(device, torch.float64, non_blocking=device.type != "cpu")  # to a CPU: it is read at once
+
+
+def times_lr(ratios: Tensor, lr: float | Tensor) -> Tensor:
+    """Return trust ratios times a learning rate, rounded once."""
+    factor = lr_scale(lr, ratios.device) if isinstance(lr, Tensor) else lr
+    return (ratios.double() * factor).to(ratios.dtype).reshape(ratios.shape)
+
+
 @torch.no_grad()
 def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     """Measure: the squared L2 norm ‖x‖² = Σ|xᵢ|² of each tensor.
@@ -83,6 +109,26 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
 
 
 @torch.no_grad()
+def squared_norms_of_sums(tensors: Sequence[Tensor], others: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """Measure: the squared L2 norm ‖x + sy‖² of each pair of tensors.
+
+    With s = λ that of gradients that decay, with s = −1 that of updates.
+
+    Args:
+        tensors: n tensors x.
+        others: n tensors y, of their shapes.
+        scales: s of each pair. Where it is 0, y is not read and its shape is free.
+
+    Returns:
+        A float64 vector of n squared norms. Both the sums x + sy and the sums of their squares are in float64.
+
+    Raises:
+        RuntimeError: as :func:`squared_norms` does; or lengths or shapes disagree, or a scale is not finite.
+    """
+    return _backend.squared_norms_of_sums(tensors, others, scales)  # type: ignore[no-any-return]
+
+
+@torch.no_grad()
 def trust_ratios(
     param_squared_norms: Tensor,
     grad_squared_norms: Tensor,
@@ -90,18 +136,28 @@ def trust_ratios(
     trust_coefs: Sequence[float],
     eps: Sequence[float],
     dtype: torch.dtype,
+    lrs: Sequence[float] = (),
+    lr_scale: Tensor | None = None,
+    clip: bool = False,
+    of_updates: bool = False,
 ) -> Tensor:
     """Decide: the trust ratio r = η‖w‖ / (‖g‖ + λ‖w‖ + ε) of each layer, and 1 where ‖w‖ = 0 or ‖g‖ = 0.
 
-    A norm that is NaN makes the ratio NaN.
+    With ``clip`` it is min(r / γ, 1). With ``of_updates`` the norms are not of gradients but of updates γu: then ‖u‖ is
+    in the place of ‖g‖, and ``clip`` makes it min(r, 1). A norm that is NaN makes the ratio NaN.
 
     Args:
         param_squared_norms: ‖w‖², a float64 vector of n.
-        grad_squared_norms: ‖g‖², likewise.
+        grad_squared_norms: ‖g‖², likewise; or ‖g + λw‖², with zeros for ``weight_decays``; or ‖γu‖².
         weight_decays: λ ≥ 0 of each layer.
         trust_coefs: η > 0 of each layer.
         eps: ε ≥ 0 of each layer.
         dtype: float64 for float64 layers, float32 for all others. Ratios are computed in float64, and rounded once.
+        lrs: γ ≥ 0 of each layer; may be empty where nothing needs them.
+        lr_scale: multiplies all lrs if given: a float64 tensor of one element on the layers' device, which the host
+            need not know.
+        clip: whether no layer's step is to be longer than the base's own.
+        of_updates: whether ``grad_squared_norms`` are of updates.
 
     Returns:
         A vector of n ratios.
@@ -110,17 +166,33 @@ def trust_ratios(
         RuntimeError: lengths, devices or dtypes disagree, or a number is out of its range.
     """
     return _backend.trust_ratios(  # type: ignore[no-any-return]
-        param_squared_norms, grad_squared_norms, weight_decays, trust_coefs, eps, dtype
+        param_squared_norms,
+        grad_squared_norms,
+        weight_decays,
+        trust_coefs,
+        eps,
+        dtype,
+        lrs,
+        lr_scale,
+        clip,
+        of_updates,
     )
 
 
 @torch.no_grad()
 def apply_trust_ratios_(
-    grads: Sequence[Tensor], params: Sequence[Tensor], ratios: Tensor, weight_decays: Sequence[float], maximize: bool
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    ratios: Tensor,
+    weight_decays: Sequence[float],
+    maximize: bool,
+    lrs: Sequence[float] = (),
+    lr_scale: Tensor | None = None,
 ) -> None:
     """Apply: each gradient becomes r · (g + λw), in place; r · (g − λw) with ``maximize``, where the base negates it.
 
-    Computed in float32 (float64 for float64 layers), and rounded to the gradient's own dtype once, when it is written.
+    Where ``lrs`` are given, γr is in the place of r. Computed in float32 (float64 for float64 layers), and rounded to
+    the gradient's own dtype once, when it is written.
 
     Args:
         grads: n gradients, written in place.
@@ -128,12 +200,14 @@ def apply_trust_ratios_(
         ratios: the vector of :func:`trust_ratios`, float64 if gradients or parameters are, float32 otherwise.
         weight_decays: λ ≥ 0 of each layer.
         maximize: whether the base optimizer maximizes.
+        lrs: γ ≥ 0 of each layer, where lr is to be in the momentum; else empty.
+        lr_scale: multiplies all lrs if given.
 
     Raises:
         RuntimeError: lengths, shapes, devices or dtypes disagree, a number is out of its range, or elements of a
             gradient share memory. Nothing was written then.
     """
-    _backend.apply_trust_ratios_(grads, params, ratios, weight_decays, maximize)
+    _backend.apply_trust_ratios_(grads, params, ratios, weight_decays, maximize, lrs, lr_scale)
 
 
 @torch.no_grad()
@@ -144,6 +218,11 @@ def scale_by_trust_ratios_(
     trust_coefs: Sequence[float],
     eps: Sequence[float],
     maximize: bool,
+    lrs: Sequence[float] = (),
+    lr_scale: Tensor | None = None,
+    decayed_norm: bool = False,
+    clip: bool = False,
+    lr_in_momentum: bool = False,
 ) -> Tensor:
     """Measure, decide and apply at once, with the bits of the three ops, but reading from cache what was just measured.
 
@@ -154,6 +233,11 @@ def scale_by_trust_ratios_(
         trust_coefs: η > 0 of each layer.
         eps: ε ≥ 0 of each layer.
         maximize: whether the base optimizer maximizes.
+        lrs: γ ≥ 0 of each layer, which ``clip`` and ``lr_in_momentum`` need; else they may be empty.
+        lr_scale: multiplies all lrs if given.
+        decayed_norm: whether ‖g + λw‖ is in the place of ‖g‖ + λ‖w‖.
+        clip: whether the ratio is min(r / γ, 1).
+        lr_in_momentum: whether γr is applied in the place of r.
 
     Returns:
         The vector of n trust ratios that were applied, float64 for float64 layers, float32 for all others.
@@ -162,7 +246,65 @@ def scale_by_trust_ratios_(
         RuntimeError: as :func:`apply_trust_ratios_` and :func:`trust_ratios` do. Nothing was written then.
     """
     return _backend.scale_by_trust_ratios_(  # type: ignore[no-any-return]
-        grads, params, weight_decays, trust_coefs, eps, maximize
+        grads,
+        params,
+        weight_decays,
+        trust_coefs,
+        eps,
+        maximize,
+        lrs,
+        lr_scale,
+        decayed_norm,
+        clip,
+        lr_in_momentum,
+    )
+
+
+@torch.no_grad()
+def apply_trust_ratios_to_updates_(params: Sequence[Tensor], old_params: Sequence[Tensor], ratios: Tensor) -> None:
+    """Apply: each parameter w becomes w_old + r · (w − w_old), in place. Where r is 1 it stays as it is, to the bit.
+
+    Args:
+        params: n parameters after a step, written in place.
+        old_params: the same before the step, of their shapes and dtype.
+        ratios: the vector of :func:`trust_ratios`.
+
+    Raises:
+        RuntimeError: lengths, shapes, devices or dtypes disagree, or elements of a parameter share memory. Nothing was
+            written then.
+    """
+    _backend.apply_trust_ratios_to_updates_(params, old_params, ratios)
+
+
+@torch.no_grad()
+def scale_updates_by_trust_ratios_(
+    params: Sequence[Tensor],
+    old_params: Sequence[Tensor],
+    trust_coefs: Sequence[float],
+    eps: Sequence[float],
+    lrs: Sequence[float],
+    clip: bool,
+    lr_scale: Tensor | None = None,
+) -> Tensor:
+    """Measure updates, decide and apply at once, with the bits of the ops apart.
+
+    Args:
+        params: n parameters after a step, written in place.
+        old_params: the same before the step, of their shapes and dtype.
+        trust_coefs: η > 0 of each layer.
+        eps: ε ≥ 0 of each layer.
+        lrs: γ ≥ 0 of each layer's step.
+        clip: whether the ratio is min(r, 1).
+        lr_scale: multiplies all lrs if given.
+
+    Returns:
+        The vector of n trust ratios that were applied, float64 for float64 layers, float32 for all others.
+
+    Raises:
+        RuntimeError: as :func:`apply_trust_ratios_to_updates_` and :func:`trust_ratios` do. Nothing was written then.
+    """
+    return _backend.scale_updates_by_trust_ratios_(  # type: ignore[no-any-return]
+        params, old_params, trust_coefs, eps, lrs, clip, lr_scale
     )
 
 
@@ -225,6 +367,9 @@ def lars_sgd_(
     nesterov: bool,
     maximize: bool,
     lr_scale: Tensor | None = None,
+    decayed_norm: bool = False,
+    clip: bool = False,
+    lr_in_momentum: bool = False,
 ) -> Tensor:
     """Measure, decide and update at once, with the bits of the three ops, reading from cache what was just measured.
 
@@ -241,6 +386,9 @@ def lars_sgd_(
         nesterov: whether to look ahead.
         maximize: whether to ascend.
         lr_scale: multiplies all lrs if given.
+        decayed_norm: as in :func:`scale_by_trust_ratios_`.
+        clip: likewise.
+        lr_in_momentum: whether γ multiplies d, and so enters the momentum, instead of the step.
 
     Returns:
         The vector of n trust ratios that were applied, float64 for float64 layers, float32 for all others.
@@ -261,4 +409,7 @@ def lars_sgd_(
         nesterov,
         maximize,
         lr_scale,
+        decayed_norm,
+        clip,
+        lr_in_momentum,
     )

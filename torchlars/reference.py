@@ -24,6 +24,20 @@ def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
     return torch.stack([_wide(tensor).abs().square().sum() for tensor in tensors])
 
 
+def squared_norms_of_sums(tensors: Sequence[Tensor], others: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
+    """Sum |x + sy|² over each pair."""
+    op = "squared_norms_of_sums"
+    _check_pairs(op, "tensors", tensors, "others", others)
+    _check_length(op, "scales", scales, "tensors", len(tensors))
+    _check_shapes(op, "tensors", tensors, "others", others, scales)
+    for i, scale in enumerate(scales):
+        _check(math.isfinite(scale), f"{op}: expected finite numbers (scales[{i}]: {scale})")
+    sums = []
+    for x, y, scale in zip(tensors, others, scales, strict=True):
+        sums.append(_wide(_real(x)) + scale * _wide(_real(y)) if scale != 0 else _wide(_real(x)))
+    return torch.stack([total.square().sum() for total in sums])
+
+
 def trust_ratios(
     param_squared_norms: Tensor,
     grad_squared_norms: Tensor,
@@ -31,8 +45,12 @@ def trust_ratios(
     trust_coefs: Sequence[float],
     eps: Sequence[float],
     dtype: torch.dtype,
+    lrs: Sequence[float] = (),
+    lr_scale: Tensor | None = None,
+    clip: bool = False,
+    of_updates: bool = False,
 ) -> Tensor:
-    """η‖w‖ / (‖g‖ + λ‖w‖ + ε), and 1 where either norm is zero and none is NaN."""
+    """η‖w‖ / (‖g‖ + λ‖w‖ + ε), and 1 where either norm is zero and none is NaN; with ``clip`` min(that / γ, 1)."""
     op, layers = "trust_ratios", param_squared_norms.numel()
     for name, vector in (("param_squared_norms", param_squared_norms), ("grad_squared_norms", grad_squared_norms)):
         _check(
@@ -47,26 +65,40 @@ def trust_ratios(
         f"grad_squared_norms: {grad_squared_norms.device})",
     )
     _check(dtype in (torch.float64, torch.float32), f"{op}: expected float64 or float32 (dtype: {dtype})")
+    _check_lrs(op, layers, "param_squared_norms", lrs, lr_scale, param_squared_norms.device, clip or of_updates)
 
     param_norms, grad_norms = param_squared_norms.sqrt(), grad_squared_norms.sqrt()
     decay, coef, small = (param_norms.new_tensor(values) for values in (weight_decays, trust_coefs, eps))
+    if of_updates:  # which have the length lr · ‖u‖
+        grad_norms = torch.where(grad_norms == 0, 0.0, grad_norms / _scaled(lrs, lr_scale, grad_norms))
     ratios = coef * param_norms / (grad_norms + decay * param_norms + small)
     is_nan = (param_norms + grad_norms).isnan()
     is_one = ((param_norms == 0) | (grad_norms == 0)) & ~is_nan
-    return torch.where(is_one, 1.0, ratios).to(dtype)
+    ratios = torch.where(is_one, 1.0, ratios)
+    if clip:
+        ratios = (ratios if of_updates else ratios / _scaled(lrs, lr_scale, ratios)).clamp(max=1.0)
+    return ratios.to(dtype)
 
 
 def apply_trust_ratios_(
-    grads: Sequence[Tensor], params: Sequence[Tensor], ratios: Tensor, weight_decays: Sequence[float], maximize: bool
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    ratios: Tensor,
+    weight_decays: Sequence[float],
+    maximize: bool,
+    lrs: Sequence[float] = (),
+    lr_scale: Tensor | None = None,
 ) -> None:
-    """G ← r · (g + λw), with −λ where the group maximizes."""
+    """G ← r · (g + λw), with −λ where the group maximizes; with γr instead of r where lrs are given."""
     op = "apply_trust_ratios_"
     _check_layers(op, grads, params, weight_decays, equal_shapes=False)
     _check_writable(op, "grads", grads)
     _check_ratios(op, ratios, grads, params)
+    _check_lrs(op, len(grads), "grads", lrs, lr_scale, grads[0].device, False)
     dtype = compute_dtype(grads[0].dtype, params[0].dtype)
 
-    for grad, param, ratio, weight_decay in zip(grads, params, ratios, weight_decays, strict=True):
+    factors = _times_lrs(ratios, lrs, lr_scale) if lrs else ratios
+    for grad, param, ratio, weight_decay in zip(grads, params, factors, weight_decays, strict=True):
         adapted = _real(grad.to(torch.promote_types(grad.dtype, dtype)))
         if weight_decay != 0:
             decay = -weight_decay if maximize else weight_decay
@@ -82,15 +114,53 @@ def scale_by_trust_ratios_(
     trust_coefs: Sequence[float],
     eps: Sequence[float],
     maximize: bool,
+    lrs: Sequence[float] = (),
+    lr_scale: Tensor | None = None,
+    decayed_norm: bool = False,
+    clip: bool = False,
+    lr_in_momentum: bool = False,
 ) -> Tensor:
-    """Do all three of the above: measure, decide, apply."""
+    """Do all of the above: measure, decide, apply."""
     op = "scale_by_trust_ratios_"
     _check_layers(op, grads, params, weight_decays, equal_shapes=True)
     _check_writable(op, "grads", grads)
     _check_hyper_parameters(op, len(grads), "grads", weight_decays, trust_coefs, eps)
-    dtype = compute_dtype(grads[0].dtype, params[0].dtype)
-    ratios = trust_ratios(squared_norms(params), squared_norms(grads), weight_decays, trust_coefs, eps, dtype)
-    apply_trust_ratios_(grads, params, ratios, weight_decays, maximize)
+    _check_lrs(op, len(grads), "grads", lrs, lr_scale, grads[0].device, clip or lr_in_momentum)
+    ratios = _decide(
+        grads, params, weight_decays, trust_coefs, eps, maximize, lrs, lr_scale, decayed_norm=decayed_norm, clip=clip
+    )
+    apply_trust_ratios_(grads, params, ratios, weight_decays, maximize, lrs if lr_in_momentum else (), lr_scale)
+    return ratios
+
+
+def apply_trust_ratios_to_updates_(params: Sequence[Tensor], old_params: Sequence[Tensor], ratios: Tensor) -> None:
+    """W ← w_old + r · (w − w_old), and w itself where r = 1."""
+    op = "apply_trust_ratios_to_updates_"
+    _check_updates(op, params, old_params)
+    _check_ratios(op, ratios, params, old_params, "params")
+    for param, old_param, ratio in zip(params, old_params, ratios, strict=True):
+        new, old = (_real(tensor).to(ratios.dtype) for tensor in (param, old_param))
+        _write(param, torch.where(ratio == 1, new, old + ratio * (new - old)))
+
+
+def scale_updates_by_trust_ratios_(
+    params: Sequence[Tensor],
+    old_params: Sequence[Tensor],
+    trust_coefs: Sequence[float],
+    eps: Sequence[float],
+    lrs: Sequence[float],
+    clip: bool,
+    lr_scale: Tensor | None = None,
+) -> Tensor:
+    """Measure and decide, and let ``apply_trust_ratios_to_updates_`` apply the ratios."""
+    op, layers = "scale_updates_by_trust_ratios_", len(params)
+    _check_updates(op, params, old_params)
+    _check_hyper_parameters(op, layers, "params", [0.0] * layers, trust_coefs, eps)
+    _check_lrs(op, layers, "params", lrs, lr_scale, params[0].device, True)
+    norms = squared_norms(old_params), squared_norms_of_sums(params, old_params, [-1.0] * layers)
+    dtype = compute_dtype(params[0].dtype, params[0].dtype)
+    ratios = trust_ratios(*norms, [0.0] * layers, trust_coefs, eps, dtype, lrs, lr_scale, clip, of_updates=True)
+    apply_trust_ratios_to_updates_(params, old_params, ratios)
     return ratios
 
 
@@ -105,7 +175,7 @@ def sgd_(
     dampenings: Sequence[float],
     nesterov: bool,
     maximize: bool,
-    lr_scale: Tensor | None,
+    lr_scale: Tensor | None = None,
 ) -> None:
     """D = r · (±g + λw), m ← μm + (1 − τ)d, d ← d + μm or m, w ← w − γd."""
     op = "sgd_"
@@ -143,18 +213,58 @@ def lars_sgd_(
     dampenings: Sequence[float],
     nesterov: bool,
     maximize: bool,
-    lr_scale: Tensor | None,
+    lr_scale: Tensor | None = None,
+    decayed_norm: bool = False,
+    clip: bool = False,
+    lr_in_momentum: bool = False,
 ) -> Tensor:
-    """Measure and decide, and let ``sgd_`` apply the ratios."""
-    op = "lars_sgd_"
+    """Measure and decide, and let ``sgd_`` apply the ratios; times lr where that is in the momentum."""
+    op, layers = "lars_sgd_", len(grads)
     _check_sgd(op, params, grads, momentum_buffers, weight_decays, lrs, momentums, dampenings, nesterov, lr_scale)
-    _check_hyper_parameters(op, len(grads), "grads", weight_decays, trust_coefs, eps)
-    dtype = compute_dtype(grads[0].dtype, params[0].dtype)
-    ratios = trust_ratios(squared_norms(params), squared_norms(grads), weight_decays, trust_coefs, eps, dtype)
-    sgd_(
-        params, grads, momentum_buffers, ratios, weight_decays, lrs, momentums, dampenings, nesterov, maximize, lr_scale
+    _check_hyper_parameters(op, layers, "grads", weight_decays, trust_coefs, eps)
+    ratios = _decide(
+        grads, params, weight_decays, trust_coefs, eps, maximize, lrs, lr_scale, decayed_norm=decayed_norm, clip=clip
     )
+    factors = ratios
+    if lr_in_momentum:
+        factors, lrs, lr_scale = _times_lrs(ratios, lrs, lr_scale), [1.0] * layers, None
+    numbers = weight_decays, lrs, momentums, dampenings
+    sgd_(params, grads, momentum_buffers, factors, *numbers, nesterov, maximize, lr_scale)
     return ratios
+
+
+def _decide(
+    grads: Sequence[Tensor],
+    params: Sequence[Tensor],
+    weight_decays: Sequence[float],
+    trust_coefs: Sequence[float],
+    eps: Sequence[float],
+    maximize: bool,
+    lrs: Sequence[float],
+    lr_scale: Tensor | None,
+    decayed_norm: bool,
+    clip: bool,
+) -> Tensor:
+    """Measure and decide. With ``decayed_norm`` the decay is in the gradient's norm, not beside it."""
+    if decayed_norm:
+        scales = [-weight_decay if maximize else weight_decay for weight_decay in weight_decays]
+        grad_squared_norms = squared_norms_of_sums(grads, params, scales)
+        weight_decays = [0.0] * len(grads)
+    else:
+        grad_squared_norms = squared_norms(grads)
+    dtype = compute_dtype(grads[0].dtype, params[0].dtype)
+    norms = squared_norms(params), grad_squared_norms
+    return trust_ratios(*norms, weight_decays, trust_coefs, eps, dtype, lrs, lr_scale, clip)
+
+
+def _scaled(lrs: Sequence[float], lr_scale: Tensor | None, like: Tensor) -> Tensor:
+    """Return all lrs as a float64 vector."""
+    vector = torch.tensor(lrs, dtype=torch.float64, device=like.device)
+    return vector if lr_scale is None else vector * lr_scale.reshape(())
+
+
+def _times_lrs(ratios: Tensor, lrs: Sequence[float], lr_scale: Tensor | None) -> Tensor:
+    return (ratios.double() * _scaled(lrs, lr_scale, ratios)).to(ratios.dtype)
 
 
 def compute_dtype(grad: torch.dtype, param: torch.dtype) -> torch.dtype:
@@ -227,30 +337,57 @@ def _check_tensors(op: str, name: str, tensors: Sequence[Tensor]) -> None:
         )
 
 
+def _check_pairs(op: str, name: str, tensors: Sequence[Tensor], other_name: str, others: Sequence[Tensor]) -> None:
+    _check_tensors(op, name, tensors)
+    _check_tensors(op, other_name, others)
+    _check_length(op, other_name, others, name, len(tensors))
+    tensor, other = tensors[0], others[0]
+    _check(
+        tensor.device == other.device,
+        f"{op}: expected tensors on one device ({name}[0]: {tensor.device}, {other_name}[0]: {other.device})",
+    )
+    _check(
+        tensor.is_complex() == other.is_complex(),
+        f"{op}: expected {name} and {other_name} to be both real or both complex "
+        f"({name}[0]: {tensor.dtype}, {other_name}[0]: {other.dtype})",
+    )
+
+
+def _check_shapes(
+    op: str,
+    name: str,
+    tensors: Sequence[Tensor],
+    other_name: str,
+    others: Sequence[Tensor],
+    free_where_zero: Sequence[float] | None = None,
+) -> None:
+    for i, (tensor, other) in enumerate(zip(tensors, others, strict=True)):
+        _check(
+            tensor.shape == other.shape or (free_where_zero is not None and free_where_zero[i] == 0),
+            f"{op}: expected {name} and {other_name} of one shape "
+            f"({name}[{i}]: {list(tensor.shape)}, {other_name}[{i}]: {list(other.shape)})",
+        )
+
+
 def _check_layers(
     op: str, grads: Sequence[Tensor], params: Sequence[Tensor], weight_decays: Sequence[float], equal_shapes: bool
 ) -> None:
-    _check_tensors(op, "grads", grads)
-    _check_tensors(op, "params", params)
-    _check_length(op, "params", params, "grads", len(grads))
+    _check_pairs(op, "grads", grads, "params", params)
     _check_length(op, "weight_decays", weight_decays, "grads", len(grads))
     _check_numbers(op, "weight_decays", weight_decays, may_be_zero=True)
-    grad, param = grads[0], params[0]
+    _check_shapes(op, "grads", grads, "params", params, None if equal_shapes else weight_decays)
+
+
+def _check_updates(op: str, params: Sequence[Tensor], old_params: Sequence[Tensor]) -> None:
+    _check_pairs(op, "params", params, "old_params", old_params)
+    param, old_param = params[0], old_params[0]
     _check(
-        grad.device == param.device,
-        f"{op}: expected tensors on one device (grads[0]: {grad.device}, params[0]: {param.device})",
+        param.dtype == old_param.dtype,
+        f"{op}: expected params and old_params of one dtype (params[0]: {param.dtype}, "
+        f"old_params[0]: {old_param.dtype})",
     )
-    _check(
-        grad.is_complex() == param.is_complex(),
-        f"{op}: expected grads and params to be both real or both complex "
-        f"(grads[0]: {grad.dtype}, params[0]: {param.dtype})",
-    )
-    for i, (grad, param) in enumerate(zip(grads, params, strict=True)):
-        _check(
-            grad.shape == param.shape or (weight_decays[i] == 0 and not equal_shapes),
-            f"{op}: expected grads and params of one shape "
-            f"(grads[{i}]: {list(grad.shape)}, params[{i}]: {list(param.shape)})",
-        )
+    _check_shapes(op, "params", params, "old_params", old_params)
+    _check_writable(op, "params", params)
 
 
 def _check_writable(op: str, name: str, tensors: Sequence[Tensor]) -> None:
@@ -262,17 +399,43 @@ def _check_writable(op: str, name: str, tensors: Sequence[Tensor]) -> None:
         )
 
 
-def _check_ratios(op: str, ratios: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+def _check_ratios(
+    op: str, ratios: Tensor, grads: Sequence[Tensor], params: Sequence[Tensor], name: str = "grads"
+) -> None:
     dtype = compute_dtype(grads[0].dtype, params[0].dtype)
     _check(
         ratios.dim() == 1 and ratios.dtype == dtype and ratios.is_contiguous(),
         f"{op}: expected ratios to be a contiguous vector of {dtype} (got: shape {list(ratios.shape)}, {ratios.dtype})",
     )
-    _check_length(op, "ratios", ratios, "grads", len(grads))
+    _check_length(op, "ratios", ratios, name, len(grads))
     _check(
         ratios.device == grads[0].device,
-        f"{op}: expected tensors on one device (grads[0]: {grads[0].device}, ratios: {ratios.device})",
+        f"{op}: expected tensors on one device ({name}[0]: {grads[0].device}, ratios: {ratios.device})",
     )
+
+
+def _check_lrs(
+    op: str,
+    layers: int,
+    than: str,
+    lrs: Sequence[float],
+    lr_scale: Tensor | None,
+    device: torch.device,
+    are_needed: bool,
+) -> None:
+    if are_needed or len(lrs) > 0:
+        _check_length(op, "lrs", lrs, than, layers)
+    _check_numbers(op, "lrs", lrs, may_be_zero=True)
+    _check_lr_scale(op, lr_scale, device)
+
+
+def _check_lr_scale(op: str, lr_scale: Tensor | None, device: torch.device) -> None:
+    if lr_scale is not None:
+        _check(
+            lr_scale.numel() == 1 and lr_scale.dtype == torch.float64 and lr_scale.device == device,
+            f"{op}: expected lr_scale to be one float64 on {device} "
+            f"(got: shape {list(lr_scale.shape)}, {lr_scale.dtype}, {lr_scale.device})",
+        )
 
 
 def _check_sgd(
@@ -321,12 +484,7 @@ def _check_sgd(
                 momentum == 0, f"{op}: expected momentum_buffers where there is momentum (momentums[{i}]: {momentum})"
             )
         _check(not nesterov, f"{op}: expected momentum_buffers where nesterov is True")
-    if lr_scale is not None:
-        _check(
-            lr_scale.numel() == 1 and lr_scale.dtype == torch.float64 and lr_scale.device == params[0].device,
-            f"{op}: expected lr_scale to be one float64 on {params[0].device} "
-            f"(got: shape {list(lr_scale.shape)}, {lr_scale.dtype}, {lr_scale.device})",
-        )
+    _check_lr_scale(op, lr_scale, params[0].device)
 
 
 def is_writable_in_place(tensor: Tensor) -> bool:

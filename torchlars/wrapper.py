@@ -10,12 +10,16 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from inspect import signature
 from numbers import Real
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 __all__: list[str] = []
 
@@ -40,6 +44,8 @@ class OptimizerWrapper(Optimizer):
 
     #: The wrapper's options. ``check(name, value)`` returns the value as a plain Python one, or raises.
     options: ClassVar[dict[str, Callable[[str, Any], Any]]]
+    #: Those of them that a group cannot have as a key: there it is the base's.
+    wrapper_only: ClassVar[frozenset[str]] = frozenset()
     #: The option that a group sets to None to be left to the base, untouched.
     opt_out: ClassVar[str]
     #: The wrapper's own key in a state dict.
@@ -60,8 +66,37 @@ class OptimizerWrapper(Optimizer):
             )
         checked = {name: check(name, options[name]) for name, check in self.options.items()}
         self.__setstate__({"optim": optimizer, **checked})
+        self.check_options("", checked)
         for index, group in enumerate(self.param_groups):
             self.group_options(index, group)
+
+    @classmethod
+    def over(cls, base: type[Optimizer], **options: Any) -> type[Self]:
+        """Return a class that constructs a base and wraps it, for whatever takes a class and not an optimizer.
+
+        Its signature is the base's: ``LARS.over(SGD, trust_coef=0.02)(params, lr=0.1)`` is
+        ``LARS(SGD(params, lr=0.1), trust_coef=0.02)``, and an instance of ``LARS`` too. The same arguments give the
+        same class. Instances can be copied and pickled.
+
+        Args:
+            base: the base's class.
+            **options: the wrapper's own arguments.
+
+        Raises:
+            TypeError: ``base`` is no class of optimizers, or the wrapper has no such option, or of another kind.
+            ValueError: an option has an impossible value.
+        """
+        if not (isinstance(base, type) and issubclass(base, Optimizer)) or issubclass(base, OptimizerWrapper):
+            raise TypeError(
+                f"base must be a class of optimizers, itself no wrapper (got: {base!r}); "
+                f"for example {cls.__name__}.over(torch.optim.SGD)"
+            )
+        known = [name for name in signature(cls.__init__).parameters if name in cls.options]
+        unknown = sorted(options.keys() - set(known))
+        if unknown:
+            raise TypeError(f"{cls.__name__} has the options {', '.join(known)} (got: {', '.join(unknown)})")
+        checked = {name: cls.options[name](name, value) for name, value in options.items()}
+        return _class_over(cls, base, checked)  # type: ignore[no-any-return]
 
     # What is borrowed.
 
@@ -127,15 +162,28 @@ class OptimizerWrapper(Optimizer):
                 f"differentiable must be False (group: {index}, got: True); {type(self).__name__} writes gradients in "
                 "place, which cannot be differentiated through"
             )
-        own = {name: group[name] for name in self.options if name in group and name not in self.defaults}
+        own = self._group_keys(group)
         if own.get(self.opt_out, self.opt_out) is None:
             return None
-        return {
+        options = {
             name: check(f"{name} of parameter group {index}", own[name])
             if name in own
             else check(name, getattr(self, name))
             for name, check in self.options.items()
         }
+        self.check_options(f" of parameter group {index}", options)
+        return options
+
+    def _group_keys(self, group: Group) -> Group:
+        """Return what a group says of the wrapper's options."""
+        return {
+            name: group[name]
+            for name in self.options
+            if name in group and name not in self.defaults and name not in self.wrapper_only
+        }
+
+    def check_options(self, of_group: str, options: Group) -> None:
+        """Raise if options do not go together, or not with the base; ``of_group`` says whose they are."""
 
     def __getstate__(self) -> StateDict:
         """Return what the wrapper owns. Hooks are dropped, as torch drops them.
@@ -178,7 +226,7 @@ class OptimizerWrapper(Optimizer):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         own_values = self._checked(state_dict.get(self.state_key, {}))
-        group_options = [{name: group[name] for name in self.options if name in group} for group in self.param_groups]
+        group_options = [self._group_keys(group) for group in self.param_groups]
         self.optim.load_state_dict({key: value for key, value in state_dict.items() if key != self.state_key})
         self.__dict__.update(own_values)
         for group, options in zip(self.param_groups, group_options, strict=True):
@@ -199,6 +247,32 @@ class OptimizerWrapper(Optimizer):
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.options)
         return f"{type(self).__name__}({values}, optim={self.optim!r})"
+
+
+_classes_over: dict[Any, Any] = {}
+
+
+def _class_over(cls: type[OptimizerWrapper], base: type[Optimizer], options: dict[str, Any]) -> Any:
+    """Return the class of :meth:`OptimizerWrapper.over`."""
+    key = (cls, base, *sorted(options.items()))
+    if key not in _classes_over:
+
+        def __init__(self: OptimizerWrapper, *args: Any, **kwargs: Any) -> None:
+            cls.__init__(self, base(*args, **kwargs), **options)
+
+        def __reduce__(self: OptimizerWrapper) -> tuple[Any, ...]:
+            return _new_over, (cls, base, options), self.__getstate__()
+
+        __init__.__signature__ = signature(base.__init__)  # type: ignore[attr-defined]
+        names = {"__init__": __init__, "__reduce__": __reduce__, "__module__": base.__module__, "__doc__": base.__doc__}
+        _classes_over[key] = type(f"{cls.__name__}Over{base.__name__}", (cls,), names)
+    return _classes_over[key]
+
+
+def _new_over(cls: type[OptimizerWrapper], base: type[Optimizer], options: dict[str, Any]) -> Any:
+    """Return an instance of such a class without calling its constructor, for copies and pickles."""
+    made = _class_over(cls, base, options)
+    return made.__new__(made)
 
 
 class HiddenHyperParameters:
@@ -233,6 +307,45 @@ def coupled_weight_decay(optim: Optimizer, index: int, group: Group) -> float:
     if group.get("decoupled_weight_decay", always_decouples):
         return 0.0
     return non_negative_number(f"weight_decay of parameter group {index}", group.get("weight_decay", 0.0))
+
+
+def learning_rate(optim: Optimizer, index: int, group: Group) -> float | Tensor:
+    """Return the learning rate of the base's ``index``-th group: a number, or a tensor whose value is not looked at.
+
+    Raises:
+        TypeError, ValueError: there is none, or it is not a non-negative number or a tensor of one element.
+    """
+    if "lr" not in group:
+        raise TypeError(
+            f"optimizer must have a learning rate (got: {type(optim).__name__}, without lr in parameter group {index})"
+        )
+    lr = group["lr"]
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1:
+            raise ValueError(
+                f"lr of parameter group {index} must be a number or a tensor of one element (got: {tuple(lr.shape)})"
+            )
+        return lr
+    return non_negative_number(f"lr of parameter group {index}", lr)
+
+
+def true_or_false(name: str, value: Any) -> bool:
+    """Return a truth value, or raise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False (got: {value!r} of type {type(value).__name__})")
+    return value
+
+
+def one_of(*values: Any) -> Callable[[str, Any], Any]:
+    """Return a check that a value is one of several."""
+
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, str | None) or value not in values:
+            kind = TypeError if not isinstance(value, str | None) else ValueError
+            raise kind(f"{name} must be {' or '.join(map(repr, values))} (got: {value!r})")
+        return value
+
+    return check
 
 
 def non_negative_number(name: str, value: Any) -> float:

@@ -48,6 +48,25 @@ TORCHLARS_INLINE void add_squares_loop(Lanes& lanes, const T* x, int64_t count) 
   lanes = local;
 }
 
+// The same of x + scale * y.
+template <typename T>
+TORCHLARS_INLINE void add_squares_of_sums_loop(Lanes& lanes, const T* x, const T* y, int64_t count, double scale) {
+  constexpr int kCount = Lanes::kCount;
+  Lanes local = lanes;
+  const T* const tail = x + count / kCount * kCount;
+  for (; x != tail; x += kCount, y += kCount) {
+    for (int lane = 0; lane < kCount; ++lane) {
+      const double value = static_cast<double>(x[lane]) + scale * static_cast<double>(y[lane]);
+      local.sums[lane] += value * value;
+    }
+  }
+  for (int lane = 0; lane < count % kCount; ++lane) {
+    const double value = static_cast<double>(x[lane]) + scale * static_cast<double>(y[lane]);
+    local.sums[lane] += value * value;
+  }
+  lanes = local;
+}
+
 template <int kWidth>
 TORCHLARS_INLINE double join_lanes(const double* lanes) {
   if constexpr (kWidth == 1) {
@@ -91,11 +110,29 @@ TORCHLARS_INLINE void sgd_loop(T* __restrict param, const T* __restrict grad, M*
   }
 }
 
+template <typename T, typename Compute>
+TORCHLARS_INLINE void scale_update_loop(T* __restrict param, const T* __restrict old_param, int64_t count,
+                                        Compute ratio) {
+  for (int64_t i = 0; i < count; ++i) {
+    param[i] = static_cast<T>(scaled_update(static_cast<Compute>(param[i]), static_cast<Compute>(old_param[i]), ratio));
+  }
+}
+
 // Clones are made of functions, not of templates: hence an overload a type.
 TORCHLARS_CLONES double join(const Lanes& lanes) { return join_lanes<Lanes::kCount>(lanes.sums); }
 
 #define TORCHLARS_SUM(T) \
   TORCHLARS_CLONES void add_squares(Lanes& lanes, const T* x, int64_t count) { add_squares_loop(lanes, x, count); }
+
+#define TORCHLARS_SUM_OF_SUMS(T)                                                                                 \
+  TORCHLARS_CLONES void add_squares_of_sums(Lanes& lanes, const T* x, const T* y, int64_t count, double scale) { \
+    add_squares_of_sums_loop(lanes, x, y, count, scale);                                                         \
+  }
+
+#define TORCHLARS_SCALE_UPDATE(T, Compute)                                                         \
+  TORCHLARS_CLONES void scale_update(T* param, const T* old_param, int64_t count, Compute ratio) { \
+    scale_update_loop(param, old_param, count, ratio);                                             \
+  }
 
 #define TORCHLARS_ADAPT(T, Compute)                                                                          \
   TORCHLARS_CLONES void adapt(T* grad, const T* param, int64_t count, Compute weight_decay, Compute ratio) { \
@@ -133,6 +170,12 @@ TORCHLARS_SUM(c10::BFloat16)
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC pop_options
 #endif
+TORCHLARS_SUM_OF_SUMS(double)
+TORCHLARS_SUM_OF_SUMS(float)
+TORCHLARS_SUM_OF_SUMS(c10::BFloat16)
+TORCHLARS_SCALE_UPDATE(double, double)
+TORCHLARS_SCALE_UPDATE(float, float)
+TORCHLARS_SCALE_UPDATE(c10::BFloat16, float)
 TORCHLARS_ADAPT(double, double)
 TORCHLARS_ADAPT(float, float)
 TORCHLARS_ADAPT(c10::BFloat16, float)
@@ -142,6 +185,8 @@ TORCHLARS_SGD(c10::BFloat16, c10::BFloat16, float)
 TORCHLARS_SGD(c10::BFloat16, float, float)
 
 #undef TORCHLARS_SUM
+#undef TORCHLARS_SUM_OF_SUMS
+#undef TORCHLARS_SCALE_UPDATE
 #undef TORCHLARS_ADAPT
 #undef TORCHLARS_SGD
 
@@ -154,6 +199,29 @@ inline void add_squares(Lanes& lanes, const c10::Half* x, int64_t count) {
     const int64_t size = std::min(kBlock, count - i);
     to_float(x + i, block, size);
     add_squares(lanes, block, size);
+  }
+}
+
+inline void add_squares_of_sums(Lanes& lanes, const c10::Half* x, const c10::Half* y, int64_t count, double scale) {
+  float x_block[kBlock];
+  float y_block[kBlock];
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const int64_t size = std::min(kBlock, count - i);
+    to_float(x + i, x_block, size);
+    to_float(y + i, y_block, size);
+    add_squares_of_sums(lanes, x_block, y_block, size, scale);
+  }
+}
+
+inline void scale_update(c10::Half* param, const c10::Half* old_param, int64_t count, float ratio) {
+  float param_block[kBlock];
+  float old_block[kBlock];
+  for (int64_t i = 0; i < count; i += kBlock) {
+    const int64_t size = std::min(kBlock, count - i);
+    to_float(param + i, param_block, size);
+    to_float(old_param + i, old_block, size);
+    scale_update(param_block, old_block, size, ratio);
+    to_half(param_block, param + i, size);
   }
 }
 

@@ -58,31 +58,69 @@ AddSquares add_squares_of(c10::ScalarType dtype) {
   return function;
 }
 
-// Squared norms of several lists of tensors of the same sizes, one vector a list. A thread takes a chunk of all lists,
-// so that what it measures side by side it can later sweep side by side.
+using AddSquaresOfSums = void (*)(Lanes& lanes, const void* x, const void* y, Range range, double scale);
+
+AddSquaresOfSums add_squares_of_sums_of(c10::ScalarType dtype) {
+  AddSquaresOfSums function = nullptr;
+  TORCHLARS_DISPATCH(dtype, "squared_norms_of_sums", [&] {
+    function = [](Lanes& lanes, const void* x, const void* y, Range range, double scale) {
+      cpu::add_squares_of_sums(lanes, static_cast<const scalar_t*>(x) + range.begin,
+                               static_cast<const scalar_t*>(y) + range.begin, range.end - range.begin, scale);
+    };
+  });
+  return function;
+}
+
+// What is added to each tensor of a list before it is measured: scales[i] * others[i]. Nothing where the scale is 0.
+struct Addends {
+  at::TensorList others;
+  at::ArrayRef<double> scales;  // empty: nothing at all
+};
+
+// Squared norms of several lists of tensors of the same sizes, one vector a list; of the last one with its addends. A
+// thread takes a chunk of all lists, so that what it measures side by side it can later sweep side by side.
 template <size_t kLists>
-std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::array<at::TensorList, kLists>& lists) {
+std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::array<at::TensorList, kLists>& lists,
+                                                const Addends& addends = {}) {
+  constexpr size_t kLast = kLists - 1;
+  const bool has_addends = !addends.scales.empty();
   std::array<std::vector<Swept>, kLists> swept;
   std::array<AddSquares, kLists> add_squares;
   std::array<std::vector<double>, kLists> partials;
+  std::vector<Swept> added;
   for (size_t list = 0; list < kLists; ++list) {
     swept[list].reserve(plan.numel.size());
-    for (const at::Tensor& tensor : lists[list]) {
-      swept[list].push_back(dense(tensor));
+    if (list == kLast && has_addends) {
+      for (size_t i = 0; i < plan.numel.size(); ++i) {
+        Pair pair(lists[list][i], addends.others[i], addends.scales[i]);
+        swept[list].push_back(std::move(pair.grad));
+        added.push_back(std::move(pair.param));
+      }
+    } else {
+      for (const at::Tensor& tensor : lists[list]) {
+        swept[list].push_back(dense(tensor));
+      }
     }
-    add_squares[list] = add_squares_of(real_dtype(lists[list][0]));
+    add_squares[list] = add_squares_of(real_dtype(*swept[list][0]));
     partials[list].resize(plan.chunks);
   }
+  const AddSquaresOfSums add_squares_of_sums = add_squares_of_sums_of(real_dtype(*swept[kLast][0]));
   const int64_t turn = kTurnBytes / real_size(lists[0][0]);
   for_chunks(plan, real_size(lists[0][0]), Order::kForwards, [&](int64_t tensor, int64_t chunk, Range range) {
     std::array<const void*, kLists> data;
     for (size_t list = 0; list < kLists; ++list) {
       data[list] = swept[list][tensor]->const_data_ptr();
     }
+    const void* const addend = has_addends && added[tensor]->defined() ? added[tensor]->const_data_ptr() : nullptr;
     std::array<Lanes, kLists> lanes;
     for (int64_t begin = range.begin; begin < range.end; begin += turn) {
+      const Range part{begin, std::min(begin + turn, range.end)};
       for (size_t list = 0; list < kLists; ++list) {
-        add_squares[list](lanes[list], data[list], {begin, std::min(begin + turn, range.end)});
+        if (list == kLast && addend != nullptr) {
+          add_squares_of_sums(lanes[list], data[list], addend, part, addends.scales[tensor]);
+        } else {
+          add_squares[list](lanes[list], data[list], part);
+        }
       }
     }
     for (size_t list = 0; list < kLists; ++list) {
@@ -100,6 +138,17 @@ std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::arr
   return squared_norms;
 }
 
+// The learning rate of each layer; none where none was given.
+std::vector<double> values_of(const Lrs& given) {
+  const double lr_scale = given.lr_scale.has_value() ? *given.lr_scale->const_data_ptr<double>() : 1;
+  std::vector<double> lrs;
+  lrs.reserve(given.lrs.size());
+  for (const double lr : given.lrs) {
+    lrs.push_back(lr * lr_scale);
+  }
+  return lrs;
+}
+
 using Adapt = void (*)(void* grad, const void* param, Range range, double weight_decay, double ratio);
 
 Adapt adapt_of(c10::ScalarType dtype) {
@@ -115,9 +164,9 @@ Adapt adapt_of(c10::ScalarType dtype) {
   return function;
 }
 
-// Adapts gradients in place, given their trust ratios.
+// Adapts gradients in place, given their trust ratios; times their lrs, if there are any.
 void adapt(const Plan& plan, at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays,
-           at::ArrayRef<double> ratios, bool maximize) {
+           at::ArrayRef<double> ratios, at::ArrayRef<double> lrs, bool maximize) {
   std::vector<Pair> layers;
   layers.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -127,10 +176,43 @@ void adapt(const Plan& plan, at::TensorList grads, at::TensorList params, at::Ar
   const double sign = maximize ? -1 : 1;
   for_chunks(plan, real_size(*layers[0].grad), Order::kBackwards, [&](int64_t i, int64_t, Range range) {
     const void* param = layers[i].param->defined() ? layers[i].param->const_data_ptr() : nullptr;
-    adapt_range(layers[i].grad->mutable_data_ptr(), param, range, sign * weight_decays[i], ratios[i]);
+    const double factor = lrs.empty() ? ratios[i] : ratios[i] * lrs[i];
+    adapt_range(layers[i].grad->mutable_data_ptr(), param, range, sign * weight_decays[i], factor);
   });
   for (size_t i = 0; i < grads.size(); ++i) {
     write_back(layers[i].grad, grads[i]);
+  }
+}
+
+using ScaleUpdate = void (*)(void* param, const void* old_param, Range range, double ratio);
+
+ScaleUpdate scale_update_of(c10::ScalarType dtype) {
+  ScaleUpdate function = nullptr;
+  TORCHLARS_DISPATCH(dtype, "apply_trust_ratios_to_updates_", [&] {
+    function = [](void* param, const void* old_param, Range range, double ratio) {
+      cpu::scale_update(static_cast<scalar_t*>(param) + range.begin,
+                        static_cast<const scalar_t*>(old_param) + range.begin, range.end - range.begin,
+                        static_cast<at::opmath_type<scalar_t>>(ratio));
+    };
+  });
+  return function;
+}
+
+// Scales updates in place, given their trust ratios. What has the ratio 1 is not touched.
+void scale_updates(const Plan& plan, at::TensorList params, at::TensorList old_params, at::ArrayRef<double> ratios) {
+  std::vector<Pair> layers;
+  layers.reserve(params.size());
+  for (size_t i = 0; i < params.size(); ++i) {
+    layers.emplace_back(params[i], old_params[i], 1);
+  }
+  const ScaleUpdate scale_range = scale_update_of(real_dtype(params[0]));
+  for_chunks(plan, real_size(params[0]), Order::kBackwards, [&](int64_t i, int64_t, Range range) {
+    if (ratios[i] != 1) {
+      scale_range(layers[i].grad->mutable_data_ptr(), layers[i].param->const_data_ptr(), range, ratios[i]);
+    }
+  });
+  for (size_t i = 0; i < params.size(); ++i) {
+    write_back(layers[i].grad, params[i]);
   }
 }
 
@@ -155,7 +237,8 @@ Sgd sgd_of(c10::ScalarType dtype, c10::ScalarType momentum_dtype) {
 }
 
 // Steps of SGD for layers [begin, end), with their trust ratios or, where that is empty, without.
-void update(const Plan& plan, const SgdArguments& sgd, Range run, at::ArrayRef<double> ratios, Order order) {
+void update(const Plan& plan, const SgdArguments& sgd, Range run, at::ArrayRef<double> ratios, bool lr_in_momentum,
+            Order order) {
   std::vector<Triple> layers;
   std::vector<SgdNumbers<double>> numbers;
   layers.reserve(run.end - run.begin);
@@ -164,7 +247,7 @@ void update(const Plan& plan, const SgdArguments& sgd, Range run, at::ArrayRef<d
   for (int64_t i = run.begin; i < run.end; ++i) {
     layers.emplace_back(sgd.params[i], sgd.grads[i], sgd.momentum_buffers.empty() ? nullptr : &sgd.momentum_buffers[i]);
     numbers.emplace_back(ratios.empty() ? 1 : ratios[i], sgd.weight_decays[i], sgd.lrs[i] * lr_scale, sgd.momentums[i],
-                         sgd.dampenings[i], sgd.maximize);
+                         sgd.dampenings[i], sgd.maximize, lr_in_momentum);
   }
   const Triple& first = layers[0];
   const auto dtype = real_dtype(*first.param);
@@ -188,12 +271,26 @@ at::Tensor vector_of(const std::vector<double>& values) {
   return vector;
 }
 
-// The trust ratios of all layers, measured in runs; each run is handed to sweep(its plan, its layers, all ratios so
-// far) while it is still in cache.
+// The numbers by which the trust ratios of all layers are decided.
+struct RatioNumbers {
+  double of(size_t layer, double param_squared_norm, double grad_squared_norm) const {
+    return trust_ratio(param_squared_norm, grad_squared_norm, weight_decays.empty() ? 0 : weight_decays[layer],
+                       trust_coefs[layer], eps[layer], lrs.empty() ? 1 : lrs[layer], options);
+  }
+
+  at::ArrayRef<double> weight_decays;  // empty: nothing decays
+  at::ArrayRef<double> trust_coefs;
+  at::ArrayRef<double> eps;
+  std::vector<double> lrs;  // empty: none is needed
+  RatioOptions options;
+};
+
+// The trust ratios of all layers, measured in runs, gradients with what is added to them; each run is handed to
+// sweep(its plan, its layers, all ratios so far) while it is still in cache.
 template <typename Sweep>
-at::Tensor measure_and_sweep(at::TensorList params, at::TensorList grads, at::ArrayRef<double> weight_decays,
-                             at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps, Order order,
-                             const Sweep& sweep) {
+at::Tensor measure_and_sweep(at::TensorList params, at::TensorList grads, const RatioNumbers& numbers,
+                             at::ArrayRef<double> scales, Order order, const Sweep& sweep) {
+  const auto dtype = compute_dtype(grads[0].scalar_type(), params[0].scalar_type());
   std::vector<int64_t> bytes;
   bytes.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -207,15 +304,27 @@ at::Tensor measure_and_sweep(at::TensorList params, at::TensorList grads, at::Ar
   for (const Range& run : runs) {
     const auto count = static_cast<size_t>(run.end - run.begin);
     const auto run_params = params.slice(run.begin, count);
+    const Addends addends{run_params, scales.empty() ? scales : scales.slice(run.begin, count)};
     const Plan plan = plan_of(run_params);
-    const auto [param_norms, grad_norms] = measure<2>(plan, {run_params, grads.slice(run.begin, count)});
+    const auto [param_norms, grad_norms] = measure<2>(plan, {run_params, grads.slice(run.begin, count)}, addends);
     for (size_t i = 0; i < count; ++i) {
-      const size_t layer = run.begin + i;
-      ratios[layer] = trust_ratio(param_norms[i], grad_norms[i], weight_decays[layer], trust_coefs[layer], eps[layer]);
+      const double ratio = numbers.of(run.begin + i, param_norms[i], grad_norms[i]);
+      ratios[run.begin + i] = dtype == c10::kDouble ? ratio : static_cast<float>(ratio);
     }
     sweep(plan, run, ratios);
   }
-  return vector_of(ratios).to(compute_dtype(grads[0].scalar_type(), params[0].scalar_type()));
+  return vector_of(ratios).to(dtype);
+}
+
+// What is added to gradients that are measured with their decay; nothing else is.
+std::vector<double> decays_of(at::ArrayRef<double> weight_decays, bool maximize, const RatioOptions& options) {
+  std::vector<double> scales;
+  if (options.decayed_norm) {
+    for (const double weight_decay : weight_decays) {
+      scales.push_back(maximize ? -weight_decay : weight_decay);
+    }
+  }
+  return scales;
 }
 
 at::Tensor squared_norms(at::TensorList tensors) {
@@ -224,43 +333,91 @@ at::Tensor squared_norms(at::TensorList tensors) {
   return vector_of(measure<1>(plan_of(tensors), {tensors})[0]);
 }
 
+at::Tensor squared_norms_of_sums(at::TensorList tensors, at::TensorList others, at::ArrayRef<double> scales) {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  check_sums("squared_norms_of_sums", tensors, others, scales);
+  return vector_of(measure<1>(plan_of(tensors), {tensors}, {others, scales})[0]);
+}
+
 at::Tensor trust_ratios(const at::Tensor& param_squared_norms, const at::Tensor& grad_squared_norms,
                         at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
-                        at::ScalarType dtype) {
+                        at::ScalarType dtype, at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_scale,
+                        bool clip, bool of_updates) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_trust_ratios(param_squared_norms, grad_squared_norms, weight_decays, trust_coefs, eps, dtype);
+  check_trust_ratios(param_squared_norms, grad_squared_norms, weight_decays, trust_coefs, eps, dtype, {lrs, lr_scale},
+                     clip || of_updates);
+  const RatioNumbers numbers{weight_decays, trust_coefs, eps, values_of({lrs, lr_scale}), {false, clip, of_updates}};
   const auto* param_squared_norm = param_squared_norms.const_data_ptr<double>();
   const auto* grad_squared_norm = grad_squared_norms.const_data_ptr<double>();
   std::vector<double> ratios;
   for (size_t i = 0; i < weight_decays.size(); ++i) {
-    ratios.push_back(
-        trust_ratio(param_squared_norm[i], grad_squared_norm[i], weight_decays[i], trust_coefs[i], eps[i]));
+    ratios.push_back(numbers.of(i, param_squared_norm[i], grad_squared_norm[i]));
   }
   return vector_of(ratios).to(dtype);
 }
 
 void apply_trust_ratios_(at::TensorList grads, at::TensorList params, const at::Tensor& ratios,
-                         at::ArrayRef<double> weight_decays, bool maximize) {
+                         at::ArrayRef<double> weight_decays, bool maximize, at::ArrayRef<double> lrs,
+                         const std::optional<at::Tensor>& lr_scale) {
+  const char* op = "apply_trust_ratios_";
   at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_layers("apply_trust_ratios_", grads, params, weight_decays, /*equal_shapes=*/false);
-  check_writable("apply_trust_ratios_", "grads", grads);
-  check_ratios("apply_trust_ratios_", ratios, grads, params);
+  check_layers(op, grads, params, weight_decays, /*equal_shapes=*/false);
+  check_writable(op, "grads", grads);
+  check_ratios(op, ratios, grads, params);
+  check_lrs(op, grads.size(), "grads", {lrs, lr_scale}, grads[0].device(), /*are_needed=*/false);
   const at::Tensor values = ratios.to(c10::kDouble);
-  adapt(plan_of(grads), grads, params, weight_decays, {values.const_data_ptr<double>(), grads.size()}, maximize);
+  adapt(plan_of(grads), grads, params, weight_decays, {values.const_data_ptr<double>(), grads.size()},
+        values_of({lrs, lr_scale}), maximize);
 }
 
 at::Tensor scale_by_trust_ratios_(at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays,
-                                  at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps, bool maximize) {
+                                  at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps, bool maximize,
+                                  at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_scale,
+                                  bool decayed_norm, bool clip, bool lr_in_momentum) {
+  const char* op = "scale_by_trust_ratios_";
   at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_layers("scale_by_trust_ratios_", grads, params, weight_decays, /*equal_shapes=*/true);
-  check_writable("scale_by_trust_ratios_", "grads", grads);
-  check_hyper_parameters("scale_by_trust_ratios_", grads.size(), "grads", weight_decays, trust_coefs, eps);
+  check_layers(op, grads, params, weight_decays, /*equal_shapes=*/true);
+  check_writable(op, "grads", grads);
+  check_hyper_parameters(op, grads.size(), "grads", weight_decays, trust_coefs, eps);
+  check_lrs(op, grads.size(), "grads", {lrs, lr_scale}, grads[0].device(), clip || lr_in_momentum);
+  const RatioOptions options{decayed_norm, clip};
+  const RatioNumbers numbers{weight_decays, trust_coefs, eps, values_of({lrs, lr_scale}), options};
+  const at::ArrayRef<double> factors = lr_in_momentum ? numbers.lrs : at::ArrayRef<double>();
   // From the last layer to the first: that is where a base optimizer begins, which then finds it in cache.
-  return measure_and_sweep(params, grads, weight_decays, trust_coefs, eps, Order::kBackwards,
+  return measure_and_sweep(params, grads, numbers, decays_of(weight_decays, maximize, options), Order::kBackwards,
                            [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
                              const auto count = static_cast<size_t>(run.end - run.begin);
                              adapt(plan, grads.slice(run.begin, count), params.slice(run.begin, count),
-                                   weight_decays.slice(run.begin, count), ratios.slice(run.begin, count), maximize);
+                                   weight_decays.slice(run.begin, count), ratios.slice(run.begin, count),
+                                   factors.empty() ? factors : factors.slice(run.begin, count), maximize);
+                           });
+}
+
+void apply_trust_ratios_to_updates_(at::TensorList params, at::TensorList old_params, const at::Tensor& ratios) {
+  const char* op = "apply_trust_ratios_to_updates_";
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  check_updates(op, params, old_params);
+  check_ratios(op, ratios, params, old_params, "params");
+  const at::Tensor values = ratios.to(c10::kDouble);
+  scale_updates(plan_of(params), params, old_params, {values.const_data_ptr<double>(), params.size()});
+}
+
+at::Tensor scale_updates_by_trust_ratios_(at::TensorList params, at::TensorList old_params,
+                                          at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
+                                          at::ArrayRef<double> lrs, bool clip,
+                                          const std::optional<at::Tensor>& lr_scale) {
+  const char* op = "scale_updates_by_trust_ratios_";
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  check_updates(op, params, old_params);
+  check_hyper_parameters(op, params.size(), "params", std::vector<double>(params.size()), trust_coefs, eps);
+  check_lrs(op, params.size(), "params", {lrs, lr_scale}, params[0].device(), /*are_needed=*/true);
+  const RatioNumbers numbers{{}, trust_coefs, eps, values_of({lrs, lr_scale}), {false, clip, /*of_updates=*/true}};
+  const std::vector<double> scales(params.size(), -1);
+  return measure_and_sweep(old_params, params, numbers, scales, Order::kBackwards,
+                           [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
+                             const auto count = static_cast<size_t>(run.end - run.begin);
+                             scale_updates(plan, params.slice(run.begin, count), old_params.slice(run.begin, count),
+                                           ratios.slice(run.begin, count));
                            });
 }
 
@@ -276,24 +433,28 @@ void sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_b
   if (ratios.has_value()) {
     check_ratios("sgd_", *ratios, grads, params);
     const at::Tensor values = ratios->to(c10::kDouble);
-    update(plan_of(params), sgd, all, {values.const_data_ptr<double>(), params.size()}, Order::kForwards);
+    update(plan_of(params), sgd, all, {values.const_data_ptr<double>(), params.size()}, false, Order::kForwards);
   } else {
-    update(plan_of(params), sgd, all, {}, Order::kForwards);
+    update(plan_of(params), sgd, all, {}, false, Order::kForwards);
   }
 }
 
 at::Tensor lars_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
                      at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
                      at::ArrayRef<double> lrs, at::ArrayRef<double> momentums, at::ArrayRef<double> dampenings,
-                     bool nesterov, bool maximize, const std::optional<at::Tensor>& lr_scale) {
+                     bool nesterov, bool maximize, const std::optional<at::Tensor>& lr_scale, bool decayed_norm,
+                     bool clip, bool lr_in_momentum) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   const SgdArguments sgd{params,    grads,      momentum_buffers, weight_decays, lrs,
                          momentums, dampenings, nesterov,         maximize,      lr_scale};
   check_sgd("lars_sgd_", sgd);
   check_hyper_parameters("lars_sgd_", grads.size(), "grads", weight_decays, trust_coefs, eps);
-  return measure_and_sweep(params, grads, weight_decays, trust_coefs, eps, Order::kForwards,
+  const RatioOptions options{decayed_norm, clip};
+  const RatioNumbers numbers{weight_decays, trust_coefs, eps, clip ? values_of({lrs, lr_scale}) : std::vector<double>(),
+                             options};
+  return measure_and_sweep(params, grads, numbers, decays_of(weight_decays, maximize, options), Order::kForwards,
                            [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
-                             update(plan, sgd, run, ratios, Order::kBackwards);
+                             update(plan, sgd, run, ratios, lr_in_momentum, Order::kBackwards);
                            });
 }
 
@@ -301,9 +462,12 @@ at::Tensor lars_sgd_(at::TensorList params, at::TensorList grads, at::TensorList
 
 TORCH_LIBRARY_IMPL(torchlars, CPU, m) {
   m.impl("squared_norms", squared_norms);
+  m.impl("squared_norms_of_sums", squared_norms_of_sums);
   m.impl("trust_ratios", trust_ratios);
   m.impl("apply_trust_ratios_", apply_trust_ratios_);
   m.impl("scale_by_trust_ratios_", scale_by_trust_ratios_);
+  m.impl("apply_trust_ratios_to_updates_", apply_trust_ratios_to_updates_);
+  m.impl("scale_updates_by_trust_ratios_", scale_updates_by_trust_ratios_);
   m.impl("sgd_", sgd_);
   m.impl("lars_sgd_", lars_sgd_);
 }

@@ -21,16 +21,17 @@ its ``step`` has one keyword more::
                     param -= group["lr"] * (direction if ratios is None else ratios[i] * direction)
             return loss
 
-LARS passes a :class:`TrustRatios`, asks for nothing in return, and hides nothing: the weight decay λ in r · (g + λw) is
-the base's own. Without LARS, ``trust_ratios`` is None and the step is the base's plain one. A base with parameters of
-several devices or dtypes in a group asks for those of each. A subclass whose ``step`` does not know the keyword says
-``takes_trust_ratios = False``, and gets gradients scaled as any other base does.
+LARS passes a :class:`TrustRatios`, asks for nothing in return, and hides no weight decay: λ in r · (g + λw) is the
+base's own. Without LARS, ``trust_ratios`` is None and the step is the base's plain one. A base with parameters of
+several devices or dtypes in a group asks for those of each. Groups whose updates are scaled (``apply_to="update"``)
+get None, and while lr is in the momentum a group's ``lr`` reads 1. A subclass whose ``step`` does not know the keyword
+says ``takes_trust_ratios = False``, and gets gradients scaled as any other base does.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -46,7 +47,9 @@ class TrustRatios(Protocol):
     """
 
     def measure(self, index: int, params: Sequence[Tensor]) -> Tensor | None:
-        """Return the vector of the trust ratios of some parameters of a group, on their device.
+        """Return the vector of what to multiply the gradients of some parameters of a group by, on their device.
+
+        That is the trust ratio r, and γr where lr is in the momentum (then the group's ``lr`` reads 1).
 
         Args:
             index: the group's, in ``param_groups``.
@@ -60,10 +63,12 @@ class TrustRatios(Protocol):
             TypeError, ValueError, RuntimeError: a parameter or gradient cannot be adapted; the message names it.
         """
 
-    def options(self, index: int) -> dict[str, float] | None:
-        """Return ``trust_coef`` and ``eps`` of a group, or None if LARS leaves it alone.
+    def options(self, index: int) -> dict[str, Any] | None:
+        """Return how a group's trust ratios are decided, or None if LARS leaves it alone.
 
-        For a base that measures by itself in the pass of its own update, as :class:`SGD` does.
+        For a base that measures by itself in the pass of its own update, as :class:`SGD` does. It must heed every key:
+        ``trust_coef``, ``eps``, ``decayed_norm``, ``clip`` and ``lr_in_momentum``, and ``lr``, the group's real
+        learning rate (a number or a tensor), which is None where neither of the last two is set.
         """
 
     def report(self, params: Sequence[Tensor], ratios: Tensor) -> None:

@@ -130,9 +130,8 @@ class SGD(torch.optim.SGD):
         for index, group in enumerate(self.param_groups):
             numbers = _hyper_parameters(f" of parameter group {index}", {**self.defaults, **group})
             options: dict[str, Any] | None = None if trust_ratios is None else trust_ratios.options(index)
-            options = options or {"trust_coef": None, "eps": None}
             others = []
-            for position in plain_layers.add(group["params"], self.state, **numbers, **options):
+            for position in plain_layers.add(group["params"], self.state, **{**numbers, **_in_one_pass(options)}):
                 param = group["params"][position]
                 if param.grad is not None and param not in seen:
                     seen.add(param)
@@ -213,8 +212,7 @@ class Bucket:
                 buffers.append(self._buffer_like(param, buffer))
         lr, lr_scale = self.lr, None
         if isinstance(lr, Tensor):
-            device = self.params[0].device
-            lr_scale = lr.to(device, torch.float64, non_blocking=device.type != "cpu")
+            lr_scale = ops.lr_scale(lr, self.params[0].device)
             lr = 1.0
         ops.sgd_(
             self.params,
@@ -267,6 +265,14 @@ class Bucket:
             )
             if self.momentum != 0:
                 self.state[param]["momentum_buffer"] = buffers[0]
+
+
+def _in_one_pass(options: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what the kernel that measures by itself takes of LARS's options."""
+    if options is None:
+        return {"trust_coef": None, "eps": None, "decayed_norm": False, "clip": False, "lr_in_momentum": False}
+    # While lr is in the momentum the group's own reads 1.
+    return {name: value for name, value in options.items() if name != "lr" or value is not None}
 
 
 def _is_for_torch(param: Tensor, grad: Tensor) -> bool:

@@ -1,0 +1,156 @@
+"""LAMB: the trust ratio of every layer's update, around any optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchlars import ops
+from torchlars.layers import TrustRatioWrapper, check_update, check_update_is_scalable, copies
+from torchlars.wrapper import learning_rate, non_negative_number, positive_number, true_or_false
+
+__all__ = ["LAMB"]
+
+
+class LAMB(TrustRatioWrapper):
+    r"""Layer-wise adaptive moments around a base optimizer: the trust ratio of the base's update.
+
+    The base takes its whole step, with its own weight decay and momentum. Then the step of every layer (every parameter
+    tensor *w*) gets another length:
+
+    .. math::
+        w \leftarrow w_\text{old} + r \cdot (w - w_\text{old}), \qquad
+        r = \frac{\eta \lVert w_\text{old} \rVert}{\lVert u \rVert + \epsilon}, \qquad
+        u = \frac{w - w_\text{old}}{\gamma},
+
+    with the L2 norm over the whole layer, *r* = 1 where either norm is zero, and min(*r*, 1) with ``clip``. *r* is the
+    *trust ratio*, η ``trust_coef``, ε ``eps`` and γ the group's learning rate at this step. So a layer's step has the
+    length γ · η · ‖w‖, or with ``clip`` that at most.
+
+    Over AdamW that is LAMB, and the wrapper for all bases that barely notice a gradient's scale (the Adam family, Muon,
+    Adafactor), over which :class:`torchlars.LARS` does almost nothing. Over SGD with momentum it is a LARS that scales
+    the momentum, too.
+
+    **Gradients** stay as they were. Each parameter is copied for the duration of a step, and its update is the
+    difference of two values of its dtype: in bfloat16 or float16 most of a small update is lost, so keep such
+    parameters in float32.
+
+    Parameters, groups, state and hyper-parameters are the base's, and whatever drives a torch optimizer drives this
+    one. A group may hold ``trust_coef``, ``eps`` and ``clip`` as keys of its own, and ``trust_coef=None`` to be left to
+    the base, as biases and normalisation layers often are (see :func:`torchlars.param_groups`). Where the base itself
+    has a key ``eps``, as Adam has, that one is the base's.
+
+    Args:
+        optimizer: the base, any :class:`torch.optim.Optimizer` whose groups have an ``lr``. Kept as ``.optim``.
+        trust_coef: η > 0, the length of a step relative to the weights', per unit of lr.
+        eps: ε ≥ 0, in units of an update's norm.
+        clip: whether no step is to be longer than the base's own.
+
+    Raises:
+        TypeError: ``optimizer`` is no optimizer, has no lr or searches along a line (LBFGS), or an argument is of the
+            wrong kind.
+        ValueError: a number is out of its range, or the base is differentiable.
+
+    Source: You et al., *Large Batch Optimization for Deep Learning: Training BERT in 76 minutes*, 2020,
+    arXiv:1904.00962, with their φ(‖w‖) = ‖w‖. As in optax and timm, AdamW's bias correction stays.
+
+    Example:
+        >>> optimizer = LAMB(torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01))
+        >>> loss.backward()
+        >>> optimizer.step()
+    """
+
+    options: ClassVar = {"trust_coef": positive_number, "eps": non_negative_number, "clip": true_or_false}
+    opt_out = "trust_coef"
+    state_key = "lamb"
+
+    trust_coef: float
+    eps: float
+    clip: bool
+
+    def __init__(self, optimizer: Optimizer, trust_coef: float = 1.0, eps: float = 0.0, *, clip: bool = False) -> None:
+        super().__init__(optimizer, trust_coef=trust_coef, eps=eps, clip=clip)
+
+    def check_options(self, of_group: str, options: dict[str, Any]) -> None:
+        """Raise if the base's update cannot be scaled."""
+        check_update_is_scalable(self.optim, "LAMB")
+
+    def group_options(self, index: int, group: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the options of the ``index``-th group with its lr, or None if it opts out."""
+        options = super().group_options(index, group)
+        if options is not None:
+            options["lr"] = learning_rate(self.optim, index, {**self.defaults, **group})
+        return options
+
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Let the base take its step, then scale every layer's update by its trust ratio.
+
+        Args:
+            closure: passed on to the base, which calls it as often as it likes. The update is all that the step did.
+            *args: passed on to the base.
+            **kwargs: passed on to the base.
+
+        Returns:
+            What the base returns: the closure's loss, if any.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: a group or parameter cannot be adapted; the message names it. Nothing
+                has changed then.
+        """
+        buckets = self._gather(closure is not None)
+        for bucket in buckets:
+            bucket.old_params = copies(bucket.layers)
+        if closure is not None or args:
+            args = (closure, *args)
+        loss = self.optim.step(*args, **kwargs)
+        self._last_step[:] = [applied for bucket in buckets if (applied := bucket.scale())]
+        return loss
+
+    def _gather(self, gradients_may_come: bool) -> Iterable[Bucket]:
+        """Return all layers that the base may update, in buckets."""
+        buckets: dict[Any, Bucket] = {}
+        seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
+        for index, group in enumerate(self.param_groups):
+            options = self.group_options(index, group)
+            if options is None:
+                continue
+            for position, param in enumerate(group["params"]):
+                if param in seen or (param.grad is None and not (gradients_may_come and param.requires_grad)):
+                    continue
+                seen.add(param)
+                check_update(index, position, param)
+                lr = options["lr"] if isinstance(options["lr"], Tensor) else None
+                key = (param.device, param.dtype, options["clip"], lr)
+                bucket = buckets.setdefault(key, Bucket(clip=options["clip"], lr=lr))
+                bucket.add(param, **options)
+        return list(buckets.values())
+
+
+@dataclass
+class Bucket:
+    """Layers whose updates one call can scale: of one device and one dtype."""
+
+    clip: bool
+    lr: Tensor | None  # of all, else each has its own
+    layers: dict[Tensor, tuple[float, float, float]] = field(default_factory=dict)
+    old_params: dict[Tensor, Tensor] = field(default_factory=dict)
+
+    def add(self, param: Tensor, trust_coef: float, eps: float, clip: bool, lr: float | Tensor) -> None:
+        """Add one layer."""
+        self.layers[param] = (trust_coef, eps, 1.0 if isinstance(lr, Tensor) else lr)
+
+    def scale(self) -> tuple[list[Tensor], Tensor] | None:
+        """Scale the updates of those that have gradients. Return these and their trust ratios."""
+        params = [param for param in self.layers if param.grad is not None]
+        if not params:
+            return None
+        trust_coefs, eps, lrs = zip(*(self.layers[param] for param in params), strict=True)
+        old_params = [self.old_params[param] for param in params]
+        lr_scale = None if self.lr is None else ops.lr_scale(self.lr, params[0].device)
+        return params, ops.scale_updates_by_trust_ratios_(
+            params, old_params, trust_coefs, eps, lrs, self.clip, lr_scale
+        )

@@ -1,0 +1,81 @@
+"""What LARS and LAMB have in common: layers that can be adapted, and the trust ratios of the last step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from torchlars import ops
+from torchlars.wrapper import OptimizerWrapper
+
+__all__: list[str] = []
+
+
+class TrustRatioWrapper(OptimizerWrapper):
+    """A wrapper that remembers which trust ratios it applied last."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._last_step: list[tuple[Sequence[Tensor], Tensor]] = []  # changed in place, which torch 2.11 can trace
+
+    def trust_ratios(self) -> dict[Tensor, Tensor]:
+        """Return the trust ratio of every layer that the last step adapted, by parameter.
+
+        Each is a 0-dimensional tensor on its parameter's device; only reading its value waits for that device. Layers
+        without a gradient and groups with ``trust_coef=None`` have none.
+        """
+        return {
+            param: ratio
+            for params, ratios in self._last_step
+            for param, ratio in zip(params, ratios.unbind(), strict=True)
+        }
+
+
+@torch.no_grad()
+def copies(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
+    """Return what parameters hold now, by parameter."""
+    distinct = list(dict.fromkeys(params))
+    return dict(zip(distinct, torch._foreach_clone(distinct), strict=True)) if distinct else {}
+
+
+def check_param(group: int, position: int, param: Tensor) -> None:
+    """Raise if a parameter cannot be a layer."""
+    if getattr(param, "_fsdp_flattened", False):
+        problem = (
+            "parameters must be whole layers, but FSDP1 flattens and splits them; use DDP or ZeroRedundancyOptimizer"
+        )
+    elif getattr(param, "device_mesh", None) is not None:
+        problem = "parameters must be whole layers, but a DTensor may be a shard; use DDP or ZeroRedundancyOptimizer"
+    elif param.dtype not in ops.DTYPES:
+        raise TypeError(
+            f"parameters must be of a real or complex floating dtype with at least 16 bits (group: {group}, "
+            f"parameter: {position}, dtype: {param.dtype}); leave others to the base: trust_coef=None in their group"
+        )
+    else:
+        return
+    raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
+
+
+def check_update(group: int, position: int, param: Tensor) -> None:
+    """Raise if a parameter's update cannot be scaled."""
+    check_param(group, position, param)
+    if param.layout != torch.strided:
+        problem = f"parameters must be strided (layout: {param.layout})"
+    elif not ops.is_writable_in_place(param):
+        problem = f"elements of a parameter must not share memory (strides: {param.stride()})"
+    else:
+        return
+    raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
+
+
+def check_update_is_scalable(optim: Optimizer, who: str) -> None:
+    """Raise if a base's update has no length per lr."""
+    if isinstance(optim, torch.optim.LBFGS):
+        raise TypeError(
+            f"{who} needs a base that takes one step along one direction (got: LBFGS, which searches along many, "
+            "over all layers at once); LARS(LBFGS(...)) scales its gradients"
+        )
