@@ -5,8 +5,10 @@
 #include <c10/util/MaybeOwned.h>
 
 #include <utility>
+#include <vector>
 
 #include "checks.h"
+#include "trust_ratio.h"
 
 namespace torchlars {
 
@@ -77,6 +79,23 @@ struct Triple {
   Swept grad;
   Swept momentum;
 };
+
+// What is added to each tensor of a list before it is measured: scales[i] * others[i]. Nothing where the scale is 0.
+struct Addends {
+  at::TensorList others;
+  at::ArrayRef<double> scales;  // empty: nothing at all
+};
+
+// The scales of what is added to gradients: their decay, if that is measured with them.
+inline std::vector<double> scales_of(at::ArrayRef<double> weight_decays, bool maximize, const RatioOptions& options) {
+  std::vector<double> scales;
+  if (options.decayed_norm) {
+    for (const double weight_decay : weight_decays) {
+      scales.push_back(maximize ? -weight_decay : weight_decay);
+    }
+  }
+  return scales;
+}
 
 // Puts what was computed where the user's is, in the same tensor object, and lets autograd know.
 inline void write_back(const Swept& computed, const at::Tensor& tensor) {

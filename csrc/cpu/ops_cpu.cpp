@@ -71,12 +71,6 @@ AddSquaresOfSums add_squares_of_sums_of(c10::ScalarType dtype) {
   return function;
 }
 
-// What is added to each tensor of a list before it is measured: scales[i] * others[i]. Nothing where the scale is 0.
-struct Addends {
-  at::TensorList others;
-  at::ArrayRef<double> scales;  // empty: nothing at all
-};
-
 // Squared norms of several lists of tensors of the same sizes, one vector a list; of the last one with its addends. A
 // thread takes a chunk of all lists, so that what it measures side by side it can later sweep side by side.
 template <size_t kLists>
@@ -316,17 +310,6 @@ at::Tensor measure_and_sweep(at::TensorList params, at::TensorList grads, const 
   return vector_of(ratios).to(dtype);
 }
 
-// What is added to gradients that are measured with their decay; nothing else is.
-std::vector<double> decays_of(at::ArrayRef<double> weight_decays, bool maximize, const RatioOptions& options) {
-  std::vector<double> scales;
-  if (options.decayed_norm) {
-    for (const double weight_decay : weight_decays) {
-      scales.push_back(maximize ? -weight_decay : weight_decay);
-    }
-  }
-  return scales;
-}
-
 at::Tensor squared_norms(at::TensorList tensors) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_tensors("squared_norms", "tensors", tensors);
@@ -384,7 +367,7 @@ at::Tensor scale_by_trust_ratios_(at::TensorList grads, at::TensorList params, a
   const RatioNumbers numbers{weight_decays, trust_coefs, eps, values_of({lrs, lr_scale}), options};
   const at::ArrayRef<double> factors = lr_in_momentum ? numbers.lrs : at::ArrayRef<double>();
   // From the last layer to the first: that is where a base optimizer begins, which then finds it in cache.
-  return measure_and_sweep(params, grads, numbers, decays_of(weight_decays, maximize, options), Order::kBackwards,
+  return measure_and_sweep(params, grads, numbers, scales_of(weight_decays, maximize, options), Order::kBackwards,
                            [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
                              const auto count = static_cast<size_t>(run.end - run.begin);
                              adapt(plan, grads.slice(run.begin, count), params.slice(run.begin, count),
@@ -452,7 +435,7 @@ at::Tensor lars_sgd_(at::TensorList params, at::TensorList grads, at::TensorList
   const RatioOptions options{decayed_norm, clip};
   const RatioNumbers numbers{weight_decays, trust_coefs, eps, clip ? values_of({lrs, lr_scale}) : std::vector<double>(),
                              options};
-  return measure_and_sweep(params, grads, numbers, decays_of(weight_decays, maximize, options), Order::kForwards,
+  return measure_and_sweep(params, grads, numbers, scales_of(weight_decays, maximize, options), Order::kForwards,
                            [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
                              update(plan, sgd, run, ratios, lr_in_momentum, Order::kBackwards);
                            });

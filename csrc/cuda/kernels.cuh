@@ -29,8 +29,10 @@ struct MeasuredLayer {
   int64_t numel = 0;
   const void* param = nullptr;
   const void* grad = nullptr;
+  double scale = 0;  // times the parameter is added to the gradient before that is measured
 };
 
+// Of an update, grad is the parameter after the base optimizer's step, and param the parameter before it.
 struct Layer {
   int64_t numel = 0;
   const void* param = nullptr;
@@ -38,6 +40,7 @@ struct Layer {
   double weight_decay = 0;
   double trust_coef = 0;
   double eps = 0;
+  double lr = 0;
 };
 
 struct SgdLayer {
@@ -170,6 +173,37 @@ __device__ double sum_of_squares(const T* __restrict__ x, int64_t count) {
   return block_sum(sum);
 }
 
+// The same of x + scale * y.
+template <typename T>
+__device__ double sum_of_squares_of_sums(const T* __restrict__ x, const T* __restrict__ y, int64_t count,
+                                         double scale) {
+  constexpr int kSize = Pack<T>::kSize;
+  double sum = 0;
+  int64_t peeled = 0;
+  if (is_aligned(x) && is_aligned(y)) {
+    const auto* xs = reinterpret_cast<const Pack<T>*>(x);
+    const auto* ys = reinterpret_cast<const Pack<T>*>(y);
+    const int64_t num_packs = count / kSize;
+    peeled = num_packs * kSize;
+    struct Packs {
+      Pack<T> x, y;
+    };
+    for_packs<2>(
+        num_packs, [&](int64_t pack) { return Packs{xs[pack], ys[pack]}; },
+        [&](int64_t, const Packs& packs) {
+#pragma unroll
+          for (int i = 0; i < kSize; ++i) {
+            const double y = static_cast<double>(packs.y.values[i]);
+            sum = add_square(sum, static_cast<double>(packs.x.values[i]) + scale * y);
+          }
+        });
+  }
+  for (int64_t i = peeled + threadIdx.x; i < count; i += kThreads) {
+    sum = add_square(sum, static_cast<double>(x[i]) + scale * static_cast<double>(y[i]));
+  }
+  return block_sum(sum);
+}
+
 // The sum of a layer's partial sums, for every thread of the block.
 __device__ inline double sum_of_partials(const double* __restrict__ partials, int64_t count) {
   double sum = 0;
@@ -189,60 +223,87 @@ __device__ inline T adapt_one(T grad, Compute ratio) {
   return static_cast<T>(adapted_gradient(static_cast<Compute>(grad), ratio));
 }
 
-// Adapts a range of a gradient, in place. kDecays: whether the parameter is read.
-template <bool kDecays, typename T, typename Compute>
-__device__ void adapt_range(T* __restrict__ grad, const T* __restrict__ param, int64_t count, Compute weight_decay,
-                            Compute ratio) {
+// Rewrites a range in place: each element of x becomes rewrite(itself, that of y). kReads: whether y is read.
+template <bool kReads, typename T, typename Rewrite>
+__device__ void rewrite_range(T* __restrict__ x, const T* __restrict__ y, int64_t count, const Rewrite& rewrite) {
   constexpr int kSize = Pack<T>::kSize;
   int64_t peeled = 0;
-  if (is_aligned(grad) && is_aligned(param)) {
-    auto* grads = reinterpret_cast<Pack<T>*>(grad);
-    const auto* params = reinterpret_cast<const Pack<T>*>(param);
+  if (is_aligned(x) && is_aligned(y)) {
+    auto* xs = reinterpret_cast<Pack<T>*>(x);
+    const auto* ys = reinterpret_cast<const Pack<T>*>(y);
     const int64_t num_packs = count / kSize;
     peeled = num_packs * kSize;
     struct Packs {
-      Pack<T> grad, param;
+      Pack<T> x, y;
     };
     for_packs<2>(
         num_packs,
         [&](int64_t pack) {
-          Packs x;
-          x.grad = grads[pack];
-          if constexpr (kDecays) {
-            x.param = params[pack];
+          Packs packs;
+          packs.x = xs[pack];
+          if constexpr (kReads) {
+            packs.y = ys[pack];
           }
-          return x;
+          return packs;
         },
-        [&](int64_t pack, Packs& x) {
+        [&](int64_t pack, Packs& packs) {
 #pragma unroll
           for (int i = 0; i < kSize; ++i) {
-            if constexpr (kDecays) {
-              x.grad.values[i] = adapt_one(x.grad.values[i], x.param.values[i], weight_decay, ratio);
+            if constexpr (kReads) {
+              packs.x.values[i] = rewrite(packs.x.values[i], packs.y.values[i]);
             } else {
-              x.grad.values[i] = adapt_one(x.grad.values[i], ratio);
+              packs.x.values[i] = rewrite(packs.x.values[i]);
             }
           }
-          grads[pack] = x.grad;
+          xs[pack] = packs.x;
         });
   }
   for (int64_t i = peeled + threadIdx.x; i < count; i += kThreads) {
-    if constexpr (kDecays) {
-      grad[i] = adapt_one(grad[i], param[i], weight_decay, ratio);
+    if constexpr (kReads) {
+      x[i] = rewrite(x[i], y[i]);
     } else {
-      grad[i] = adapt_one(grad[i], ratio);
+      x[i] = rewrite(x[i]);
     }
   }
 }
 
+// What all layers of a launch have in common.
+struct LarsOptions {
+  RatioOptions ratio;
+  bool maximize = false;
+  bool lr_in_momentum = false;
+  const double* lr_scale = nullptr;  // null: 1
+};
+
+template <typename AnyLayer, typename Options>
+__device__ inline double lr_of(const AnyLayer& layer, const Options& options) {
+  return options.lr_scale == nullptr ? layer.lr : layer.lr * *options.lr_scale;
+}
+
+// Adapts a chunk of a gradient, in place.
 template <typename T, typename Compute>
-__device__ void adapt_chunk(const Layer& layer, Range range, double sign, Compute ratio) {
+__device__ void adapt_chunk(const Layer& layer, Range range, const LarsOptions& options, Compute ratio) {
   T* grad = static_cast<T*>(layer.grad) + range.begin;
   const int64_t count = range.end - range.begin;
+  const auto factor =
+      options.lr_in_momentum ? static_cast<Compute>(static_cast<double>(ratio) * lr_of(layer, options)) : ratio;
   if (layer.param == nullptr) {
-    adapt_range<false>(grad, static_cast<const T*>(nullptr), count, Compute(0), ratio);
+    rewrite_range<false>(grad, static_cast<const T*>(nullptr), count, [&](T g) { return adapt_one(g, factor); });
   } else {
     const T* param = static_cast<const T*>(layer.param) + range.begin;
-    adapt_range<true>(grad, param, count, static_cast<Compute>(sign * layer.weight_decay), ratio);
+    const auto weight_decay = static_cast<Compute>(options.maximize ? -layer.weight_decay : layer.weight_decay);
+    rewrite_range<true>(grad, param, count, [&](T g, T p) { return adapt_one(g, p, weight_decay, factor); });
+  }
+}
+
+// Scales a chunk of an update, in place. What has the ratio 1 is not touched.
+template <typename T, typename Compute>
+__device__ void scale_update_chunk(const Layer& layer, Range range, Compute ratio) {
+  if (ratio != 1) {
+    const T* old_param = static_cast<const T*>(layer.param) + range.begin;
+    rewrite_range<true>(static_cast<T*>(layer.grad) + range.begin, old_param, range.end - range.begin, [&](T p, T old) {
+      return static_cast<T>(scaled_update(static_cast<Compute>(p), static_cast<Compute>(old), ratio));
+    });
   }
 }
 
@@ -309,13 +370,14 @@ struct SgdOptions {
   bool nesterov;
   bool maximize;
   const double* lr_scale;  // null: 1
+  RatioOptions ratio;
+  bool lr_in_momentum = false;
 };
 
 template <typename T, typename M, typename Compute>
 __device__ void update_chunk(const SgdLayer& layer, Range range, const SgdOptions& options, Compute ratio) {
-  const double lr_scale = options.lr_scale == nullptr ? 1 : *options.lr_scale;
-  const SgdNumbers<Compute> numbers(ratio, layer.weight_decay, layer.lr * lr_scale, layer.momentum, layer.dampening,
-                                    options.maximize);
+  const SgdNumbers<Compute> numbers(ratio, layer.weight_decay, lr_of(layer, options), layer.momentum, layer.dampening,
+                                    options.maximize, options.lr_in_momentum);
   T* param = static_cast<T*>(layer.param) + range.begin;
   const T* grad = static_cast<const T*>(layer.grad) + range.begin;
   M* momentum = layer.momentum_buffer == nullptr ? nullptr : static_cast<M*>(layer.momentum_buffer) + range.begin;
@@ -333,28 +395,30 @@ __device__ void update_chunk(const SgdLayer& layer, Range range, const SgdOption
   }
 }
 
-template <typename Ratio, typename AnyLayer>
-__device__ inline Ratio trust_ratio_of(const AnyLayer& layer, double param_squared_norm, double grad_squared_norm) {
-  return static_cast<Ratio>(
-      trust_ratio(param_squared_norm, grad_squared_norm, layer.weight_decay, layer.trust_coef, layer.eps));
+template <typename Ratio, typename AnyLayer, typename Options>
+__device__ inline Ratio trust_ratio_of(const AnyLayer& layer, const Options& options, double param_squared_norm,
+                                       double grad_squared_norm) {
+  return static_cast<Ratio>(trust_ratio(param_squared_norm, grad_squared_norm, layer.weight_decay, layer.trust_coef,
+                                        layer.eps, lr_of(layer, options), options.ratio));
 }
 
 // The trust ratio of a block's layer, from partial sums. The block of the layer's first chunk also tells it.
-template <typename Ratio, typename AnyLayer>
-__device__ inline Ratio decide_at(const Place& place, const Layers<AnyLayer>& layers, const double* param_partials,
-                                  const double* grad_partials, Ratio* ratios) {
+template <typename Ratio, typename AnyLayer, typename Options>
+__device__ inline Ratio decide_at(const Place& place, const Layers<AnyLayer>& layers, const Options& options,
+                                  const double* param_partials, const double* grad_partials, Ratio* ratios) {
   const int first = layers.first_chunk[place.layer];
   const int num_partials = layers.first_chunk[place.layer + 1] - first;
   const double param_squared_norm = sum_of_partials(param_partials + first, num_partials);
   const double grad_squared_norm = sum_of_partials(grad_partials + first, num_partials);
-  const auto ratio = trust_ratio_of<Ratio>(layers.layer[place.layer], param_squared_norm, grad_squared_norm);
+  const auto ratio = trust_ratio_of<Ratio>(layers.layer[place.layer], options, param_squared_norm, grad_squared_norm);
   if (place.chunk == first && threadIdx.x == 0) {
     ratios[place.layer] = ratio;
   }
   return ratio;
 }
 
-// Partial sums of squares of the parameters, or of the gradients, or of both. One block a chunk.
+// Partial sums of squares of the parameters, or of the gradients with what is added to them, or of both. One block a
+// chunk.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
     measure(const __grid_constant__ Layers<MeasuredLayer> layers, double* param_partials, double* grad_partials) {
@@ -368,7 +432,14 @@ __global__ void __launch_bounds__(kThreads)
     }
   }
   if (grad_partials != nullptr) {
-    const double sum = sum_of_squares(static_cast<const T*>(layer.grad) + place.range.begin, count);
+    const T* grad = static_cast<const T*>(layer.grad) + place.range.begin;
+    double sum;
+    if (layer.scale == 0) {
+      sum = sum_of_squares(grad, count);
+    } else {
+      const T* param = static_cast<const T*>(layer.param) + place.range.begin;
+      sum = sum_of_squares_of_sums(grad, param, count, layer.scale);
+    }
     if (threadIdx.x == 0) {
       grad_partials[place.chunk] = sum;
     }
@@ -390,29 +461,48 @@ __global__ void __launch_bounds__(kThreads)
 template <typename Ratio>
 __global__ void __launch_bounds__(kThreads)
     decide(const __grid_constant__ Layers<Layer> layers, const double* param_squared_norms,
-           const double* grad_squared_norms, Ratio* ratios) {
+           const double* grad_squared_norms, Ratio* ratios, LarsOptions options) {
   const int layer = blockIdx.x * kThreads + threadIdx.x;
   if (layer < layers.count) {
-    ratios[layer] = trust_ratio_of<Ratio>(layers.layer[layer], param_squared_norms[layer], grad_squared_norms[layer]);
+    ratios[layer] =
+        trust_ratio_of<Ratio>(layers.layer[layer], options, param_squared_norms[layer], grad_squared_norms[layer]);
   }
 }
 
 // Gradients in place, from trust ratios. One block a chunk.
 template <typename T, typename Ratio>
 __global__ void __launch_bounds__(kThreads)
-    apply(const __grid_constant__ Layers<Layer> layers, const Ratio* ratios, double sign) {
+    apply(const __grid_constant__ Layers<Layer> layers, const Ratio* ratios, LarsOptions options) {
   const Place place = place_from_the_end(layers);
-  adapt_chunk<T>(layers.layer[place.layer], place.range, sign, ratios[place.layer]);
+  adapt_chunk<T>(layers.layer[place.layer], place.range, options, ratios[place.layer]);
 }
 
 // The same from partial sums.
 template <typename T, typename Ratio>
 __global__ void __launch_bounds__(kThreads)
     decide_and_apply(const __grid_constant__ Layers<Layer> layers, const double* param_partials,
-                     const double* grad_partials, Ratio* ratios, double sign) {
+                     const double* grad_partials, Ratio* ratios, LarsOptions options) {
   const Place place = place_from_the_end(layers);
-  const Ratio ratio = decide_at(place, layers, param_partials, grad_partials, ratios);
-  adapt_chunk<T>(layers.layer[place.layer], place.range, sign, ratio);
+  const Ratio ratio = decide_at(place, layers, options, param_partials, grad_partials, ratios);
+  adapt_chunk<T>(layers.layer[place.layer], place.range, options, ratio);
+}
+
+// Updates in place, from trust ratios. One block a chunk.
+template <typename T, typename Ratio>
+__global__ void __launch_bounds__(kThreads)
+    apply_to_updates(const __grid_constant__ Layers<Layer> layers, const Ratio* ratios) {
+  const Place place = place_from_the_end(layers);
+  scale_update_chunk<T>(layers.layer[place.layer], place.range, ratios[place.layer]);
+}
+
+// The same from partial sums.
+template <typename T, typename Ratio>
+__global__ void __launch_bounds__(kThreads)
+    decide_and_apply_to_updates(const __grid_constant__ Layers<Layer> layers, const double* param_partials,
+                                const double* grad_partials, Ratio* ratios, LarsOptions options) {
+  const Place place = place_from_the_end(layers);
+  const Ratio ratio = decide_at(place, layers, options, param_partials, grad_partials, ratios);
+  scale_update_chunk<T>(layers.layer[place.layer], place.range, ratio);
 }
 
 // Parameters and their momentum in place, with trust ratios or, if ratios is null, without. M: the type of the
@@ -431,7 +521,7 @@ __global__ void __launch_bounds__(kThreads)
     decide_and_update(const __grid_constant__ Layers<SgdLayer> layers, const double* param_partials,
                       const double* grad_partials, Ratio* ratios, SgdOptions options) {
   const Place place = place_from_the_end(layers);
-  const Ratio ratio = decide_at(place, layers, param_partials, grad_partials, ratios);
+  const Ratio ratio = decide_at(place, layers, options, param_partials, grad_partials, ratios);
   update_chunk<T, M>(layers.layer[place.layer], place.range, options, ratio);
 }
 

@@ -70,27 +70,44 @@ void launch_add_partials(const Launch& launch, const std::vector<MeasuredLayer>&
 
 template <typename Ratio, typename Launch>
 void launch_decide(const Launch& launch, const std::vector<Layer>& layers, const double* param_squared_norms,
-                   const double* grad_squared_norms, Ratio* ratios) {
+                   const double* grad_squared_norms, Ratio* ratios, const LarsOptions& options) {
   for_launches(layers, [&](const Layers<Layer>& arguments, int64_t layer, int64_t) {
     launch(decide<Ratio>, static_cast<int>(divide_up(arguments.count, kThreads)), arguments,
-           param_squared_norms + layer, grad_squared_norms + layer, ratios + layer);
+           param_squared_norms + layer, grad_squared_norms + layer, ratios + layer, options);
   });
 }
 
 template <typename T, typename Launch>
 void launch_apply(const Launch& launch, const std::vector<Layer>& layers, const compute_type<T>* ratios,
-                  bool maximize) {
+                  const LarsOptions& options) {
   for_launches(layers, [&](const Layers<Layer>& arguments, int64_t layer, int64_t) {
-    launch(apply<T, compute_type<T>>, chunks_of(arguments), arguments, ratios + layer, maximize ? -1.0 : 1.0);
+    launch(apply<T, compute_type<T>>, chunks_of(arguments), arguments, ratios + layer, options);
   });
 }
 
 template <typename T, typename Launch>
 void launch_decide_and_apply(const Launch& launch, const std::vector<Layer>& layers, const double* param_partials,
-                             const double* grad_partials, compute_type<T>* ratios, bool maximize) {
+                             const double* grad_partials, compute_type<T>* ratios, const LarsOptions& options) {
   for_launches(layers, [&](const Layers<Layer>& arguments, int64_t layer, int64_t chunk) {
     launch(decide_and_apply<T, compute_type<T>>, chunks_of(arguments), arguments, param_partials + chunk,
-           grad_partials + chunk, ratios + layer, maximize ? -1.0 : 1.0);
+           grad_partials + chunk, ratios + layer, options);
+  });
+}
+
+template <typename T, typename Launch>
+void launch_apply_to_updates(const Launch& launch, const std::vector<Layer>& layers, const compute_type<T>* ratios) {
+  for_launches(layers, [&](const Layers<Layer>& arguments, int64_t layer, int64_t) {
+    launch(apply_to_updates<T, compute_type<T>>, chunks_of(arguments), arguments, ratios + layer);
+  });
+}
+
+template <typename T, typename Launch>
+void launch_decide_and_apply_to_updates(const Launch& launch, const std::vector<Layer>& layers,
+                                        const double* param_partials, const double* grad_partials,
+                                        compute_type<T>* ratios, const LarsOptions& options) {
+  for_launches(layers, [&](const Layers<Layer>& arguments, int64_t layer, int64_t chunk) {
+    launch(decide_and_apply_to_updates<T, compute_type<T>>, chunks_of(arguments), arguments, param_partials + chunk,
+           grad_partials + chunk, ratios + layer, options);
   });
 }
 

@@ -37,35 +37,43 @@ at::Tensor new_vector(const at::Tensor& like, int64_t size, c10::ScalarType dtyp
   return like.new_empty({size}, like.options().dtype(dtype));
 }
 
-// Partial sums of squares of tensors that are given as both tensors and layers.
-at::Tensor measure_alone(const Launch& launch, at::TensorList tensors) {
-  std::vector<Swept> swept;
+// Partial sums of squares of tensors, with what is added to them.
+at::Tensor measure_alone(const Launch& launch, at::TensorList tensors, const Addends& addends = {}) {
+  std::vector<Pair> swept;
   std::vector<MeasuredLayer> layers;
   swept.reserve(tensors.size());
   layers.reserve(tensors.size());
-  for (const at::Tensor& tensor : tensors) {
-    swept.push_back(dense(tensor));
-    layers.push_back({real_numel(tensor), swept.back()->const_data_ptr()});
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const bool has_addends = !addends.scales.empty();
+    const double scale = has_addends ? addends.scales[i] : 0;
+    const Pair& pair = swept.emplace_back(tensors[i], has_addends ? addends.others[i] : tensors[i], scale);
+    layers.push_back({real_numel(tensors[i]), pair.param->defined() ? pair.param->const_data_ptr() : nullptr,
+                      pair.grad->const_data_ptr(), scale});
   }
   const at::Tensor partials = new_vector(tensors[0], count_chunks(layers), c10::kDouble);
-  TORCHLARS_DISPATCH(real_dtype(tensors[0]), "squared_norms",
-                     [&] { launch_measure<scalar_t>(launch, layers, partials.mutable_data_ptr<double>(), nullptr); });
+  TORCHLARS_DISPATCH(real_dtype(*swept[0].grad), "squared_norms",
+                     [&] { launch_measure<scalar_t>(launch, layers, nullptr, partials.mutable_data_ptr<double>()); });
   return partials;
 }
 
-// Partial sums of squares of parameters and gradients, side by side if they are of one dtype.
-std::pair<at::Tensor, at::Tensor> measure_both(const Launch& launch, at::TensorList grads, at::TensorList params) {
+// Partial sums of squares of parameters and of gradients, with scales[i] * params[i] added to these unless scales is
+// empty; side by side if they are of one dtype.
+std::pair<at::Tensor, at::Tensor> measure_both(const Launch& launch, at::TensorList grads, at::TensorList params,
+                                               at::ArrayRef<double> scales = {}) {
   if (grads[0].scalar_type() != params[0].scalar_type()) {
-    return {measure_alone(launch, params), measure_alone(launch, grads)};
+    return {measure_alone(launch, params), measure_alone(launch, grads, {params, scales})};
   }
-  std::vector<Swept> swept;
+  std::vector<Pair> swept;
   std::vector<MeasuredLayer> layers;
-  swept.reserve(2 * grads.size());
+  swept.reserve(grads.size());
   layers.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
-    swept.push_back(dense(params[i]));
-    swept.push_back(dense(grads[i]));
-    layers.push_back({real_numel(grads[i]), swept[2 * i]->const_data_ptr(), swept[2 * i + 1]->const_data_ptr()});
+    const double scale = scales.empty() ? 0 : scales[i];
+    Pair& pair = swept.emplace_back(grads[i], params[i], scale);
+    if (scale == 0) {
+      pair.param = dense(params[i]);  // in whatever order: the two are not added
+    }
+    layers.push_back({real_numel(grads[i]), pair.param->const_data_ptr(), pair.grad->const_data_ptr(), scale});
   }
   const at::Tensor param_partials = new_vector(grads[0], count_chunks(layers), c10::kDouble);
   const at::Tensor grad_partials = new_vector(grads[0], count_chunks(layers), c10::kDouble);
@@ -74,6 +82,23 @@ std::pair<at::Tensor, at::Tensor> measure_both(const Launch& launch, at::TensorL
                              grad_partials.mutable_data_ptr<double>());
   });
   return {param_partials, grad_partials};
+}
+
+const double* data_of(const std::optional<at::Tensor>& lr_scale) {
+  return lr_scale.has_value() ? lr_scale->const_data_ptr<double>() : nullptr;
+}
+
+// Sets what a kernel that decides by itself takes of each layer. lrs: empty where none is needed.
+template <typename AnyLayer>
+void set_numbers(std::vector<AnyLayer>& layers, at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
+                 at::ArrayRef<double> lrs) {
+  for (size_t i = 0; i < layers.size(); ++i) {
+    layers[i].trust_coef = trust_coefs[i];
+    layers[i].eps = eps[i];
+    if (!lrs.empty()) {
+      layers[i].lr = lrs[i];
+    }
+  }
 }
 
 // Gradients and parameters as one sweep takes them, and the layers that point into them.
@@ -103,9 +128,7 @@ struct Sweep {
 // The same for a step of SGD.
 struct SgdSweep {
   explicit SgdSweep(const SgdArguments& arguments)
-      : arguments(arguments),
-        options{arguments.nesterov, arguments.maximize,
-                arguments.lr_scale.has_value() ? arguments.lr_scale->const_data_ptr<double>() : nullptr} {
+      : arguments(arguments), options{arguments.nesterov, arguments.maximize, data_of(arguments.lr_scale)} {
     triples.reserve(arguments.params.size());
     layers.reserve(arguments.params.size());
     const bool has_momentum = !arguments.momentum_buffers.empty();
@@ -154,11 +177,10 @@ struct SgdSweep {
   std::vector<SgdLayer> layers;
 };
 
-at::Tensor squared_norms(at::TensorList tensors) {
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_tensors("squared_norms", "tensors", tensors);
+// Squared norms of tensors, with what is added to them.
+at::Tensor squared_norms_with(at::TensorList tensors, const Addends& addends) {
   const Launch launch(tensors[0]);
-  const at::Tensor partials = measure_alone(launch, tensors);
+  const at::Tensor partials = measure_alone(launch, tensors, addends);
   std::vector<MeasuredLayer> layers;
   for (const at::Tensor& tensor : tensors) {
     layers.push_back({real_numel(tensor)});
@@ -168,60 +190,131 @@ at::Tensor squared_norms(at::TensorList tensors) {
   return result;
 }
 
+at::Tensor squared_norms(at::TensorList tensors) {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  check_tensors("squared_norms", "tensors", tensors);
+  return squared_norms_with(tensors, {});
+}
+
+at::Tensor squared_norms_of_sums(at::TensorList tensors, at::TensorList others, at::ArrayRef<double> scales) {
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  check_sums("squared_norms_of_sums", tensors, others, scales);
+  return squared_norms_with(tensors, {others, scales});
+}
+
 at::Tensor trust_ratios(const at::Tensor& param_squared_norms, const at::Tensor& grad_squared_norms,
                         at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
-                        at::ScalarType dtype) {
+                        at::ScalarType dtype, at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_scale,
+                        bool clip, bool of_updates) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_trust_ratios(param_squared_norms, grad_squared_norms, weight_decays, trust_coefs, eps, dtype);
+  check_trust_ratios(param_squared_norms, grad_squared_norms, weight_decays, trust_coefs, eps, dtype, {lrs, lr_scale},
+                     clip || of_updates);
   const Launch launch(param_squared_norms);
-  std::vector<Layer> layers;
-  for (size_t i = 0; i < weight_decays.size(); ++i) {
-    layers.push_back({0, nullptr, nullptr, weight_decays[i], trust_coefs[i], eps[i]});
+  std::vector<Layer> layers(weight_decays.size());
+  for (size_t i = 0; i < layers.size(); ++i) {
+    layers[i].weight_decay = weight_decays[i];
   }
+  set_numbers(layers, trust_coefs, eps, lrs);
+  LarsOptions options{{/*decayed_norm=*/false, clip, of_updates}};
+  options.lr_scale = data_of(lr_scale);
   const at::Tensor ratios = new_vector(param_squared_norms, static_cast<int64_t>(layers.size()), dtype);
   AT_DISPATCH_FLOATING_TYPES(dtype, "trust_ratios", [&] {
     launch_decide<scalar_t>(launch, layers, param_squared_norms.const_data_ptr<double>(),
-                            grad_squared_norms.const_data_ptr<double>(), ratios.mutable_data_ptr<scalar_t>());
+                            grad_squared_norms.const_data_ptr<double>(), ratios.mutable_data_ptr<scalar_t>(), options);
   });
   return ratios;
 }
 
 void apply_trust_ratios_(at::TensorList grads, at::TensorList params, const at::Tensor& ratios,
-                         at::ArrayRef<double> weight_decays, bool maximize) {
+                         at::ArrayRef<double> weight_decays, bool maximize, at::ArrayRef<double> lrs,
+                         const std::optional<at::Tensor>& lr_scale) {
+  const char* op = "apply_trust_ratios_";
   at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_layers("apply_trust_ratios_", grads, params, weight_decays, /*equal_shapes=*/false);
-  check_writable("apply_trust_ratios_", "grads", grads);
-  check_ratios("apply_trust_ratios_", ratios, grads, params);
+  check_layers(op, grads, params, weight_decays, /*equal_shapes=*/false);
+  check_writable(op, "grads", grads);
+  check_ratios(op, ratios, grads, params);
+  check_lrs(op, grads.size(), "grads", {lrs, lr_scale}, grads[0].device(), /*are_needed=*/false);
   const Launch launch(grads[0]);
-  const Sweep sweep(grads, params, weight_decays);
+  Sweep sweep(grads, params, weight_decays);
+  for (size_t i = 0; i < lrs.size(); ++i) {
+    sweep.layers[i].lr = lrs[i];
+  }
+  const LarsOptions options{{}, maximize, /*lr_in_momentum=*/!lrs.empty(), data_of(lr_scale)};
   TORCHLARS_DISPATCH(sweep.dtype(), "apply_trust_ratios_", [&] {
-    launch_apply<scalar_t>(launch, sweep.layers, ratios.const_data_ptr<compute_type<scalar_t>>(), maximize);
+    launch_apply<scalar_t>(launch, sweep.layers, ratios.const_data_ptr<compute_type<scalar_t>>(), options);
   });
   sweep.write_back_to(grads);
 }
 
 at::Tensor scale_by_trust_ratios_(at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays,
-                                  at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps, bool maximize) {
+                                  at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps, bool maximize,
+                                  at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_scale,
+                                  bool decayed_norm, bool clip, bool lr_in_momentum) {
+  const char* op = "scale_by_trust_ratios_";
   at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_layers("scale_by_trust_ratios_", grads, params, weight_decays, /*equal_shapes=*/true);
-  check_writable("scale_by_trust_ratios_", "grads", grads);
-  check_hyper_parameters("scale_by_trust_ratios_", grads.size(), "grads", weight_decays, trust_coefs, eps);
+  check_layers(op, grads, params, weight_decays, /*equal_shapes=*/true);
+  check_writable(op, "grads", grads);
+  check_hyper_parameters(op, grads.size(), "grads", weight_decays, trust_coefs, eps);
+  check_lrs(op, grads.size(), "grads", {lrs, lr_scale}, grads[0].device(), clip || lr_in_momentum);
   const Launch launch(grads[0]);
-  const auto [param_partials, grad_partials] = measure_both(launch, grads, params);
+  const LarsOptions options{{decayed_norm, clip}, maximize, lr_in_momentum, data_of(lr_scale)};
+  const auto [param_partials, grad_partials] =
+      measure_both(launch, grads, params, scales_of(weight_decays, maximize, options.ratio));
   Sweep sweep(grads, params, weight_decays);
-  for (size_t i = 0; i < grads.size(); ++i) {
-    sweep.layers[i].trust_coef = trust_coefs[i];
-    sweep.layers[i].eps = eps[i];
-  }
+  set_numbers(sweep.layers, trust_coefs, eps, lrs);
   const at::Tensor ratios = new_vector(grads[0], static_cast<int64_t>(grads.size()),
                                        compute_dtype(grads[0].scalar_type(), params[0].scalar_type()));
   const auto* param_sums = param_partials.const_data_ptr<double>();
   const auto* grad_sums = grad_partials.const_data_ptr<double>();
   TORCHLARS_DISPATCH(sweep.dtype(), "scale_by_trust_ratios_", [&] {
     launch_decide_and_apply<scalar_t>(launch, sweep.layers, param_sums, grad_sums,
-                                      ratios.mutable_data_ptr<compute_type<scalar_t>>(), maximize);
+                                      ratios.mutable_data_ptr<compute_type<scalar_t>>(), options);
   });
   sweep.write_back_to(grads);
+  return ratios;
+}
+
+void apply_trust_ratios_to_updates_(at::TensorList params, at::TensorList old_params, const at::Tensor& ratios) {
+  const char* op = "apply_trust_ratios_to_updates_";
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  check_updates(op, params, old_params);
+  check_ratios(op, ratios, params, old_params, "params");
+  const Launch launch(params[0]);
+  const Sweep sweep(params, old_params, std::vector<double>(params.size(), 1));
+  TORCHLARS_DISPATCH(sweep.dtype(), "apply_trust_ratios_to_updates_", [&] {
+    launch_apply_to_updates<scalar_t>(launch, sweep.layers, ratios.const_data_ptr<compute_type<scalar_t>>());
+  });
+  sweep.write_back_to(params);
+}
+
+at::Tensor scale_updates_by_trust_ratios_(at::TensorList params, at::TensorList old_params,
+                                          at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
+                                          at::ArrayRef<double> lrs, bool clip,
+                                          const std::optional<at::Tensor>& lr_scale) {
+  const char* op = "scale_updates_by_trust_ratios_";
+  at::AutoDispatchBelowADInplaceOrView no_autograd;
+  check_updates(op, params, old_params);
+  check_hyper_parameters(op, params.size(), "params", std::vector<double>(params.size()), trust_coefs, eps);
+  check_lrs(op, params.size(), "params", {lrs, lr_scale}, params[0].device(), /*are_needed=*/true);
+  const Launch launch(params[0]);
+  const auto [old_partials, update_partials] =
+      measure_both(launch, params, old_params, std::vector<double>(params.size(), -1));
+  Sweep sweep(params, old_params, std::vector<double>(params.size(), 1));
+  for (Layer& layer : sweep.layers) {
+    layer.weight_decay = 0;
+  }
+  set_numbers(sweep.layers, trust_coefs, eps, lrs);
+  LarsOptions options{{/*decayed_norm=*/false, clip, /*of_updates=*/true}};
+  options.lr_scale = data_of(lr_scale);
+  const at::Tensor ratios = new_vector(params[0], static_cast<int64_t>(params.size()),
+                                       compute_dtype(params[0].scalar_type(), old_params[0].scalar_type()));
+  const auto* old_sums = old_partials.const_data_ptr<double>();
+  const auto* update_sums = update_partials.const_data_ptr<double>();
+  TORCHLARS_DISPATCH(sweep.dtype(), "scale_updates_by_trust_ratios_", [&] {
+    launch_decide_and_apply_to_updates<scalar_t>(launch, sweep.layers, old_sums, update_sums,
+                                                 ratios.mutable_data_ptr<compute_type<scalar_t>>(), options);
+  });
+  sweep.write_back_to(params);
   return ratios;
 }
 
@@ -250,19 +343,20 @@ void sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_b
 at::Tensor lars_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
                      at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
                      at::ArrayRef<double> lrs, at::ArrayRef<double> momentums, at::ArrayRef<double> dampenings,
-                     bool nesterov, bool maximize, const std::optional<at::Tensor>& lr_scale) {
+                     bool nesterov, bool maximize, const std::optional<at::Tensor>& lr_scale, bool decayed_norm,
+                     bool clip, bool lr_in_momentum) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   const SgdArguments sgd{params,    grads,      momentum_buffers, weight_decays, lrs,
                          momentums, dampenings, nesterov,         maximize,      lr_scale};
   check_sgd("lars_sgd_", sgd);
   check_hyper_parameters("lars_sgd_", grads.size(), "grads", weight_decays, trust_coefs, eps);
   const Launch launch(params[0]);
-  const auto [param_partials, grad_partials] = measure_both(launch, grads, params);
   SgdSweep sweep(sgd);
-  for (size_t i = 0; i < grads.size(); ++i) {
-    sweep.layers[i].trust_coef = trust_coefs[i];
-    sweep.layers[i].eps = eps[i];
-  }
+  sweep.options.ratio = {decayed_norm, clip};
+  sweep.options.lr_in_momentum = lr_in_momentum;
+  set_numbers(sweep.layers, trust_coefs, eps, {});
+  const auto [param_partials, grad_partials] =
+      measure_both(launch, grads, params, scales_of(weight_decays, maximize, sweep.options.ratio));
   const at::Tensor ratios = new_vector(grads[0], static_cast<int64_t>(grads.size()),
                                        compute_dtype(grads[0].scalar_type(), params[0].scalar_type()));
   const auto* param_sums = param_partials.const_data_ptr<double>();
@@ -281,9 +375,12 @@ at::Tensor lars_sgd_(at::TensorList params, at::TensorList grads, at::TensorList
 
 TORCH_LIBRARY_IMPL(torchlars, CUDA, m) {
   m.impl("squared_norms", squared_norms);
+  m.impl("squared_norms_of_sums", squared_norms_of_sums);
   m.impl("trust_ratios", trust_ratios);
   m.impl("apply_trust_ratios_", apply_trust_ratios_);
   m.impl("scale_by_trust_ratios_", scale_by_trust_ratios_);
+  m.impl("apply_trust_ratios_to_updates_", apply_trust_ratios_to_updates_);
+  m.impl("scale_updates_by_trust_ratios_", scale_updates_by_trust_ratios_);
   m.impl("sgd_", sgd_);
   m.impl("lars_sgd_", lars_sgd_);
 }
