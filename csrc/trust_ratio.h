@@ -28,8 +28,8 @@ C10_HOST_DEVICE inline double trust_ratio(double param_squared_norm, double grad
   const bool is_nan = norms != norms;
   double ratio = 1;
   if (is_nan || (param_norm != 0 && grad_norm != 0)) {
-    const double decayed = options.decayed_norm ? 0 : weight_decay * param_norm;
-    ratio = trust_coef * param_norm / (grad_norm + decayed + eps);
+    const double decay = options.decayed_norm ? 0 : weight_decay;
+    ratio = trust_coef * param_norm / (grad_norm + decay * param_norm + eps);
   }
   if (options.clip) {
     ratio = options.of_updates ? ratio : ratio / lr;

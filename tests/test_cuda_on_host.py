@@ -117,10 +117,21 @@ class Case:
     def dtype(self) -> torch.dtype:
         return self.params[0].dtype
 
-    def ratios(self) -> Tensor:
-        squared_norms = [reference.squared_norms(tensors) for tensors in (self.params, self.grads)]
+    def grad_squared_norms(self, way: Way) -> Tensor:
+        if not (way.decayed_norm or way.of_updates):
+            return reference.squared_norms(self.grads)
+        sign = -1 if way.maximize else 1
+        scales = [-1.0 if way.of_updates else sign * weight_decay for weight_decay in self.weight_decays]
+        return reference.squared_norms_of_sums(self.grads, self.params, scales)
+
+    def ratios(self, way: Way) -> Tensor:
+        squared_norms = reference.squared_norms(self.params), self.grad_squared_norms(way)
         dtype = reference.compute_dtype(self.dtype, self.dtype)
-        return reference.trust_ratios(*squared_norms, self.weight_decays, self.trust_coefs, self.eps, dtype)
+        no_decays = [0.0] * len(self.weight_decays)
+        weight_decays = no_decays if way.decayed_norm or way.of_updates else self.weight_decays
+        numbers = weight_decays, self.trust_coefs, self.eps
+        lr_scale = self.lr_scale if way.has_lr_scale else None
+        return reference.trust_ratios(*squared_norms, *numbers, dtype, self.lrs, lr_scale, way.clip, way.of_updates)
 
 
 def new_case(name: str, dtype: torch.dtype) -> Case:
@@ -172,9 +183,33 @@ class Way:
     nesterov: bool = False
     has_ratios: bool = False
     has_lr_scale: bool = False
+    decayed_norm: bool = False
+    clip: bool = False
+    lr_in_momentum: bool = False
+    of_updates: bool = False  # the case's parameters are those before a step, and its gradients those after it
+
+    @property
+    def decides(self) -> tuple[bool, ...]:
+        """What trust ratios depend on: ways that have it in common must have the same bits."""
+        return (self.has_lr_scale and self.clip, self.decayed_norm and self.maximize, self.decayed_norm, self.clip)
 
 
-WAYS = [Way(op, order, maximize=order == SHUFFLED) for order in ORDERS for op in (SCALE, SCALE_IN_THREE_OPS)]
+PLAIN = [Way(op, order, maximize=order == SHUFFLED) for order in ORDERS for op in (SCALE, SCALE_IN_THREE_OPS)]
+DIALECTS: list[dict[str, bool]] = [
+    {"decayed_norm": True, "maximize": False},
+    {"clip": True, "maximize": True},
+    {"lr_in_momentum": True, "maximize": False, "has_lr_scale": True},
+    {"decayed_norm": True, "clip": True, "lr_in_momentum": True, "maximize": True, "has_lr_scale": True},
+]
+IN_DIALECTS = [
+    Way(op, ORDERS[i % 3], **dialect) for i, dialect in enumerate(DIALECTS) for op in (SCALE, SCALE_IN_THREE_OPS)
+]
+OF_UPDATES = [
+    Way(op, ORDERS[i % 3], maximize=False, of_updates=True, clip=i > 0, has_lr_scale=i > 0)
+    for i in range(2)
+    for op in (SCALE, SCALE_IN_THREE_OPS)
+]
+WAYS = {"plain": PLAIN, "in dialects": IN_DIALECTS, "of updates": OF_UPDATES}
 
 
 def sgd_ways(dtype: torch.dtype) -> list[Way]:
@@ -189,6 +224,9 @@ def sgd_ways(dtype: torch.dtype) -> list[Way]:
             nesterov=nesterov,
             has_ratios=has_ratios,
             has_lr_scale=(i // 2 + j) % 2 == 1,
+            decayed_norm=op == LARS_SGD and i % 2 == 1,
+            clip=op == LARS_SGD and i % 3 == 1,
+            lr_in_momentum=op == LARS_SGD and i % 3 > 0,
         )
         for i, (momentum, nesterov) in enumerate(momenta)
         for j, (op, has_ratios) in enumerate([(SGD, False), (SGD, True), (LARS_SGD, False)])
@@ -243,6 +281,7 @@ def to_input(case: Case, way: Way) -> bytes:
     momentum_dtype = -1 if way.momentum is None else DTYPES.index(way.momentum)
     header = [DTYPES.index(case.dtype), way.op, way.maximize, way.order, len(case.layers)]
     header += [momentum_dtype, way.nesterov, way.has_ratios, way.has_lr_scale]
+    header += [way.decayed_norm, way.clip, way.lr_in_momentum, way.of_updates]
     per_layer = (case.weight_decays, case.trust_coefs, case.eps, case.lrs, case.momentums, case.dampenings)
     numbers = [(layer.numel, *layer.offsets, *others) for layer, *others in zip(case.layers, *per_layer, strict=True)]
     return (
@@ -250,7 +289,7 @@ def to_input(case: Case, way: Way) -> bytes:
         + np.array(numbers, NUMBERS).tobytes()
         + to_bytes(case.params + case.grads)
         + to_bytes(momenta_of(case, way))
-        + to_bytes([case.ratios()] if way.has_ratios else [])
+        + to_bytes([case.ratios(way)] if way.has_ratios else [])
         + to_bytes([case.lr_scale] if way.has_lr_scale else [])
     )
 
@@ -277,7 +316,9 @@ def execute(driver: Path, case: Case, ways: list[Way]) -> list[Result]:
         result = Result(params, grads, momenta, *(take(len(grads), dtype) for dtype in vectors))
         if way.op in (SGD, LARS_SGD):
             assert to_bytes(grads) == to_bytes(case.grads), f"{name}: a gradient was written"
-            assert not way.has_ratios or to_bytes([result.ratios]) == to_bytes([case.ratios()]), f"{name}: and ratios"
+            assert not way.has_ratios or to_bytes([result.ratios]) == to_bytes([case.ratios(way)]), (
+                f"{name}: and ratios"
+            )
         else:
             assert to_bytes(params) == to_bytes(case.params), f"{name}: a parameter was written"
         results.append(result)
@@ -298,43 +339,48 @@ def ratio_rtol(dtype: torch.dtype) -> float:
 
 
 def check(case: Case, ways: list[Way], results: list[Result]) -> None:
-    """Compare scaled gradients with the reference. All ways must have the same bits."""
-    squared_norms = [reference.squared_norms(tensors) for tensors in (case.params, case.grads)]
-    told, ratios = results[0].ratios, case.ratios()
-
-    def adapted(maximize: bool) -> Tensor:
-        grads = [grad.clone() for grad in case.grads]
-        reference.apply_trust_ratios_(grads, case.params, told, case.weight_decays, maximize)
-        return torch.cat(grads)
-
-    grads = {maximize: adapted(maximize) for maximize in {way.maximize for way in ways}}
+    """Compare scaled gradients, or updates, with the reference. Ways that decide alike must have the same bits."""
+    told: dict[tuple[bool, ...], Tensor] = {}
     for way, result in zip(ways, results, strict=True):
         if way.op == SCALE_IN_THREE_OPS:
+            squared_norms = reference.squared_norms(case.params), case.grad_squared_norms(way)
             compare("squared norms", case, way, result.param_squared_norms, squared_norms[0], rtol=1e-14)
             compare("squared norms", case, way, result.grad_squared_norms, squared_norms[1], rtol=1e-14)
-        compare("ratios", case, way, result.ratios, ratios, rtol=ratio_rtol(told.dtype))
-        compare("ratios of two ways", case, way, result.ratios, told, rtol=0)
-        compare("gradients", case, way, torch.cat(result.grads), grads[way.maximize], rtol=0)
+        ratios = told.setdefault(way.decides, result.ratios)
+        compare("ratios", case, way, result.ratios, case.ratios(way), rtol=ratio_rtol(ratios.dtype))
+        compare("ratios of two ways", case, way, result.ratios, ratios, rtol=0)
+        grads = [grad.clone() for grad in case.grads]
+        if way.of_updates:
+            reference.apply_trust_ratios_to_updates_(grads, case.params, ratios)
+        else:
+            lrs = case.lrs if way.lr_in_momentum else []
+            lr_scale = case.lr_scale if way.has_lr_scale else None
+            reference.apply_trust_ratios_(grads, case.params, ratios, case.weight_decays, way.maximize, lrs, lr_scale)
+        compare("gradients", case, way, torch.cat(result.grads), torch.cat(grads), rtol=0)
 
 
 def check_sgd(case: Case, ways: list[Way], results: list[Result]) -> None:
     """Compare steps of SGD with the reference."""
     for way, result in zip(ways, results, strict=True):
         if way.op == LARS_SGD:
-            compare("ratios", case, way, result.ratios, case.ratios(), rtol=ratio_rtol(result.ratios.dtype))
+            compare("ratios", case, way, result.ratios, case.ratios(way), rtol=ratio_rtol(result.ratios.dtype))
+        ratios, lrs, lr_scale = result.ratios, case.lrs, case.lr_scale if way.has_lr_scale else None
+        if way.lr_in_momentum:
+            scaled = torch.tensor(lrs, dtype=torch.float64) * (1 if lr_scale is None else lr_scale)
+            ratios, lrs, lr_scale = (ratios.double() * scaled).to(ratios.dtype), [1.0] * len(lrs), None
         params, momenta = [param.clone() for param in case.params], momenta_of(case, way)
         reference.sgd_(
             params,
             case.grads,
             momenta,
-            result.ratios if way.op == LARS_SGD or way.has_ratios else None,
+            ratios if way.op == LARS_SGD or way.has_ratios else None,
             case.weight_decays,
-            case.lrs,
+            lrs,
             case.momentums if momenta else [0.0] * len(params),
             case.dampenings,
             way.nesterov,
             way.maximize,
-            case.lr_scale if way.has_lr_scale else None,
+            lr_scale,
         )
         compare("parameters", case, way, torch.cat(result.params), torch.cat(params), rtol=0)
         if momenta:
@@ -355,13 +401,14 @@ class Bug:
     build: str = "plain"
     file: str = "cuda/kernels.cuh"
     sgd: bool = False
+    kind: str = "plain"  # of ways
     dtype: torch.dtype = torch.float32
 
 
 BUGS = {
     "the tail of a sum ends early": Bug(
-        "peeled + threadIdx.x; i < count; i += kThreads) {\n    sum",
-        "peeled + threadIdx.x; i < count - 1; i += kThreads) {\n    sum",
+        "kThreads) {\n    sum = add_square(sum, static_cast<double>(x[i]));",
+        "kThreads) {\n    sum = i == count - 1 ? sum : add_square(sum, static_cast<double>(x[i]));",
         "ratios differ",
     ),
     "the tail of a gradient ends early": Bug(
@@ -369,9 +416,9 @@ BUGS = {
         "peeled + threadIdx.x; i < count - 1; i += kThreads) {\n    if",
         "gradients differ",
     ),
-    "a tail reads one past the end": Bug("(x[i])", "(x[i + 1])", "heap-buffer-overflow", build="sanitized"),
+    "a tail reads one past the end": Bug("(x[i]));", "(x[i + 1]));", "heap-buffer-overflow", build="sanitized"),
     "a parameter is read one past the end": Bug(
-        "param[i], weight", "param[i + 1], weight", "heap-buffer-overflow", build="sanitized"
+        "rewrite(x[i], y[i])", "rewrite(x[i], y[i + 1])", "heap-buffer-overflow", build="sanitized"
     ),
     "packs are read past the end": Bug(
         "if (first + u * kThreads < num_packs) {\n        loaded",
@@ -387,8 +434,8 @@ BUGS = {
         build="sanitized",
     ),
     "packs of a parameter need no alignment": Bug(
-        "is_aligned(grad) && is_aligned(param)",
-        "is_aligned(grad)",
+        "rewrite) {\n  constexpr int kSize = Pack<T>::kSize;\n  int64_t peeled = 0;\n  if (is_aligned(x) && is_aligned(y))",
+        "rewrite) {\n  constexpr int kSize = Pack<T>::kSize;\n  int64_t peeled = 0;\n  if (is_aligned(x))",
         "misaligned address",
         case="misaligned views",
         build="sanitized",
@@ -421,10 +468,53 @@ BUGS = {
         "if (place.chunk == first &&", "if (blockIdx.x == 0 && place.chunk == first &&", "ratios differ"
     ),
     "a ratio is taken from another block": Bug(
-        "place.range, sign, ratio)", "place.range, sign, ratios[place.layer])", "differ"
+        "place.range, options, ratio)", "place.range, options, ratios[place.layer])", "differ"
     ),
     "a ratio too many is decided": Bug("layer < layers.count", "layer <= layers.count", "wrote outside of its memory"),
-    "maximize is ignored": Bug("sign * layer.weight_decay", "layer.weight_decay", "gradients differ"),
+    "maximize is ignored": Bug("options.maximize ? -layer.weight_decay :", "", "gradients differ"),
+    "a sum is measured in packs that are not aligned": Bug(
+        "double scale) {\n  constexpr int kSize = Pack<T>::kSize;\n  double sum = 0;\n  int64_t peeled = 0;\n"
+        "  if (is_aligned(x) && is_aligned(y))",
+        "double scale) {\n  constexpr int kSize = Pack<T>::kSize;\n  double sum = 0;\n  int64_t peeled = 0;\n"
+        "  if (is_aligned(x))",
+        "misaligned address",
+        case="misaligned views",
+        build="sanitized",
+        kind="in dialects",
+    ),
+    "what is added is not measured": Bug(
+        "layer.scale == 0", "layer.scale == layer.scale", "norms differ|ratios differ", kind="in dialects"
+    ),
+    "what is added is not scaled in packs": Bug("+ scale * y)", "+ y)", "ratios differ", kind="in dialects"),
+    "what is added is not scaled in the tail": Bug(
+        "+ scale * static_cast", "+ static_cast", "ratios differ", kind="in dialects"
+    ),
+    "the decay is counted twice": Bug(
+        "options.decayed_norm ? 0 :", "", "ratios differ", file="trust_ratio.h", kind="in dialects"
+    ),
+    "nothing is clipped": Bug(
+        "ratio > 1 ? 1 : ratio", "ratio", "ratios differ", file="trust_ratio.h", kind="in dialects"
+    ),
+    "a ratio is clipped that was not divided by lr": Bug(
+        "options.of_updates ? ratio : ratio / lr", "ratio", "ratios differ", file="trust_ratio.h", kind="in dialects"
+    ),
+    "lr is not in the momentum": Bug("options.lr_in_momentum ? static", "false ? static", "differ", kind="in dialects"),
+    "an update is not divided by lr": Bug(
+        "grad_norm /= lr;", "", "ratios differ", file="trust_ratio.h", kind="of updates"
+    ),
+    "a step of no length is divided by lr 0": Bug(
+        "options.of_updates && grad_norm != 0",
+        "options.of_updates && (grad_norm /= grad_norm) > 0",
+        "ratios differ",
+        file="trust_ratio.h",
+        kind="of updates",
+        case="zero norms and empty layers",
+    ),
+    "an update starts from what it was scaled to": Bug(
+        "return old_param + ratio", "return param + ratio", "differ", file="trust_ratio.h", kind="of updates"
+    ),
+    "lr stays outside of the momentum of SGD": Bug("lr_in_momentum ? lr : 1", "1", "differ", file="sgd.h", sgd=True),
+    "lr is applied twice": Bug("lr_in_momentum ? 1 : lr", "lr", "differ", file="sgd.h", sgd=True),
     "a second launch reads the first one's sums": Bug(
         "param_partials + chunk,",
         "param_partials,",
@@ -465,9 +555,9 @@ BUGS = {
     ),
     "dampening is ignored": Bug("layer.momentum, layer.dampening", "layer.momentum, 0", "parameters differ", sgd=True),
     "nesterov is ignored": Bug("else if (options.nesterov)", "else if (false)", "parameters differ", sgd=True),
-    "lr_scale is ignored": Bug("layer.lr * lr_scale", "layer.lr", "parameters differ", sgd=True),
+    "lr_scale is ignored": Bug("layer.lr * *options.lr_scale", "layer.lr", "parameters differ", sgd=True),
     "lr is rounded before it is scaled": Bug(
-        "layer.lr * lr_scale", "Compute(layer.lr) * Compute(lr_scale)", "parameters differ", sgd=True
+        "layer.lr * *options.lr_scale", "float(layer.lr) * float(*options.lr_scale)", "differ", sgd=True
     ),
     "what does not decay takes 0 times infinity": Bug(
         "const bool decays = numbers.weight_decay != 0",
@@ -549,16 +639,17 @@ CASES_IN_DTYPES = [
 
 
 @pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("kind", WAYS)
 @pytest.mark.parametrize(("name", "dtype"), CASES_IN_DTYPES, ids=str)
 def test_kernels_equal_the_reference(
-    name: str, dtype: torch.dtype, build: str, drivers: dict[str, Future[Path]], sanitizers: bool
+    name: str, dtype: torch.dtype, kind: str, build: str, drivers: dict[str, Future[Path]], sanitizers: bool
 ) -> None:
     skip_without(sanitizers, build)
-    case = new_case(name, dtype)
-    # Sanitizers look at which memory is used, and that does not depend on the order.
-    ways = WAYS if build == "plain" else WAYS[-2:]
+    case, ways = new_case(name, dtype), WAYS[kind]
+    if build != "plain":  # sanitizers look at which memory is used, and that does not depend on the order
+        ways = ways[-2:]
     if name == SEVERAL_LAUNCHES:
-        ways = WAYS[-2:] if build == "plain" else WAYS[:1]
+        ways = ways[-2:] if build == "plain" else ways[:1]
     check(case, ways, execute(drivers[build].result(), case, ways))
 
 
@@ -581,7 +672,9 @@ def test_a_planted_bug_is_caught(name: str, drivers: dict[str, Future[Path]], sa
     bug = BUGS[name]
     skip_without(sanitizers, bug.build)
     case = new_case(bug.case, bug.dtype)
-    ways = sgd_ways(bug.dtype)[::-1] if bug.sgd else [WAYS[0], WAYS[-1]]
+    ways = sgd_ways(bug.dtype)[::-1] if bug.sgd else WAYS[bug.kind]
+    if not bug.sgd and bug.kind == "plain":
+        ways = [ways[0], ways[-1]]
     if bug.case == SEVERAL_LAUNCHES:
         ways = ways[1:2] if bug.sgd else ways[:1]
     driver = drivers[name].result()

@@ -11,6 +11,7 @@
 namespace {
 
 using namespace torchlars::cuda;
+using torchlars::RatioOptions;
 
 enum Op : int64_t { kScale, kScaleInThreeOps, kSgd, kLarsSgd };
 
@@ -20,6 +21,8 @@ struct Case {
   int64_t dtype, op, maximize, order, layers;
   int64_t momentum_dtype;  // -1: no momentum
   int64_t nesterov, has_ratios, has_lr_scale;
+  int64_t decayed_norm, clip, lr_in_momentum;
+  int64_t of_updates;  // parameters before a step for parameters, after it for gradients
 };
 struct Numbers {
   int64_t numel, param_offset, grad_offset, momentum_offset;
@@ -86,6 +89,16 @@ std::vector<Buffer<T>> read_buffers(const std::vector<Numbers>& numbers, int64_t
   return buffers;
 }
 
+RatioOptions ratio_options(const Case& header) {
+  return {header.decayed_norm != 0, header.clip != 0, header.of_updates != 0};
+}
+
+// What the parameter is multiplied by before it is added to what is measured.
+double addend_scale(const Case& header, const Numbers& n) {
+  const double decay = header.maximize ? -n.weight_decay : n.weight_decay;
+  return header.of_updates ? -1 : header.decayed_norm ? decay : 0;
+}
+
 // Before and after any op.
 template <typename T>
 struct Tensors {
@@ -96,10 +109,10 @@ struct Tensors {
     cuda_on_host::order = header.order;
   }
 
-  std::vector<MeasuredLayer> measured() const {
+  std::vector<MeasuredLayer> measured(const Case& header) const {
     std::vector<MeasuredLayer> layers;
     for (size_t i = 0; i < numbers.size(); ++i) {
-      layers.push_back({numbers[i].numel, params[i].data(), grads[i].data()});
+      layers.push_back({numbers[i].numel, params[i].data(), grads[i].data(), addend_scale(header, numbers[i])});
     }
     return layers;
   }
@@ -124,21 +137,33 @@ struct Tensors {
   Buffer<double> param_norms, grad_norms;
 };
 
+Buffer<double> read_lr_scale(const Case& header) {
+  Buffer<double> lr_scale(1);
+  if (header.has_lr_scale) {
+    lr_scale.read();
+  }
+  return lr_scale;
+}
+
 template <typename T>
 void scale(const Case& header) {
   const Tensors<T> x(header);
   const auto& [numbers, params, grads, param_norms, grad_norms] = x;
-  const std::vector<MeasuredLayer> both = x.measured();
+  const Buffer<double> lr_scale = read_lr_scale(header);
+  const LarsOptions options{ratio_options(header), header.maximize != 0, header.lr_in_momentum != 0,
+                            header.has_lr_scale ? lr_scale.data() : nullptr};
+  const std::vector<MeasuredLayer> both = x.measured(header);
   std::vector<MeasuredLayer> only_params, only_grads, sizes;
   std::vector<Layer> decided, swept;
   for (size_t i = 0; i < numbers.size(); ++i) {
     const Numbers& n = numbers[i];
-    const T* read_param = n.weight_decay == 0 ? nullptr : params[i].data();
+    const bool is_read = header.of_updates || n.weight_decay != 0;
     only_params.push_back({n.numel, params[i].data()});
-    only_grads.push_back({n.numel, nullptr, grads[i].data()});
+    only_grads.push_back({n.numel, both[i].scale == 0 ? nullptr : params[i].data(), grads[i].data(), both[i].scale});
     sizes.push_back({n.numel});
-    decided.push_back({0, nullptr, nullptr, n.weight_decay, n.trust_coef, n.eps});
-    swept.push_back({n.numel, read_param, grads[i].data(), n.weight_decay});
+    decided.push_back({0, nullptr, nullptr, header.of_updates ? 0 : n.weight_decay, n.trust_coef, n.eps, n.lr});
+    swept.push_back({n.numel, is_read ? params[i].data() : nullptr, grads[i].data(), decided[i].weight_decay, 0, 0,
+                     header.op == kScale || header.lr_in_momentum ? n.lr : 0});
     if (header.op == kScale) {
       swept.back().trust_coef = n.trust_coef;
       swept.back().eps = n.eps;
@@ -152,12 +177,20 @@ void scale(const Case& header) {
     launch_add_partials(launch, sizes, param_partials.data(), param_norms.data());
     launch_measure<T>(launch, only_grads, nullptr, grad_partials.data());
     launch_add_partials(launch, sizes, grad_partials.data(), grad_norms.data());
-    launch_decide(launch, decided, param_norms.data(), grad_norms.data(), ratios.data());
-    launch_apply<T>(launch, swept, ratios.data(), header.maximize);
+    launch_decide(launch, decided, param_norms.data(), grad_norms.data(), ratios.data(), options);
+    if (header.of_updates) {
+      launch_apply_to_updates<T>(launch, swept, ratios.data());
+    } else {
+      launch_apply<T>(launch, swept, ratios.data(), options);
+    }
   } else {
     launch_measure<T>(launch, both, param_partials.data(), grad_partials.data());
-    launch_decide_and_apply<T>(launch, swept, param_partials.data(), grad_partials.data(), ratios.data(),
-                               header.maximize);
+    if (header.of_updates) {
+      launch_decide_and_apply_to_updates<T>(launch, swept, param_partials.data(), grad_partials.data(), ratios.data(),
+                                            options);
+    } else {
+      launch_decide_and_apply<T>(launch, swept, param_partials.data(), grad_partials.data(), ratios.data(), options);
+    }
   }
   x.write(std::vector<Buffer<T>>(), ratios);
 }
@@ -174,11 +207,7 @@ void update_by_sgd(const Case& header) {
   if (header.has_ratios) {
     ratios.read();
   }
-  Buffer<double> lr_scale(1);
-  if (header.has_lr_scale) {
-    lr_scale.read();
-  }
-
+  const Buffer<double> lr_scale = read_lr_scale(header);
   std::vector<SgdLayer> layers;
   for (size_t i = 0; i < x.numbers.size(); ++i) {
     const Numbers& n = x.numbers[i];
@@ -191,9 +220,10 @@ void update_by_sgd(const Case& header) {
     }
   }
 
-  const SgdOptions options{header.nesterov != 0, header.maximize != 0, header.has_lr_scale ? lr_scale.data() : nullptr};
+  const SgdOptions options{header.nesterov != 0, header.maximize != 0, header.has_lr_scale ? lr_scale.data() : nullptr,
+                           ratio_options(header), header.lr_in_momentum != 0};
   if (header.op == kLarsSgd) {
-    const std::vector<MeasuredLayer> measured = x.measured();
+    const std::vector<MeasuredLayer> measured = x.measured(header);
     const Buffer<double> param_partials(count_chunks(measured)), grad_partials(count_chunks(measured));
     launch_measure<T>(launch, measured, param_partials.data(), grad_partials.data());
     launch_decide_and_update<T, M>(launch, layers, param_partials.data(), grad_partials.data(), ratios.data(), options);
