@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from torchlars import LARS, ops, reference
+from torchlars import LAMB, LARC, LARS, ops, reference
+from torchlars import optim as torchlars_optim
 
 SGD = pytest.mark.parametrize("op", ["sgd_", "lars_sgd_"])
 DTYPES = pytest.mark.parametrize(
@@ -107,6 +108,46 @@ def test_step_never_waits_for_the_device(no_sync, base, dtypes):
     assert len(ratios) == len(params)
     for param, gradient in zip(params, expected, strict=True):
         torch.testing.assert_close(param.grad, gradient)
+
+
+EVERY_DIALECT = {
+    "LARC": lambda base: LARC(base, trust_coef=0.5),
+    "decayed norm": lambda base: LARS(base, norm="decayed"),
+    "lr in momentum": lambda base: LARS(base, lr_in_momentum=True, clip=True, norm="decayed"),
+    "update": lambda base: LARS(base, apply_to="update"),
+    "LAMB": lambda base: LAMB(base),
+    "LAMB, clipped": lambda base: LAMB(base, clip=True),
+}
+
+
+@pytest.mark.parametrize("lr_is_tensor", [False, True], ids=["lr", "lr on the device"])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torchlars_optim.SGD], ids=["torch", "torchlars"])
+@pytest.mark.parametrize("dialect", EVERY_DIALECT)
+def test_no_dialect_waits_for_the_device(no_sync, monkeypatch, dialect, base, lr_is_tensor):
+    torch.cuda.set_sync_debug_mode("default")
+    params = make(dtypes=(torch.float32, torch.float64))
+    lr = torch.tensor(0.1, device="cuda") if lr_is_tensor else 0.1
+    options = {"momentum": 0.9, "weight_decay": 0.1}
+    if base is torch.optim.SGD and lr_is_tensor:
+        options["fused"] = True
+    twins = [nn.Parameter(param.detach().cpu()) for param in params]
+    for param, twin in zip(params, twins, strict=True):
+        twin.grad = param.grad.cpu()
+    optimizer = EVERY_DIALECT[dialect](base(params, lr=lr, **options))
+    oracle = EVERY_DIALECT[dialect](torch.optim.SGD(twins, lr=0.1, momentum=0.9, weight_decay=0.1))
+    grads = [param.grad.clone() for param in params]
+    for _ in range(2):
+        for param, twin, grad in zip(params, twins, grads, strict=True):  # a step may have consumed them
+            param.grad.copy_(grad)
+            twin.grad.copy_(grad)
+        torch.cuda.set_sync_debug_mode("error")
+        optimizer.step()
+        torch.cuda.set_sync_debug_mode("default")
+        with monkeypatch.context() as on_reference:
+            on_reference.setattr(ops, "_backend", reference)
+            oracle.step()
+    for param, twin in zip(params, twins, strict=True):
+        torch.testing.assert_close(param.cpu(), twin, rtol=1e-5, atol=1e-7)
 
 
 def test_work_goes_to_the_current_stream():
@@ -224,3 +265,20 @@ def test_two_launches_a_bucket():
 @pytest.mark.parametrize(("op", "launches"), [("sgd_", 1), ("lars_sgd_", 2)])
 def test_launches_of_sgd(op, launches, dtype, momentum_dtype):
     assert count_launches(getattr(ops, op), **sgd_arguments(op, dtype, momentum_dtype)) == launches
+
+
+@pytest.mark.parametrize("options", [{}, {"decayed_norm": True, "clip": True, "lr_in_momentum": True}], ids=["", "all"])
+def test_no_dialect_launches_more(options):
+    params = make()
+    grads, values = [p.grad for p in params], [p.detach() for p in params]
+    arguments = (grads, values, [0.1] * 3, [1.0] * 3, [0.0] * 3, False, [0.1] * 3)
+    assert count_launches(ops.scale_by_trust_ratios_, *arguments, **options) == 2
+
+
+def test_two_launches_scale_a_bucket_of_updates():
+    values = [p.detach() for p in make()]
+    old_values = [value.clone() for value in values]
+    assert (
+        count_launches(ops.scale_updates_by_trust_ratios_, values, old_values, [1.0] * 3, [0.0] * 3, [0.1] * 3, False)
+        == 2
+    )

@@ -48,35 +48,56 @@ class LARS(TrustRatioWrapper):
     **The learning rate** enters once, in the base: a step of plain SGD has the length lr · η · ‖w‖ or less, whatever
     the gradient's. So lr is of another size here than for SGD alone, and nearly the same for all batch sizes. Momentum
     is the base's and collects gradients that are already scaled, without lr; the paper's Algorithm 1 keeps lr inside
-    the momentum. The two differ while lr changes.
+    the momentum (``lr_in_momentum=True``). The two differ while lr changes.
 
     **Gradients are consumed**: after :meth:`step`, ``p.grad`` holds r · (g + λw). Clip before it, and look at gradients
     before it. A base that takes trust ratios (see :mod:`torchlars.optim`) multiplies by them in its own update: then
-    ``p.grad`` stays as it was, and nothing is hidden from the base.
+    ``p.grad`` stays as it was, and no weight decay is hidden from the base.
 
     **Weight decay** that the base would add to the gradient (SGD, Adam, RMSprop, ...) is taken over, and hidden from
     the base while it steps. Decoupled weight decay (AdamW, Muon, Adafactor, ``decoupled_weight_decay=True``) stays the
-    base's: then λ = 0. A base of another library that decouples without saying so needs that key in its groups.
+    base's: then λ = 0. A base of another library that decouples without saying so needs ``weight_decay="decoupled"``,
+    or ``decoupled_weight_decay=True`` in its groups.
 
     **Other bases.** The Adam family, Muon, Adafactor and Rprop barely notice a gradient's scale, so that LARS does
-    almost nothing over them.
+    almost nothing over them: :class:`torchlars.LAMB` is their wrapper.
+
+    **Dialects.** Other implementations of LARS differ in four places, with γ for the group's lr at this step:
+
+    - ``clip=True``: *r* ← min(*r* / γ, 1), so that *r* is a layer's learning rate and γ its upper bound.
+    - ``norm="decayed"``: ‖g + λw‖ in the place of ‖g‖ + λ‖w‖.
+    - ``lr_in_momentum=True``: the gradient becomes γ · r · (g + λw), and the base steps with an lr of 1, so that
+      momentum keeps the lr of the steps in which it was collected.
+    - ``apply_to="update"``: the base takes its whole step with its own gradient, weight decay and momentum, nothing is
+      hidden, and then w ← w_old + r · (w − w_old). Gradients stay as they were, and parameters are copied for the
+      duration of a step.
+
+    The README's table says which combination gives which implementation.
 
     Parameters, groups, state and hyper-parameters are the base's, and whatever drives a torch optimizer drives this
-    one. A group may hold ``trust_coef`` and ``eps`` as keys of its own, and ``trust_coef=None`` to be left to the base
-    as it is, weight decay included. Where the base itself has a key ``eps``, as Adam has, that one is the base's.
+    one. A group may hold all options but ``weight_decay`` (which is the base's there) as keys of its own, and
+    ``trust_coef=None`` to be left to the base as it is, weight decay included. (With ``lr_in_momentum=True`` beside it,
+    such a group has its lr in the momentum all the same, as biases have where everything has.) Where the base itself
+    has a key of that name, as Adam has ``eps``, that one is the base's.
 
     Args:
         optimizer: the base, any :class:`torch.optim.Optimizer`. Kept as ``.optim``.
         eps: ε ≥ 0, in units of a gradient's norm.
         trust_coef: η > 0, the length of a step relative to the weights', per unit of lr.
+        clip: whether no layer's learning rate is to be above the group's, of which the trust ratio is then a share.
+        norm: ``"raw"`` or ``"decayed"``, the norms in the denominator of *r*.
+        lr_in_momentum: whether lr multiplies gradients instead of steps. Needs a base whose step is linear in lr:
+            :class:`torch.optim.SGD` or a subclass.
+        apply_to: ``"gradient"`` or ``"update"``, what *r* multiplies.
+        weight_decay: None to ask the base which kind it has; ``"decoupled"`` where it decouples and does not say so.
 
     Raises:
-        TypeError: ``optimizer`` is no optimizer, or a number is not a number.
-        ValueError: a number is out of its range, or the base is differentiable.
+        TypeError: ``optimizer`` is no optimizer, an argument is of the wrong kind, or the base's steps do not allow it.
+        ValueError: an argument is out of its range, two contradict each other, or the base is differentiable.
 
     Source: You, Gitman and Ginsburg, *Large Batch Training of Convolutional Networks*, 2017, arXiv:1708.03888. The
-    formula of the ratio is theirs, with ε added. Where they keep lr inside the momentum we follow
-    kakaobrain/torchlars 0.1.2, which does not.
+    formula of the ratio is theirs, with ε added. Where they keep lr inside the momentum (``lr_in_momentum=True``) the
+    default follows kakaobrain/torchlars 0.1.2, which does not.
 
     Example:
         >>> optimizer = LARS(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4))
