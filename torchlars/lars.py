@@ -355,6 +355,7 @@ class Step:
                 self.reported.append((bucket.params, ratios))
                 if isinstance(bucket, Bucket) and bucket.how.apply_to == "update":
                     self._scaled_later.append((bucket.params, ratios))
+                    self._old_params |= copies(param for param in bucket.params if param not in self._old_params)
 
     def _gather(self) -> Iterable[Any]:
         """Return all layers to adapt, in buckets. Raise what there is to raise before anything changes."""

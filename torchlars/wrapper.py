@@ -226,6 +226,7 @@ class OptimizerWrapper(Optimizer):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         own_values = self._checked(state_dict.get(self.state_key, {}))
+        self.check_options(f" of state_dict[{self.state_key!r}]", {**self._own_values(), **own_values})
         group_options = [self._group_keys(group) for group in self.param_groups]
         self.optim.load_state_dict({key: value for key, value in state_dict.items() if key != self.state_key})
         self.__dict__.update(own_values)
