@@ -35,9 +35,12 @@ class LAMB(TrustRatioWrapper):
     Adafactor), over which :class:`torchlars.LARS` does almost nothing. Over SGD with momentum it is a LARS that scales
     the momentum, too.
 
-    **Gradients** stay as they were. Each parameter is copied for the duration of a step, and its update is the
-    difference of two values of its dtype: in bfloat16 or float16 most of a small update is lost, so keep such
-    parameters in float32.
+    **Gradients** stay as they were. Each parameter is copied for the duration of a step.
+
+    **Precision.** An update is the difference of two values of the parameter's dtype, each of which was rounded. So it
+    must not be much smaller than the parameter: in float32 it is good to 1 % where ‖γu‖ is above 1e-5 · ‖w‖, which
+    Adam's always is in practice. In bfloat16 and float16 most of a small update is lost: keep such parameters in
+    float32.
 
     Parameters, groups, state and hyper-parameters are the base's, and whatever drives a torch optimizer drives this
     one. A group may hold ``trust_coef``, ``eps`` and ``clip`` as keys of its own, and ``trust_coef=None`` to be left to

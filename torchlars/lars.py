@@ -69,8 +69,8 @@ class LARS(TrustRatioWrapper):
     - ``lr_in_momentum=True``: the gradient becomes γ · r · (g + λw), and the base steps with an lr of 1, so that
       momentum keeps the lr of the steps in which it was collected.
     - ``apply_to="update"``: the base takes its whole step with its own gradient, weight decay and momentum, nothing is
-      hidden, and then w ← w_old + r · (w − w_old). Gradients stay as they were, and parameters are copied for the
-      duration of a step.
+      hidden, and then w ← w_old + r · (w − w_old). Gradients stay as they were, parameters are copied for the duration
+      of a step, and what :class:`torchlars.LAMB` says of precision holds here.
 
     The README's table says which combination gives which implementation.
 
