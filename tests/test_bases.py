@@ -15,6 +15,8 @@ from torchlars import LARS
 
 EPS, TRUST_COEF = 0.05, 0.3  # of the wrapper; far from the defaults, so that each is seen to matter
 
+pytestmark = pytest.mark.filterwarnings("ignore:a layer whose weights are all 0:UserWarning")  # they are, on purpose
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread_and_checked_sparse_tensors():

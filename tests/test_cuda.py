@@ -150,6 +150,26 @@ def test_no_dialect_waits_for_the_device(no_sync, monkeypatch, dialect, base, lr
         torch.testing.assert_close(param.cpu(), twin, rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize("is_late", [False, True])
+def test_layers_of_zeros_are_found_without_waiting(is_late):
+    params = make()
+    nn.init.zeros_(params[1])
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        if is_late:
+            torch.cuda._sleep(2_000_000_000)
+        optimizer = LARS(torch.optim.SGD(params, lr=16.0))
+        if is_late:
+            optimizer.step()  # a warning would be an error
+            return
+        torch.cuda.current_stream().synchronize()
+        with pytest.warns(UserWarning, match=r"\(group: 0, parameter: 1, shape: \(70,\), lr: 16.0\)"):
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 def test_work_goes_to_the_current_stream():
     params = make()
     expected = expected_gradients(params)

@@ -4,8 +4,9 @@
 """
 
 from torchlars import optim
+from torchlars.groups import param_groups
 from torchlars.lamb import LAMB
 from torchlars.lars import LARC, LARS
 
-__all__ = ["LAMB", "LARC", "LARS", "__version__", "optim"]
+__all__ = ["LAMB", "LARC", "LARS", "__version__", "optim", "param_groups"]
 __version__ = "1.0.0.dev0"

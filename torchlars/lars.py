@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchlars import ops
+from torchlars.groups import ZeroLayers
 from torchlars.layers import TrustRatioWrapper, check_param, check_update, check_update_is_scalable, copies
 from torchlars.wrapper import (
     HiddenHyperParameters,
@@ -125,6 +126,7 @@ class LARS(TrustRatioWrapper):
     lr_in_momentum: bool
     apply_to: str
     weight_decay: str | None
+    _zero_layers: ZeroLayers | None
 
     def __init__(
         self,
@@ -148,6 +150,13 @@ class LARS(TrustRatioWrapper):
             apply_to=apply_to,
             weight_decay=weight_decay,
         )
+        self._zero_layers = ZeroLayers()
+        for group in self.param_groups:
+            self._zero_layers.watch(group["params"])
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._zero_layers = None  # only from the constructor to the first step
 
     def check_options(self, of_group: str, options: dict[str, Any]) -> None:
         """Raise if options do not go together, or not with the base."""
@@ -165,6 +174,13 @@ class LARS(TrustRatioWrapper):
                 f"lr_in_momentum=True{of_group} needs a base whose step is linear in lr: torch.optim.SGD, "
                 f"torchlars.optim.SGD or a subclass (got: {type(self.optim).__name__})"
             )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the base. It may hold any of the wrapper's options as keys."""
+        super().add_param_group(param_group)
+        if self._zero_layers is None:
+            self._zero_layers = ZeroLayers()
+        self._zero_layers.watch(self.param_groups[-1]["params"])
 
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Scale every gradient by its layer's trust ratio, then let the base take its step.
@@ -186,6 +202,9 @@ class LARS(TrustRatioWrapper):
                 Nothing has changed then. Whatever raises, hyper-parameters are back as they were.
         """
         this = Step(self, gradients_may_come=closure is not None)
+        if self._zero_layers is not None and not torch.compiler.is_compiling():
+            zero_layers, self._zero_layers = self._zero_layers, None
+            closure = zero_layers.before_step(self, closure)
 
         def adapted_closure() -> Any:
             this.hidden.restore()
