@@ -22,6 +22,8 @@ from torch import nn
 
 import torchlars.optim
 
+pytestmark = pytest.mark.filterwarnings("ignore:a layer whose weights are all 0:UserWarning")  # they are, on purpose
+
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
 SECTION = re.search(r"^## Coming from X\n(.*?)^## ", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)[1]
