@@ -11,6 +11,7 @@ from torch import nn
 from torch.optim import SGD
 
 from torchlars import LARS, ops, reference
+from torchlars.lars import Step
 
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
 DATA = PUBLISHED["data"]
@@ -336,7 +337,7 @@ def test_step_in_inference_mode(backend):
     expected = [adapted(param) for param in params]
     with torch.inference_mode():
         params[1].grad = params[1].grad.clone()
-        optimizer._adapt()
+        Step(optimizer, gradients_may_come=False).adapt()
     for param, gradient in zip(params, expected, strict=True):
         torch.testing.assert_close(param.grad, gradient, rtol=1e-13, atol=0)
 
@@ -469,4 +470,7 @@ def test_gradients_are_not_kept_alive(backend):
 
 def test_repr_shows_the_options_and_the_base():
     _, base = make()
-    assert repr(LARS(base, trust_coef=0.02)) == f"LARS(eps=1e-08, trust_coef=0.02, optim={base!r})"
+    assert repr(LARS(base, trust_coef=0.02, norm="decayed")) == (
+        "LARS(eps=1e-08, trust_coef=0.02, clip=False, norm='decayed', lr_in_momentum=False, apply_to='gradient', "
+        f"weight_decay=None, optim={base!r})"
+    )

@@ -173,13 +173,17 @@ def test_opcheck(extension, device, op, dtype):
     grads, params, weight_decays, trust_coefs, eps, maximize = case.make(dtype, device)
     squares = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64, device=device)
     momenta, sgd = [torch.ones_like(param) for param in params], ([0.1] * 3, [0.9] * 3, [0.0] * 3, True)
+    hyper, lrs = (weight_decays, trust_coefs, eps), ([0.1, 0.2, 0.3], squares[0])
     arguments = {
         "squared_norms": (params,),
-        "trust_ratios": (squares, squares.flip(0).contiguous(), weight_decays, trust_coefs, eps, torch.float32),
-        "apply_trust_ratios_": (grads, params, squares.float(), weight_decays, maximize),
-        "scale_by_trust_ratios_": (grads, params, weight_decays, trust_coefs, eps, maximize),
+        "squared_norms_of_sums": (grads, params, [-1.0, 0.5, 0.0]),
+        "trust_ratios": (squares, squares.flip(0).contiguous(), *hyper, torch.float32, *lrs, True, True),
+        "apply_trust_ratios_": (grads, params, squares.float(), weight_decays, maximize, *lrs),
+        "scale_by_trust_ratios_": (grads, params, *hyper, maximize, *lrs, True, True, True),
+        "apply_trust_ratios_to_updates_": (params, grads, squares.float()),
+        "scale_updates_by_trust_ratios_": (params, grads, trust_coefs, eps, lrs[0], True, lrs[1]),
         "sgd_": (params, grads, momenta, squares.float(), weight_decays, *sgd, maximize, squares[0]),
-        "lars_sgd_": (params, grads, momenta, weight_decays, trust_coefs, eps, *sgd, maximize, None),
+        "lars_sgd_": (params, grads, momenta, *hyper, *sgd, maximize, squares[0], True, True, True),
     }[op]
     torch.library.opcheck(getattr(torch.ops.torchlars, op).default, arguments)
 
