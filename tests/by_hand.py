@@ -101,6 +101,9 @@ class ByHand:
     def state(self) -> Any:
         return self.base.state
 
+    def zero_grad(self) -> None:
+        self.base.zero_grad()
+
     def adapt(self) -> dict[Tensor, float]:
         """Return the trust ratios of all gradients; scale them if that is what the wrapper does."""
         ratios: dict[Tensor, float] = {}
@@ -121,15 +124,17 @@ class ByHand:
 
     def scale_updates(self, old_params: dict[Tensor, Tensor], ratios: dict[Tensor, float]) -> None:
         """Correct what the base did; LAMB measures that."""
-        is_lamb = self.wrap.cls is LAMB
+        is_lamb, seen = self.wrap.cls is LAMB, set()
         for group, own in zip(self.base.param_groups, self.own, strict=True):
             for param in group["params"]:
-                if own is None or param.grad is None or (is_lamb and param in ratios):
+                if own is None or param.grad is None or param in seen:
                     continue
+                seen.add(param)
                 old = wide(old_params[param])
                 update = wide(param) - old
                 if is_lamb:
-                    ratios[param] = trust_ratio(old, update / float(group["lr"]), 0.0, *own[1:])
+                    lr = float(group["lr"]) or 1.0  # with lr 0 there is no update
+                    ratios[param] = trust_ratio(old, update / lr, 0.0, *own[1:])
                 if ratios[param] != 1:
                     param.detach().copy_(old + ratios[param] * update)
 

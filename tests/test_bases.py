@@ -1,19 +1,19 @@
-"""Every class of ``torch.optim`` as base follows the contract, which is told here anew, in float64 and by hand.
+"""Every class of ``torch.optim`` as base follows the contract, under every wrapper.
 
-The oracle is a second, plain instance of the same class. Where decay is coupled it has none of its own: it is given
-gradients that this file has scaled.
+The oracle is a second, plain instance of the same class, whose steps are corrected by hand: see tests/by_hand.py.
 """
 
 import copy
 import inspect
-import math
 
 import pytest
 import torch
+from by_hand import EPS, TRUST_COEF, WRAPPERS, ByHand
 
-from torchlars import LARS
+from torchlars import LAMB, LARS
 
-EPS, TRUST_COEF = 0.05, 0.3  # of the wrapper; far from the defaults, so that each is seen to matter
+wrappers = pytest.mark.parametrize("wrap", WRAPPERS, ids=str)
+scaling_updates = pytest.mark.parametrize("wrap", [wrap for wrap in WRAPPERS if not wrap.consumes_gradients], ids=str)
 
 pytestmark = pytest.mark.filterwarnings("ignore:a layer whose weights are all 0:UserWarning")  # they are, on purpose
 
@@ -26,65 +26,6 @@ def _one_thread_and_checked_sparse_tensors():
     with torch.sparse.check_sparse_tensor_invariants():
         yield
     torch.set_num_threads(threads)
-
-
-# The contract, by hand.
-
-
-def norm(values):
-    return math.sqrt(math.fsum(abs(value) ** 2 for value in values))
-
-
-def trust_ratio(param, grad, weight_decay, trust_coef, eps):
-    param_norm, grad_norm = norm(param.flatten().tolist()), norm(grad.flatten().tolist())
-    if param_norm == 0 or grad_norm == 0:
-        return 1.0
-    return trust_coef * param_norm / (grad_norm + weight_decay * param_norm + eps)
-
-
-def adapted(param, grad, ratio, weight_decay, maximize):
-    """What the base must see: r · (g + λw), rounded once to the gradient's dtype."""
-    decay = -weight_decay if maximize else weight_decay
-    return (ratio * (grad.double() + decay * param.detach().double())).to(grad.dtype)
-
-
-class Model:
-    """A plain base, whose gradients are scaled by hand before every step."""
-
-    def __init__(self, base, coupled=True, eps=EPS, trust_coef=TRUST_COEF):
-        self.base = base
-        self.own = []  # of each group: (λ, η, ε), or None if it is not adapted
-        for group in base.param_groups:
-            group_trust_coef = group.pop("trust_coef", trust_coef)
-            group_eps = group.pop("eps", eps) if "eps" not in base.defaults else eps
-            weight_decay = group.get("weight_decay", 0.0) if coupled else 0.0
-            self.own.append(None if group_trust_coef is None else (weight_decay, group_trust_coef, group_eps))
-            if group_trust_coef is not None and weight_decay != 0:
-                group["weight_decay"] = 0.0
-
-    def adapt(self):
-        """Scale all gradients; return the trust ratios."""
-        ratios = []
-        for group, own in zip(self.base.param_groups, self.own, strict=True):
-            for param in group["params"]:
-                if own is None or param.grad is None:
-                    continue
-                grad, (weight_decay, _, _) = param.grad, own
-                if grad.is_sparse:
-                    grad = grad.coalesce()
-                    ratios.append(trust_ratio(param, grad.to_dense(), *own))
-                    param.grad = torch.sparse_coo_tensor(
-                        grad.indices(), ratios[-1] * grad.values(), grad.shape
-                    ).coalesce()
-                else:
-                    ratios.append(trust_ratio(param, grad, *own))
-                    param.grad = adapted(param, grad, ratios[-1], weight_decay, group.get("maximize", False))
-        return ratios
-
-    def step(self):
-        ratios = self.adapt()
-        self.base.step()
-        return ratios
 
 
 # The bases.
@@ -183,7 +124,7 @@ def own_eps(name):
     return {"eps": (None, 1e-2) if name == "Adafactor" else 1e-2}
 
 
-def give_gradients(optimizers, step, dtype=None):
+def give_gradients(optimizers, step):
     """Fresh gradients, the same for all; one of zero, and one that is missing in a step."""
     generator = torch.Generator().manual_seed(1000 + step)
     all_params = [[param for group in optimizer.param_groups for param in group["params"]] for optimizer in optimizers]
@@ -246,41 +187,65 @@ def test_every_class_of_torch_optim_has_a_line_in_the_table():
 
 
 @pytest.mark.parametrize(("name", "options"), cases(DENSE))
-def test_base_follows_the_contract(name, options, backend):
-    optimizer = LARS(classes()[name](groups(name), **options), eps=EPS, trust_coef=TRUST_COEF)
-    model = Model(classes()[name](groups(name), **options), coupled=is_coupled(name, options))
+@wrappers
+def test_base_follows_the_contract(wrap, name, options, backend):
+    optimizer = wrap(classes()[name](groups(name), **options))
+    model = ByHand(wrap, classes()[name](groups(name), **options), coupled=is_coupled(name, options))
     for step in range(4):
-        give_gradients([optimizer, model.base], step)
+        give_gradients([optimizer, model], step)
         before = hyper_parameters(optimizer)
-        ratios = model.step()
+        assert model.step() is None
         assert optimizer.step() is None
         assert_identical(before, hyper_parameters(optimizer))
-        assert_same(optimizer, model.base)
-        assert [float(ratio) for ratio in optimizer.trust_ratios().values()] == pytest.approx(ratios, rel=1e-14)
-        change_lr([optimizer, model.base], step)
+        assert_same(optimizer, model)
+        ratios = [float(ratio) for ratio in optimizer.trust_ratios().values()]
+        assert ratios == pytest.approx(model.ratios, rel=1e-14 if wrap.consumes_gradients else 1e-11)
+        change_lr([optimizer, model], step)
 
 
-def test_groups_may_differ_in_direction(backend):
+@wrappers
+def test_groups_may_differ_in_direction(wrap, backend):
     def build():
         one, other = layers(0, [(3, 4), (4,)]), layers(1, [(2, 3), (5,)])
         return torch.optim.SGD(
             [{"params": one, "maximize": True}, {"params": other}], lr=0.5, momentum=0.9, weight_decay=0.25
         )
 
-    optimizer, model = LARS(build(), EPS, TRUST_COEF), Model(build())
+    optimizer, model = wrap(build()), ByHand(wrap, build())
     for step in range(3):
-        give_gradients([optimizer, model.base], step)
+        give_gradients([optimizer, model], step)
         model.step()
         optimizer.step()
-        assert_same(optimizer, model.base)
+        assert_same(optimizer, model)
+
+
+@pytest.mark.parametrize("times", [2, 3])
+@wrappers
+def test_a_tied_parameter_is_one_layer(wrap, times, backend):
+    """The base steps it as often as it is listed; that is one update."""
+
+    def build():
+        one, other = layers(0, [(3, 4), (4,)])
+        base = torch.optim.SGD([{"params": [one, other]}], lr=0.5, momentum=0.9, weight_decay=0.25, foreach=False)
+        base.param_groups[0]["params"] = [one, other] + [one] * (times - 1)  # torch warns where it sees it
+        return base
+
+    optimizer, model = wrap(build()), ByHand(wrap, build())
+    for step in (0, 1, 3):
+        give_gradients([optimizer, model], step)
+        model.step()
+        optimizer.step()
+        assert_same(optimizer, model)
+        assert len(optimizer.trust_ratios()) == 2
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad", "Adam", "AdamW", "RMSprop"])
-def test_a_complex_layer_is_stepped_like_its_real_view(name, backend):
+@wrappers
+def test_a_complex_layer_is_stepped_like_its_real_view(wrap, name, backend):
     generator = torch.Generator().manual_seed(0)
     layer = torch.randn(3, 4, dtype=torch.complex128, generator=generator)
     params = [torch.nn.Parameter(layer), torch.nn.Parameter(torch.view_as_real(layer).clone())]
-    optimizers = [LARS(classes()[name]([param], lr=0.1, weight_decay=0.25), EPS, TRUST_COEF) for param in params]
+    optimizers = [wrap(classes()[name]([param], lr=0.1, weight_decay=0.25)) for param in params]
     for _ in range(3):
         params[0].grad = torch.randn(3, 4, dtype=torch.complex128, generator=generator)
         params[1].grad = torch.view_as_real(params[0].grad).clone()
@@ -290,8 +255,9 @@ def test_a_complex_layer_is_stepped_like_its_real_view(name, backend):
         compare(torch.view_as_real(params[0].grad), params[1].grad, 1e-12, "gradient")
 
 
-def test_without_any_gradient_nothing_happens(backend):
-    optimizer = LARS(torch.optim.SGD(groups("SGD"), momentum=0.9))
+@wrappers
+def test_without_any_gradient_nothing_happens(wrap, backend):
+    optimizer = wrap(torch.optim.SGD(groups("SGD"), momentum=0.9))
     before, old = hyper_parameters(optimizer), copy.deepcopy(optimizer)
     optimizer.step()
     assert_identical(before, hyper_parameters(optimizer))
@@ -307,17 +273,18 @@ LOW_PRECISION = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
     ("name", "implementation"),
     [(name, kind) for name in DENSE if name in classes() for kind in implementations(name)],
 )
-def test_base_follows_the_contract_in_low_precision(name, implementation, dtype, backend):
+@wrappers
+def test_base_follows_the_contract_in_low_precision(wrap, name, implementation, dtype, backend):
     if (name, implementation, dtype) == ("SGD", "fused", torch.bfloat16) and torch.__version__ < "2.14":
         pytest.skip("SGD(fused=True) of torch 2.12 and 2.13 does not update bfloat16 parameters on CPU")
     options = {**BASES[name][0][0], **implementations(name)[implementation]}
-    optimizer = LARS(classes()[name](groups(name, dtype), **options), eps=EPS, trust_coef=TRUST_COEF)
-    model = Model(classes()[name](groups(name, dtype), **options), coupled=is_coupled(name, options))
+    optimizer = wrap(classes()[name](groups(name, dtype), **options))
+    model = ByHand(wrap, classes()[name](groups(name, dtype), **options), coupled=is_coupled(name, options))
     for step in range(3):
-        give_gradients([optimizer, model.base], step)
+        give_gradients([optimizer, model], step)
         model.step()
         optimizer.step()
-        assert_same(optimizer, model.base, LOW_PRECISION[dtype])
+        assert_same(optimizer, model, LOW_PRECISION[dtype])
 
 
 @pytest.mark.parametrize(
@@ -330,21 +297,22 @@ def test_base_follows_the_contract_in_low_precision(name, implementation, dtype,
         if kind != "foreach"  # where a tensor as lr needs capturable=True
     ],
 )
-def test_lr_may_be_a_tensor(name, implementation, backend):
+@wrappers
+def test_lr_may_be_a_tensor(wrap, name, implementation, backend):
     def build():
         with_tensors = [{**group, "lr": torch.tensor(group["lr"], dtype=torch.float64)} for group in groups(name)]
         return classes()[name](with_tensors, **BASES[name][0][0], **implementations(name)[implementation])
 
-    optimizer = LARS(build(), eps=EPS, trust_coef=TRUST_COEF)
-    model = Model(build(), coupled=is_coupled(name, {}))
+    optimizer = wrap(build())
+    model = ByHand(wrap, build(), coupled=is_coupled(name, {}))
     rates = [group["lr"] for group in optimizer.param_groups]
     for step in range(3):
-        give_gradients([optimizer, model.base], step)
+        give_gradients([optimizer, model], step)
         model.step()
         optimizer.step()
-        assert_same(optimizer, model.base)
+        assert_same(optimizer, model)
         assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, rates, strict=True))
-        for group in [*optimizer.param_groups, *model.base.param_groups]:
+        for group in [*optimizer.param_groups, *model.param_groups]:
             group["lr"].mul_(0.7)
 
 
@@ -391,23 +359,25 @@ def give_sparse_gradients(optimizers, step, coalesced):
     ],
     ids=label,
 )
-def test_sparse_gradients_follow_the_contract(name, options, coalesced, backend):
+@wrappers
+def test_sparse_gradients_follow_the_contract(wrap, name, options, coalesced, backend):
     def build():
         return classes()[name](sparse_groups(with_dense=name != "SparseAdam"), lr=0.1, **options)
 
-    optimizer, model = LARS(build(), eps=EPS, trust_coef=TRUST_COEF), Model(build())
+    optimizer, model = wrap(build()), ByHand(wrap, build())
     for step in range(4):
-        give_sparse_gradients([optimizer, model.base], step, coalesced)
+        give_sparse_gradients([optimizer, model], step, coalesced)
         model.step()
         optimizer.step()
-        assert_same(optimizer, model.base)
+        assert_same(optimizer, model)
         assert optimizer.param_groups[0]["params"][0].grad.is_sparse
 
 
 @pytest.mark.parametrize("name", ["SGD", "Adagrad"])
-def test_sparse_gradients_with_weight_decay_are_refused_and_nothing_changes(name, backend):
+@pytest.mark.parametrize("wrap", [wrap for wrap in WRAPPERS if wrap.cls is LARS], ids=str)
+def test_sparse_gradients_with_weight_decay_are_refused_and_nothing_changes(wrap, name, backend):
     param, dense = layers(7, [(10, 3), (4,)])
-    optimizer = LARS(classes()[name]([{"params": [dense]}, {"params": [param]}], lr=0.1, weight_decay=0.125))
+    optimizer = wrap(classes()[name]([{"params": [dense]}, {"params": [param]}], lr=0.1, weight_decay=0.125))
     before, old = hyper_parameters(optimizer), copy.deepcopy(optimizer)
     param.grad = torch.sparse_coo_tensor([[1, 1]], torch.ones(2, 3, dtype=torch.float64), (10, 3))
     dense.grad = torch.ones_like(dense)
@@ -420,9 +390,10 @@ def test_sparse_gradients_with_weight_decay_are_refused_and_nothing_changes(name
     assert_same(optimizer, old, tolerance=0)
 
 
-def test_a_base_that_cannot_take_sparse_gradients_says_so(backend):
+@wrappers
+def test_a_base_that_cannot_take_sparse_gradients_says_so(wrap, backend):
     (param,) = layers(7, [(10, 3)])
-    optimizer = LARS(torch.optim.AdamW([param], lr=0.1))
+    optimizer = wrap(torch.optim.AdamW([param], lr=0.1))
     before = hyper_parameters(optimizer)
     param.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 3, dtype=torch.float64), (10, 3))
     with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
@@ -434,15 +405,17 @@ def test_a_base_that_cannot_take_sparse_gradients_says_so(backend):
 
 
 @pytest.mark.parametrize("name", [name for name in sorted(BASES) if takes(name, "differentiable")])
-def test_differentiable_base_is_refused(name):
-    message = r"differentiable must be False \(group: 0, got: True\); LARS writes gradients in place"
+@wrappers
+def test_differentiable_base_is_refused(wrap, name):
+    message = rf"differentiable must be False \(group: 0, got: True\); {wrap.cls.__name__} writes in place"
     with pytest.raises(ValueError, match=message):
-        LARS(classes()[name](groups(name), differentiable=True))
+        wrap(classes()[name](groups(name), differentiable=True))
 
 
-def test_differentiable_group_is_refused_when_it_is_added_and_when_it_steps():
+@wrappers
+def test_differentiable_group_is_refused_when_it_is_added_and_when_it_steps(wrap):
     first, second = layers(0, [(2, 2), (3,)])
-    optimizer = LARS(torch.optim.SGD([first], lr=0.1, weight_decay=0.1))
+    optimizer = wrap(torch.optim.SGD([first], lr=0.1, weight_decay=0.1))
     with pytest.raises(ValueError, match=r"differentiable must be False \(group: 1, got: True\)"):
         optimizer.add_param_group({"params": [second], "differentiable": True})
     assert len(optimizer.param_groups) == 1
@@ -455,8 +428,9 @@ def test_differentiable_group_is_refused_when_it_is_added_and_when_it_steps():
 
 @pytest.mark.parametrize("name", [name for name in sorted(BASES) if takes(name, "capturable")])
 @pytest.mark.parametrize("foreach", [False, True])
-def test_capturable_base_without_an_accelerator_is_refused_by_torch(name, foreach, backend):
-    optimizer = LARS(classes()[name](groups(name), capturable=True, foreach=foreach))
+@wrappers
+def test_capturable_base_without_an_accelerator_is_refused_by_torch(wrap, name, foreach, backend):
+    optimizer = wrap(classes()[name](groups(name), capturable=True, foreach=foreach))
     before = hyper_parameters(optimizer)
     old = [param.detach().clone() for group in optimizer.param_groups for param in group["params"]]
     give_gradients([optimizer], 0)
@@ -496,8 +470,9 @@ def targets(optimizer):
 
 
 @pytest.mark.parametrize(("name", "options"), cases(DENSE))
-def test_step_with_a_closure_equals_a_step_without(name, options, backend):
-    with_closure, without = (LARS(classes()[name](groups(name), **options)) for _ in range(2))
+@wrappers
+def test_step_with_a_closure_equals_a_step_without(wrap, name, options, backend):
+    with_closure, without = (wrap(classes()[name](groups(name), **options)) for _ in range(2))
     evaluate, evaluate_before = targets(with_closure), targets(without)
     for _ in range(3):
         before = hyper_parameters(with_closure)
@@ -515,24 +490,19 @@ def test_lbfgs_follows_the_contract_at_every_evaluation(options, backend):
     def build():
         return torch.optim.LBFGS(layers(3, [(3, 4), (4,), (5,)], zero=[2]), lr=0.5, **{"max_iter": 6, **options})
 
-    optimizer, model = LARS(build(), eps=EPS, trust_coef=TRUST_COEF), Model(build())
-    evaluate, evaluate_model = targets(optimizer), targets(model.base)
+    optimizer, model = LARS(build(), eps=EPS, trust_coef=TRUST_COEF), ByHand(WRAPPERS[0], build())
+    evaluate, evaluate_model = targets(optimizer), targets(model)
     evaluations = []
 
     def counted():
         evaluations.append(None)
         return evaluate()
 
-    def adapted_evaluate():
-        loss = evaluate_model()
-        model.adapt()
-        return loss
-
     for step in range(4):
-        expected, loss = model.base.step(adapted_evaluate), optimizer.step(counted)
+        expected, loss = model.step(evaluate_model), optimizer.step(counted)
         compare(loss, expected, 1e-10, "loss")  # it divides by differences of gradients, and so magnifies rounding
-        assert_same(optimizer, model.base, 1e-10)
-        change_lr([optimizer, model.base], step)
+        assert_same(optimizer, model, 1e-10)
+        change_lr([optimizer, model], step)
     state = next(iter(optimizer.state.values()))
     assert len(evaluations) == state["func_evals"]
     assert len(evaluations) == 4 if options.get("max_iter") == 1 else len(evaluations) > 12
@@ -542,6 +512,20 @@ def test_lbfgs_without_a_closure_says_so():
     optimizer = LARS(torch.optim.LBFGS(layers(3, [(3, 4)])))
     with pytest.raises(TypeError, match="closure"):
         optimizer.step()
+
+
+@scaling_updates
+def test_lbfgs_is_refused_where_updates_are_scaled(wrap):
+    who = {"LAMB": "LAMB", "LARS-update": "apply_to='update'"}[str(wrap)]
+    message = rf"^{who} needs a base that takes one step along one direction \(got: LBFGS, which searches along many"
+    base = torch.optim.LBFGS(layers(3, [(3, 4)]))
+    with pytest.raises(TypeError, match=message):
+        wrap(base)
+    group = {**base.param_groups[0], "apply_to": "update"}
+    base.param_groups[0].update(group)
+    if wrap.cls is LARS:
+        with pytest.raises(TypeError, match=r"^apply_to='update' of parameter group 0 needs a base that takes one"):
+            LARS(base)
 
 
 class Recorder(torch.optim.Optimizer):
@@ -582,9 +566,10 @@ def recorder(**options):
     return Recorder([{"params": [a], "weight_decay": decay}, {"params": [b], "weight_decay": 0}, trust], **options)
 
 
-def test_closure_sees_the_users_weight_decay_and_the_base_does_not(backend):
+@wrappers
+def test_closure_sees_the_users_weight_decay_and_the_base_only_where_it_decays(wrap, backend):
     base = recorder(evaluations=3)
-    optimizer = LARS(base)
+    optimizer = wrap(base)
     evaluate, seen = targets(optimizer), []
 
     def closure():
@@ -593,63 +578,71 @@ def test_closure_sees_the_users_weight_decay_and_the_base_does_not(backend):
 
     optimizer.step(closure)
     assert seen == [[1, 0, 0.015625]] * 3
-    assert base.seen == [[0, 0, 0.015625]] * 3
+    assert base.seen == [[0 if wrap.consumes_gradients else 1, 0, 0.015625]] * 3
 
 
-def test_base_that_evaluates_twice_follows_the_contract(backend):
-    optimizer, model = LARS(recorder(evaluations=2), EPS, TRUST_COEF), Model(recorder(evaluations=2))
-    evaluate_model = targets(model.base)
-
-    def adapted_evaluate():
-        with torch.enable_grad():
-            loss = evaluate_model()
-        model.adapt()
-        return loss
-
-    evaluate = targets(optimizer)
+@wrappers
+def test_base_that_evaluates_twice_follows_the_contract(wrap, backend):
+    optimizer, model = wrap(recorder(evaluations=2)), ByHand(wrap, recorder(evaluations=2))
+    evaluate, evaluate_model = targets(optimizer), targets(model)
     for _ in range(3):
-        expected = model.base.step(adapted_evaluate)
+        expected = model.step(evaluate_model)
         compare(optimizer.step(evaluate), expected, 1e-12, "loss")
-        assert_same(optimizer, model.base)
+        assert_same(optimizer, model)
 
 
-def test_what_a_closure_sets_stays_and_is_used_at_once(backend):
-    optimizer, plain = LARS(recorder(evaluations=2)), LARS(recorder(evaluations=2, weight_decay=0))
-    plain.param_groups[0]["weight_decay"] = 0.75
-    plain.param_groups[1]["weight_decay"] = 0.125
+@wrappers
+def test_what_a_closure_sets_stays_and_is_used_at_once(wrap, backend):
+    optimizer, plain = wrap(recorder(evaluations=2)), wrap(recorder(evaluations=2, weight_decay=0))
+
+    def set_options(one):
+        one.param_groups[0].update(weight_decay=0.75, lr=0.3, eps=0.2)
+        one.param_groups[1].update(weight_decay=0.125, trust_coef=0.5)
+
     evaluate = targets(optimizer)
 
     def closure():
-        optimizer.param_groups[0]["weight_decay"] = 0.75
-        optimizer.param_groups[1]["weight_decay"] = 0.125
+        set_options(optimizer)
         return evaluate()
 
+    set_options(plain)
     optimizer.step(closure)
     plain.step(targets(plain))
     assert optimizer.optim.look() == [0.75, 0.125, 0.015625]
-    assert optimizer.optim.seen == [[0, 0, 0.015625]] * 2
+    assert optimizer.optim.seen == [[0, 0, 0.015625] if wrap.consumes_gradients else [0.75, 0.125, 0.015625]] * 2
     assert_same(optimizer, plain, 0)
 
 
-def test_groups_may_be_added_or_reordered_inside_a_closure(backend):
-    optimizer = LARS(recorder(evaluations=3))
-    (extra,) = layers(6, [(2, 2)])
+@wrappers
+def test_groups_may_be_added_or_reordered_inside_a_closure(wrap, backend):
+    optimizer, plain = wrap(recorder(evaluations=3)), wrap(recorder(evaluations=3))
+
+    def add(one):
+        one.add_param_group({"params": layers(6, [(2, 2)]), "weight_decay": 0.0625})
+        one.param_groups.reverse()
 
     def closure():
         if len(optimizer.param_groups) == 3:
-            optimizer.add_param_group({"params": [extra], "weight_decay": 0.0625})
-        optimizer.param_groups.reverse()
+            add(optimizer)
         return targets(optimizer)()
 
+    add(plain)
     optimizer.step(closure)
+    plain.step(lambda: targets(plain)())
     assert optimizer.optim.look() == [0.0625, 0.015625, 0, 1]
+    assert_same(optimizer, plain, 0)
 
 
 @pytest.mark.parametrize(
-    ("name", "fails_at"),
-    [("SGD", 1), ("Adam", 1), *((name, n) for name in ("LBFGS", "LBFGS-strong_wolfe", "Recorder") for n in (1, 2, 3))],
+    ("wrap", "name", "fails_at"),
+    [
+        *((wrap, name, 1) for wrap in WRAPPERS for name in ("SGD", "Adam")),
+        *((wrap, "Recorder", n) for wrap in WRAPPERS for n in (1, 2, 3)),
+        *((WRAPPERS[0], name, n) for name in ("LBFGS", "LBFGS-strong_wolfe") for n in (1, 2, 3)),
+    ],
+    ids=str,
 )
-def test_after_a_closure_that_raises_hyper_parameters_are_the_same_objects(name, fails_at, backend):
+def test_after_a_closure_that_raises_hyper_parameters_are_the_same_objects(wrap, name, fails_at, backend):
     params = layers(3, [(3, 4), (4,)])
     base = {
         "SGD": lambda: torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.015625 * 3),
@@ -658,7 +651,7 @@ def test_after_a_closure_that_raises_hyper_parameters_are_the_same_objects(name,
         "LBFGS-strong_wolfe": lambda: torch.optim.LBFGS(params, lr=0.1, line_search_fn="strong_wolfe"),
         "Recorder": lambda: recorder(evaluations=3),
     }[name]()
-    optimizer, evaluations = LARS(base), []
+    optimizer, evaluations = wrap(base), []
     evaluate, before = targets(optimizer), hyper_parameters(optimizer)
 
     def closure():
@@ -675,8 +668,9 @@ def test_after_a_closure_that_raises_hyper_parameters_are_the_same_objects(name,
 
 @pytest.mark.parametrize(("fails", "error"), [("at once", KeyboardInterrupt), ("at the end", KeyError)])
 @pytest.mark.parametrize("with_closure", [False, True])
-def test_after_a_base_that_raises_hyper_parameters_are_the_same_objects(fails, error, with_closure, backend):
-    optimizer = LARS(recorder(fails=fails, evaluations=2))
+@wrappers
+def test_after_a_base_that_raises_hyper_parameters_are_the_same_objects(wrap, fails, error, with_closure, backend):
+    optimizer = wrap(recorder(fails=fails, evaluations=2))
     evaluate, before = targets(optimizer), hyper_parameters(optimizer)
     evaluate()
     with pytest.raises(error):
@@ -685,8 +679,9 @@ def test_after_a_base_that_raises_hyper_parameters_are_the_same_objects(fails, e
 
 
 @pytest.mark.parametrize("when", ["pre", "post"])
-def test_after_a_hook_of_the_base_that_raises_hyper_parameters_are_the_same_objects(when, backend):
-    optimizer = LARS(recorder())
+@wrappers
+def test_after_a_hook_of_the_base_that_raises_hyper_parameters_are_the_same_objects(wrap, when, backend):
+    optimizer = wrap(recorder())
     before = hyper_parameters(optimizer)
     targets(optimizer)()
 
@@ -716,8 +711,9 @@ def test_after_a_closure_whose_gradients_are_refused_hyper_parameters_are_the_sa
     assert_identical(before, hyper_parameters(optimizer))
 
 
-def test_gradients_are_enabled_inside_a_closure_whoever_disabled_them(backend):
-    optimizer = LARS(recorder(evaluations=2))  # whose step disables them, and leaves it at that
+@wrappers
+def test_gradients_are_enabled_inside_a_closure_whoever_disabled_them(wrap, backend):
+    optimizer = wrap(recorder(evaluations=2))  # whose step disables them, and leaves it at that
     evaluate, enabled = targets(optimizer), []
 
     def closure():
@@ -741,8 +737,9 @@ def test_gradients_are_enabled_inside_a_closure_whoever_disabled_them(backend):
     ],
 )
 @pytest.mark.parametrize("with_closure", [False, True])
-def test_arguments_of_step_are_passed_on_to_the_base(args, kwargs, passed_on, with_closure, backend):
-    optimizer = LARS(recorder())
+@wrappers
+def test_arguments_of_step_are_passed_on_to_the_base(wrap, args, kwargs, passed_on, with_closure, backend):
+    optimizer = wrap(recorder())
     evaluate = targets(optimizer)
     evaluate()
     if with_closure and args:
@@ -756,13 +753,14 @@ def test_arguments_of_step_are_passed_on_to_the_base(args, kwargs, passed_on, wi
     assert (loss is not None) == with_closure
 
 
-def test_a_base_whose_step_takes_nothing_is_stepped(backend):
+@wrappers
+def test_a_base_whose_step_takes_nothing_is_stepped(wrap, backend):
     class Bare(torch.optim.Optimizer):
         def step(self):
             self.stepped = True
 
     (param,) = layers(0, [(2, 2)])
-    optimizer = LARS(Bare([param], {}))
+    optimizer = wrap(Bare([param], {"lr": 0.1}))
     optimizer.step()
     optimizer.step(closure=None)
     assert optimizer.optim.stepped

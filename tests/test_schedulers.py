@@ -1,18 +1,17 @@
-"""Every class of ``torch.optim.lr_scheduler`` drives LARS as it drives the plain base. Warnings are errors here."""
+"""Every class of ``torch.optim.lr_scheduler`` drives a wrapper as it drives the plain base. Warnings are errors here."""
 
 import copy
 import inspect
-import math
 import pickle
 
 import pytest
 import torch
+from by_hand import WRAPPERS, ByHand
 from torch.optim import lr_scheduler, swa_utils
 
-from torchlars import LARS
-
-EPS, TRUST_COEF = 0.05, 0.3
 STEPS = 9
+
+wrappers = pytest.mark.parametrize("wrap", WRAPPERS, ids=str)
 
 
 def sequential(optimizer):
@@ -58,16 +57,15 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
-def build(hidden_decay=False):
-    """A plain base with two groups. With ``hidden_decay`` the caller takes its weight decay over."""
+def build():
+    """A plain base with two groups."""
     generator = torch.Generator().manual_seed(0)
     shapes = [[(3, 4), (4,)], [(2, 3), (2,)]]
     a, b = (
         [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64, generator=generator)) for shape in group]
         for group in shapes
     )
-    decays = [0, 0] if hidden_decay else [0.1, 0.03]
-    groups = [{"params": a, "lr": 1.0, "weight_decay": decays[0]}, {"params": b, "lr": 0.5, "weight_decay": decays[1]}]
+    groups = [{"params": a, "lr": 1.0, "weight_decay": 0.1}, {"params": b, "lr": 0.5, "weight_decay": 0.03}]
     return torch.optim.SGD(groups, lr=0.7, momentum=0.9)
 
 
@@ -96,15 +94,6 @@ def advance(scheduler, step):
     scheduler.step(*[1.0 if step > 1 else 2.0 - step] * isinstance(scheduler, lr_scheduler.ReduceLROnPlateau))
 
 
-def by_hand(optimizer, decays=(0.1, 0.03)):
-    """The contract: every gradient becomes r · (g + λw)."""
-    for group, decay in zip(optimizer.param_groups, decays, strict=True):
-        for param in group["params"]:
-            param_norm, grad_norm = (math.hypot(*tensor.flatten().tolist()) for tensor in (param, param.grad))
-            ratio = TRUST_COEF * param_norm / (grad_norm + decay * param_norm + EPS)
-            param.grad = ratio * (param.grad + decay * param.detach())
-
-
 def same(ours, theirs, tolerance=0.0):
     for p, q in zip(parameters(ours), parameters(theirs), strict=True):
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
@@ -121,14 +110,14 @@ def test_every_class_has_a_line_in_the_table():
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_scheduler_drives_lars_as_the_contract_says(name, backend):
-    optimizer, model = LARS(build(), EPS, TRUST_COEF), build(hidden_decay=True)
-    scheduler, model_scheduler = SCHEDULERS[name](optimizer), SCHEDULERS[name](model)
+@wrappers
+def test_scheduler_drives_the_wrapper_as_the_contract_says(wrap, name, backend):
+    optimizer, model = wrap(build()), ByHand(wrap, build())
+    scheduler, model_scheduler = SCHEDULERS[name](optimizer), SCHEDULERS[name](model.base)
     schedule, expected = [], []
     for step in range(STEPS):
         schedule += train(optimizer, scheduler, [step])
         give_gradients(model, step)
-        by_hand(model)
         expected.append([(group["lr"], group["momentum"]) for group in model.param_groups])
         model.step()
         advance(model_scheduler, step)
@@ -140,8 +129,9 @@ def test_scheduler_drives_lars_as_the_contract_says(name, backend):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_training_goes_on_from_the_state_dicts_of_scheduler_and_optimizer(name):
-    optimizer, resumed = LARS(build()), LARS(build())
+@wrappers
+def test_training_goes_on_from_the_state_dicts_of_scheduler_and_optimizer(wrap, name):
+    optimizer, resumed = wrap(build()), wrap(build())
     scheduler, resumed_scheduler = SCHEDULERS[name](optimizer), SCHEDULERS[name](resumed)
     train(optimizer, scheduler, range(4))
     state_dicts = pickle.loads(pickle.dumps((scheduler.state_dict(), optimizer.state_dict())))
@@ -156,11 +146,12 @@ def test_training_goes_on_from_the_state_dicts_of_scheduler_and_optimizer(name):
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
 @pytest.mark.parametrize("attached_to", ["wrapper", "base"])
-def test_a_copy_made_under_a_scheduler_steps_itself_and_not_the_original(how, attached_to, backend):
-    optimizer = LARS(build())
+@wrappers
+def test_a_copy_made_under_a_scheduler_steps_itself_and_not_the_original(wrap, how, attached_to, backend):
+    optimizer = wrap(build())
     scheduler = lr_scheduler.StepLR(optimizer if attached_to == "wrapper" else optimizer.optim, step_size=2)
     train(optimizer, scheduler, range(3))
-    copied, reference = how(optimizer), LARS(build())
+    copied, reference = how(optimizer), wrap(build())
     train(reference, lr_scheduler.StepLR(reference, step_size=2), range(3))
     old = [param.detach().clone() for param in parameters(optimizer)]
     for one in (copied, reference):
@@ -172,8 +163,9 @@ def test_a_copy_made_under_a_scheduler_steps_itself_and_not_the_original(how, at
     assert all(map(torch.equal, old, parameters(optimizer)))
 
 
-def test_an_optimizer_and_its_scheduler_can_be_copied_together():
-    optimizer = LARS(build())
+@wrappers
+def test_an_optimizer_and_its_scheduler_can_be_copied_together(wrap):
+    optimizer = wrap(build())
     scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
     train(optimizer, scheduler, range(3))
     copied, copied_scheduler = copy.deepcopy((optimizer, scheduler))
@@ -182,8 +174,9 @@ def test_an_optimizer_and_its_scheduler_can_be_copied_together():
     same(copied, optimizer)
 
 
-def test_a_scheduler_on_the_base_drives_the_wrapper():
-    outside, inside = LARS(build()), LARS(build())
+@wrappers
+def test_a_scheduler_on_the_base_drives_the_wrapper(wrap):
+    outside, inside = wrap(build()), wrap(build())
     schedules = [
         train(outside, lr_scheduler.StepLR(outside, step_size=2), range(4)),
         train(inside, lr_scheduler.StepLR(inside.optim, step_size=2), range(4)),
@@ -192,8 +185,9 @@ def test_a_scheduler_on_the_base_drives_the_wrapper():
     same(outside, inside)
 
 
-def test_a_scheduler_notices_that_it_was_stepped_first():
-    optimizer = LARS(build())
+@wrappers
+def test_a_scheduler_notices_that_it_was_stepped_first(wrap):
+    optimizer = wrap(build())
     scheduler = lr_scheduler.StepLR(optimizer, step_size=2)
     with pytest.warns(UserWarning, match=r"call of `lr_scheduler.step\(\)` before `optimizer.step\(\)`"):
         scheduler.step()

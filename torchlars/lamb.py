@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -93,7 +94,8 @@ class LAMB(TrustRatioWrapper):
         """Let the base take its step, then scale every layer's update by its trust ratio.
 
         Args:
-            closure: passed on to the base, which calls it as often as it likes. The update is all that the step did.
+            closure: evaluates the model anew and returns the loss. It is called as often as the base asks, with
+                gradients enabled, and may change the groups. The update is all that the step did.
             *args: passed on to the base.
             **kwargs: passed on to the base.
 
@@ -104,13 +106,27 @@ class LAMB(TrustRatioWrapper):
             TypeError, ValueError, RuntimeError: a group or parameter cannot be adapted; the message names it. Nothing
                 has changed then.
         """
-        buckets = self._gather(closure is not None)
-        for bucket in buckets:
-            bucket.old_params = copies(bucket.layers)
-        if closure is not None or args:
-            args = (closure, *args)
+        buckets: list[Bucket] = []
+        old_params: dict[Tensor, Tensor] = {}
+
+        def gather() -> None:
+            buckets[:] = self._gather(gradients_may_come=closure is not None)
+            for bucket in buckets:
+                old_params.update(copies(param for param in bucket.layers if param not in old_params))
+
+        def evaluate() -> Any:
+            with torch.enable_grad():
+                loss = closure()  # type: ignore[misc]
+            gather()
+            return loss
+
+        gather()
+        if closure is not None:
+            args = (evaluate, *args)
+        elif args:  # they keep their places
+            args = (None, *args)
         loss = self.optim.step(*args, **kwargs)
-        self._last_step[:] = [applied for bucket in buckets if (applied := bucket.scale())]
+        self._last_step[:] = [applied for bucket in buckets if (applied := bucket.scale(old_params))]
         return loss
 
     def _gather(self, gradients_may_come: bool) -> Iterable[Bucket]:
@@ -140,20 +156,17 @@ class Bucket:
     clip: bool
     lr: Tensor | None  # of all, else each has its own
     layers: dict[Tensor, tuple[float, float, float]] = field(default_factory=dict)
-    old_params: dict[Tensor, Tensor] = field(default_factory=dict)
 
     def add(self, param: Tensor, trust_coef: float, eps: float, clip: bool, lr: float | Tensor) -> None:
         """Add one layer."""
         self.layers[param] = (trust_coef, eps, 1.0 if isinstance(lr, Tensor) else lr)
 
-    def scale(self) -> tuple[list[Tensor], Tensor] | None:
+    def scale(self, old_params: dict[Tensor, Tensor]) -> tuple[list[Tensor], Tensor] | None:
         """Scale the updates of those that have gradients. Return these and their trust ratios."""
         params = [param for param in self.layers if param.grad is not None]
         if not params:
             return None
         trust_coefs, eps, lrs = zip(*(self.layers[param] for param in params), strict=True)
-        old_params = [self.old_params[param] for param in params]
+        before = [old_params[param] for param in params]
         lr_scale = None if self.lr is None else ops.lr_scale(self.lr, params[0].device)
-        return params, ops.scale_updates_by_trust_ratios_(
-            params, old_params, trust_coefs, eps, lrs, self.clip, lr_scale
-        )
+        return params, ops.scale_updates_by_trust_ratios_(params, before, trust_coefs, eps, lrs, self.clip, lr_scale)

@@ -346,20 +346,22 @@ class Step:
         self.hidden = HiddenHyperParameters()
         self.reported: list[tuple[Sequence[Tensor], Tensor]] = []
         self._scaled_later: list[tuple[Sequence[Tensor], Tensor]] = []
+        self._gradients_may_come = gradients_may_come
+        self._old_params: dict[Tensor, Tensor] = {}
         self.read_groups()
-        self._old_params = copies(self._to_be_updated(gradients_may_come))
 
     def read_groups(self) -> None:
         """Read from the groups how they are adapted. Raise what can be told from them."""
         hows = {index: self._lars.adaptation(index) for index in range(len(self._lars.param_groups))}
         self._adaptations = {index: how for index, how in hows.items() if how is not None}
+        self._old_params.update(copies(param for param in self._to_be_updated() if param not in self._old_params))
 
-    def _to_be_updated(self, gradients_may_come: bool) -> Iterable[Tensor]:
+    def _to_be_updated(self) -> Iterable[Tensor]:
         """Return all parameters whose updates may have to be scaled."""
         for index, how in self._adaptations.items():
             if how.apply_to == "update":
                 for position, param in enumerate(how.group["params"]):
-                    if param.grad is not None or (gradients_may_come and param.requires_grad):
+                    if param.grad is not None or (self._gradients_may_come and param.requires_grad):
                         check_update(index, position, param)
                         yield param
 
@@ -374,7 +376,6 @@ class Step:
                 self.reported.append((bucket.params, ratios))
                 if isinstance(bucket, Bucket) and bucket.how.apply_to == "update":
                     self._scaled_later.append((bucket.params, ratios))
-                    self._old_params |= copies(param for param in bucket.params if param not in self._old_params)
 
     def _gather(self) -> Iterable[Any]:
         """Return all layers to adapt, in buckets. Raise what there is to raise before anything changes."""

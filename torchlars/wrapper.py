@@ -159,8 +159,8 @@ class OptimizerWrapper(Optimizer):
         """
         if group.get("differentiable", self.defaults.get("differentiable", False)):
             raise ValueError(
-                f"differentiable must be False (group: {index}, got: True); {type(self).__name__} writes gradients in "
-                "place, which cannot be differentiated through"
+                f"differentiable must be False (group: {index}, got: True); {type(self).__name__} writes in place, "
+                "which cannot be differentiated through"
             )
         own = self._group_keys(group)
         if own.get(self.opt_out, self.opt_out) is None:
@@ -226,7 +226,8 @@ class OptimizerWrapper(Optimizer):
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         own_values = self._checked(state_dict.get(self.state_key, {}))
-        self.check_options(f" of state_dict[{self.state_key!r}]", {**self._own_values(), **own_values})
+        own_now = {name: getattr(self, name) for name in self.options}
+        self.check_options(f" of state_dict[{self.state_key!r}]", {**own_now, **own_values})
         group_options = [self._group_keys(group) for group in self.param_groups]
         self.optim.load_state_dict({key: value for key, value in state_dict.items() if key != self.state_key})
         self.__dict__.update(own_values)
