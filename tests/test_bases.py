@@ -10,7 +10,7 @@ import pytest
 import torch
 from by_hand import EPS, TRUST_COEF, WRAPPERS, ByHand
 
-from torchlars import LAMB, LARS
+from torchlars import LARS
 
 wrappers = pytest.mark.parametrize("wrap", WRAPPERS, ids=str)
 scaling_updates = pytest.mark.parametrize("wrap", [wrap for wrap in WRAPPERS if not wrap.consumes_gradients], ids=str)
