@@ -1,7 +1,7 @@
-"""Trainers of others drive LARS: after the same batches, they have the numbers of a plain loop.
+"""Trainers of others drive LARS and LAMB: after the same batches, they have the numbers of a plain loop.
 
 Whatever a trainer does around ``step`` (closures, clipping, accumulation, schedules, wrapping, checkpoints) is done by
-hand in :func:`plain_loop`, in float64. LARS has two kinds of groups here, momentum, weight decay and an ε that counts,
+hand in :func:`plain_loop`, in float64. The wrapper has two kinds of groups here, momentum, weight decay and an ε that counts,
 and some steps clip while others do not, so that nothing can be left out or done twice unseen.
 """
 
@@ -13,14 +13,20 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import LinearLR, PolynomialLR, SequentialLR
 from torch.utils.data import DataLoader, TensorDataset
 
-from torchlars import LARS
+from torchlars import LAMB, LARS
 
 EPOCHS, BATCHES, BATCH_SIZE, ACCUMULATE, CLIP, TRUST_COEF = 2, 6, 4, 2, 0.9, 0.02
 STEPS_PER_EPOCH = BATCHES // ACCUMULATE
 STEPS = EPOCHS * STEPS_PER_EPOCH
 
 
-def optimizer_of(model, trust_coef=TRUST_COEF, wrap=LARS):
+@pytest.fixture(autouse=True, params=[LARS, LAMB])
+def _wrapper(request, monkeypatch):
+    """Every test runs with each of the two."""
+    monkeypatch.setattr(optimizer_of, "wrapper", request.param, raising=False)
+
+
+def optimizer_of(model, trust_coef=TRUST_COEF, wrap=None):
     """What a user would write; biases are left to the base."""
     weights = [param for param in model.parameters() if param.ndim > 1]
     biases = [param for param in model.parameters() if param.ndim == 1]
@@ -28,6 +34,7 @@ def optimizer_of(model, trust_coef=TRUST_COEF, wrap=LARS):
         {"params": weights, "weight_decay": 0.05},
         {"params": biases, "weight_decay": 0.001, "lr": 0.1, "trust_coef": None},
     ]
+    wrap = optimizer_of.wrapper if wrap is None else wrap
     return wrap(SGD(groups, lr=2.0, momentum=0.9), trust_coef=trust_coef, eps=1e-3)
 
 
@@ -59,7 +66,7 @@ def batches():
     return DataLoader(TensorDataset(inputs, targets), batch_size=BATCH_SIZE)
 
 
-def plain_loop(model, loss_of, loader, clip=CLIP, wrap=LARS):
+def plain_loop(model, loss_of, loader, clip=CLIP, wrap=None):
     """Train by hand, without closures; return the optimizer."""
     optimizer = optimizer_of(model, wrap=wrap)
     scheduler = scheduler_of(optimizer)
@@ -87,7 +94,8 @@ def assert_trained_as_by_a_plain_loop(model, optimizer, plain_model, plain_optim
     """Compare parameters, momenta, hyper-parameters and the wrapper's own values."""
     assert distance(model, plain_model) <= 1e-12
     actual, expected = optimizer.state_dict(), plain_optimizer.state_dict()
-    assert actual["lars"] == expected["lars"]
+    key = optimizer_of.wrapper.state_key
+    assert actual[key] == expected[key]
     assert len(expected["state"]) > 0
     for key, state in expected["state"].items():
         momentum = actual["state"][key]["momentum_buffer"]
@@ -105,7 +113,7 @@ def trained(batches):
     return model, plain_loop(model, regression_loss, batches)
 
 
-def test_the_plain_loop_tells_lars_from_its_base(trained, batches):
+def test_the_plain_loop_tells_the_wrapper_from_its_base(trained, batches):
     model = network()
     plain_loop(model, regression_loss, batches, wrap=only_the_base)
     assert distance(model, trained[0]) > 1e-2
