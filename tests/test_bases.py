@@ -12,6 +12,7 @@ from by_hand import EPS, TRUST_COEF, WRAPPERS, ByHand
 
 from torchlars import LARS
 
+lars, lamb, lars_on_updates = WRAPPERS
 wrappers = pytest.mark.parametrize("wrap", WRAPPERS, ids=str)
 scaling_updates = pytest.mark.parametrize("wrap", [wrap for wrap in WRAPPERS if not wrap.consumes_gradients], ids=str)
 
@@ -90,6 +91,19 @@ def cases(names):
         for options in BASES[name][0]
         for kind, how in implementations(name).items()
         for direction in ([{}, {"maximize": True}] if takes(name, "maximize") else [{}])
+    ]
+
+
+FEW = {"Adafactor", "AdamW", "SGD"}
+
+
+def of_wrappers(params, few=(lars_on_updates,)):
+    """The same cases for every wrapper; for some wrappers those of a few classes, since time is short."""
+    return [
+        pytest.param(wrap, *param.values, id=f"{wrap}-{param.id}")
+        for wrap in WRAPPERS
+        for param in params
+        if wrap not in few or param.values[0] in FEW
     ]
 
 
@@ -186,8 +200,7 @@ def test_every_class_of_torch_optim_has_a_line_in_the_table():
     assert classes().keys() <= BASES.keys()
 
 
-@pytest.mark.parametrize(("name", "options"), cases(DENSE))
-@wrappers
+@pytest.mark.parametrize(("wrap", "name", "options"), of_wrappers(cases(DENSE)))
 def test_base_follows_the_contract(wrap, name, options, backend):
     optimizer = wrap(classes()[name](groups(name), **options))
     model = ByHand(wrap, classes()[name](groups(name), **options), coupled=is_coupled(name, options))
@@ -270,10 +283,16 @@ LOW_PRECISION = {torch.float32: 1e-5, torch.bfloat16: 2**-6}
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
 @pytest.mark.parametrize(
-    ("name", "implementation"),
-    [(name, kind) for name in DENSE if name in classes() for kind in implementations(name)],
+    ("wrap", "name", "implementation"),
+    of_wrappers(
+        [
+            pytest.param(name, kind, id=f"{name}-{kind}")
+            for name in DENSE
+            if name in classes()
+            for kind in implementations(name)
+        ]
+    ),
 )
-@wrappers
 def test_base_follows_the_contract_in_low_precision(wrap, name, implementation, dtype, backend):
     if (name, implementation, dtype) == ("SGD", "fused", torch.bfloat16) and torch.__version__ < "2.14":
         pytest.skip("SGD(fused=True) of torch 2.12 and 2.13 does not update bfloat16 parameters on CPU")
@@ -469,8 +488,7 @@ def targets(optimizer):
     return evaluate
 
 
-@pytest.mark.parametrize(("name", "options"), cases(DENSE))
-@wrappers
+@pytest.mark.parametrize(("wrap", "name", "options"), of_wrappers(cases(DENSE), few=(lamb, lars_on_updates)))
 def test_step_with_a_closure_equals_a_step_without(wrap, name, options, backend):
     with_closure, without = (wrap(classes()[name](groups(name), **options)) for _ in range(2))
     evaluate, evaluate_before = targets(with_closure), targets(without)
@@ -490,7 +508,7 @@ def test_lbfgs_follows_the_contract_at_every_evaluation(options, backend):
     def build():
         return torch.optim.LBFGS(layers(3, [(3, 4), (4,), (5,)], zero=[2]), lr=0.5, **{"max_iter": 6, **options})
 
-    optimizer, model = LARS(build(), eps=EPS, trust_coef=TRUST_COEF), ByHand(WRAPPERS[0], build())
+    optimizer, model = LARS(build(), eps=EPS, trust_coef=TRUST_COEF), ByHand(lars, build())
     evaluate, evaluate_model = targets(optimizer), targets(model)
     evaluations = []
 
@@ -638,7 +656,7 @@ def test_groups_may_be_added_or_reordered_inside_a_closure(wrap, backend):
     [
         *((wrap, name, 1) for wrap in WRAPPERS for name in ("SGD", "Adam")),
         *((wrap, "Recorder", n) for wrap in WRAPPERS for n in (1, 2, 3)),
-        *((WRAPPERS[0], name, n) for name in ("LBFGS", "LBFGS-strong_wolfe") for n in (1, 2, 3)),
+        *((lars, name, n) for name in ("LBFGS", "LBFGS-strong_wolfe") for n in (1, 2, 3)),
     ],
     ids=str,
 )
