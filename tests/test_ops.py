@@ -68,6 +68,142 @@ def test_fused_gives_the_bits_of_the_three(extension, device, case, dtype):
     assert all(torch.equal(a, b) for a, b in zip(one[0], other[0], strict=True))
 
 
+# The dialects: fused, and op by op.
+
+DIALECTS = [
+    # decayed_norm, clip, lr_in_momentum, lr in a tensor
+    (True, False, False, False),
+    (False, True, False, True),
+    (False, False, True, True),
+    (True, True, True, False),
+]
+NAMES = ("decayed_norm", "clip", "lr_in_momentum")
+
+
+def lrs_of(n, in_tensor, device):
+    return [0.002 * (1 + i % 5) for i in range(n)], torch.tensor(
+        0.5, dtype=torch.float64, device=device
+    ) if in_tensor else None
+
+
+def dialects_of(case):
+    return DIALECTS[-1:] if case.name in ("many", "large_norms", "chunk_borders") else DIALECTS
+
+
+def measured_and_decided(grads, params, hyper, maximize, lrs, decayed_norm, clip, module=ops):
+    """The trust ratios, op by op."""
+    weight_decays, *others = hyper
+    if decayed_norm:
+        scales = [-weight_decay if maximize else weight_decay for weight_decay in weight_decays]
+        grad_norms, weight_decays = module.squared_norms_of_sums(grads, params, scales), [0.0] * len(grads)
+    else:
+        grad_norms = module.squared_norms(grads)
+    dtype = ops.compute_dtype(grads[0].dtype, params[0].dtype)
+    return module.trust_ratios(module.squared_norms(params), grad_norms, weight_decays, *others, dtype, *lrs, clip)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(CASES)
+def test_dialects_equal_the_reference_and_have_the_bits_of_op_by_op(extension, device, case, dtype):
+    is_wide = dtype in (torch.float64, torch.complex128)
+    for decayed_norm, clip, lr_in_momentum, in_tensor in dialects_of(case):
+        arguments = case.make(dtype, device)
+        lrs = lrs_of(len(arguments[0]), in_tensor, device)
+        dialect = (decayed_norm, clip, lr_in_momentum)
+        expected, actual, apart = copies(arguments), copies(arguments), copies(arguments)
+        expected_ratios = reference.scale_by_trust_ratios_(*expected, *lrs, *dialect)
+        ratios = ops.scale_by_trust_ratios_(*actual, *lrs, *dialect)
+        assert_within_ulps(ratios, expected_ratios, 4 if is_wide else 1, "ratios")
+        grads, params, *hyper, maximize = apart
+        ratios_apart = measured_and_decided(grads, params, hyper, maximize, lrs, decayed_norm, clip)
+        factors = lrs if lr_in_momentum else ((), None)
+        ops.apply_trust_ratios_(grads, params, ratios_apart, hyper[0], maximize, *factors)
+        assert torch.equal(ratios, ratios_apart)
+        for i, (a, e, b) in enumerate(zip(actual[0], expected[0], apart[0], strict=True)):
+            assert torch.equal(a, b), i
+            assert_within_ulps(a, e, 8 if is_wide else 2, f"gradient of layer {i}")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(CASES)
+def test_scaled_updates_equal_the_reference_and_have_the_bits_of_op_by_op(extension, device, case, dtype):
+    """What the table calls gradients are parameters after a step here."""
+    is_wide = dtype in (torch.float64, torch.complex128)
+    for clip, in_tensor in ((False, True), (True, False)):
+        params, old_params, _, trust_coefs, eps, _ = arguments = case.make(dtype, device)
+        if case.name != "zero_layers":  # else a small step
+            for param, old in zip(params, old_params, strict=True):
+                param.mul_(0.02).add_(old)
+        lrs, lr_scale = lrs_of(len(params), in_tensor, device)
+        trust_coefs = [100 * coef for coef in trust_coefs]
+        expected, actual, apart = (copies(arguments)[0] for _ in range(3))
+        call = (old_params, trust_coefs, eps, lrs, clip, lr_scale)
+        expected_ratios = reference.scale_updates_by_trust_ratios_(expected, *call)
+        ratios = ops.scale_updates_by_trust_ratios_(actual, *call)
+        assert_within_ulps(ratios, expected_ratios, 8 if is_wide else 1, "ratios")
+        norms = ops.squared_norms(old_params), ops.squared_norms_of_sums(apart, old_params, [-1.0] * len(apart))
+        hyper = [0.0] * len(apart), trust_coefs, eps
+        ratios_apart = ops.trust_ratios(*norms, *hyper, ratios.dtype, lrs, lr_scale, clip, True)
+        ops.apply_trust_ratios_to_updates_(apart, old_params, ratios_apart)
+        assert torch.equal(ratios, ratios_apart)
+        reference.apply_trust_ratios_to_updates_(expected := copies(arguments)[0], old_params, ratios)
+        for i, (a, e, b, before) in enumerate(zip(actual, expected, apart, params, strict=True)):
+            assert torch.equal(a, b), i
+            assert torch.equal(a, e), f"rounding of layer {i}"
+            assert ratios[i] != 1 or torch.equal(a, before), "with ratio 1 nothing is written"
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(CASES)
+def test_squared_norms_of_sums_equal_the_reference(extension, device, case, dtype):
+    tensors, others, *_ = case.make(dtype, device)
+    scales = [(-1.0, 0.25, 0.0, -0.1)[i % 4] for i in range(len(tensors))]
+    actual, expected = (module.squared_norms_of_sums(tensors, others, scales) for module in (ops, reference))
+    assert_within_ulps(actual, expected, 4 + 2 * (max(x.numel() for x in tensors) > 10000))
+    zeros = ops.squared_norms_of_sums(tensors, others, [0.0] * len(tensors))
+    assert torch.equal(zeros, ops.squared_norms(tensors))
+
+
+def test_scaled_updates_by_hand(backend):
+    # ‖w_old‖ = 5, Δ = (−0.3, 0.4), γ = 0.25 · 2: ‖u‖ = 1 and r = 0.6 · 5 / (1 + 1) = 1.5, clipped 1
+    for clip, ratio, after in ((False, 1.5, [2.55, 4.6]), (True, 1.0, [2.7, 4.4])):
+        old, new = (torch.tensor(w, dtype=torch.float64) for w in ([3.0, 4.0], [2.7, 4.4]))
+        lr_scale = torch.tensor(2.0, dtype=torch.float64)
+        ratios = ops.scale_updates_by_trust_ratios_([new], [old], [0.6], [1.0], [0.25], clip, lr_scale)
+        assert ratios.item() == pytest.approx(ratio, rel=1e-14)
+        assert new.tolist() == pytest.approx(after, rel=1e-14)
+
+
+def test_an_update_of_ratio_1_is_not_touched(backend):
+    """In float32 w_old + (w − w_old) is not w."""
+    old, new = torch.rand(1000), torch.rand(1000) * 1e-3
+    assert not torch.equal(old + (new - old), new)
+    before = new.clone()
+    ops.apply_trust_ratios_to_updates_([new], [old], torch.ones(1))
+    assert torch.equal(new, before)
+
+
+def test_a_nan_shows_in_the_whole_layer_of_an_update(backend):
+    for which in ("old", "new"):
+        old, new = torch.rand(5), torch.rand(5)
+        (old if which == "old" else new)[1] = float("nan")
+        for clip in (False, True):
+            written = new.clone()
+            assert ops.scale_updates_by_trust_ratios_([written], [old], [1.0], [0.0], [0.1], clip).isnan().all()
+            assert written.isnan().all()
+
+
+@pytest.mark.parametrize("clip", [False, True])
+def test_clipped_ratios_by_hand(backend, clip):
+    norms = torch.tensor([25.0, 25.0, 0.0, 0.0]).double(), torch.tensor([1.0, 1.0, 1.0, float("nan")]).double()
+    hyper = [0.0] * 4, [0.1] * 4, [0.0] * 4
+    ratios = ops.trust_ratios(*norms, *hyper, torch.float64, [1.0, 0.25, 4.0, 1.0], None, clip)
+    expected = [0.5, 1.0, 0.25, float("nan")] if clip else [0.5, 0.5, 1.0, float("nan")]
+    assert ratios.tolist() == pytest.approx(expected, nan_ok=True)
+    of_updates = ops.trust_ratios(*norms, *hyper, torch.float64, [1.0, 0.25, 4.0, 1.0], None, clip, True)
+    assert of_updates.tolist() == pytest.approx([0.5, 0.125, 1.0, float("nan")], nan_ok=True)
+
+
 @pytest.mark.parametrize("grad_dtype", REAL_DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
 @pytest.mark.parametrize("route", ROUTES)
@@ -90,6 +226,11 @@ def test_bits_do_not_depend_on_threads_or_repetition(extension, threads, dtype):
         threads(count)
         one = copies(arguments)
         results.append([*one[0], fused(*one), ops.squared_norms(arguments[1])])
+        grads, params, *hyper, _ = other = copies(arguments)
+        lrs = [0.1] * len(grads)
+        results[-1] += [ops.scale_by_trust_ratios_(*other, lrs, None, True, True, True), *grads]
+        updated = copies(arguments)[0]
+        results[-1] += [ops.scale_updates_by_trust_ratios_(updated, params, *hyper[1:], lrs, False), *updated]
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
@@ -260,6 +401,82 @@ BAD_CALLS = {
         "trust_ratios",
         (d, d, [0.1] * 2, [1.0] * 2, [0.0] * 2, torch.float16),
         r"float64 or float32",
+    ),
+}
+
+
+fused_call = ([x], [x], [0.1], [1.0], [0.0], False)
+update_call = ([x], [x.clone()], [1.0], [0.0])
+BAD_CALLS |= {
+    "sums of nothing": ("squared_norms_of_sums", ([], [], []), r"at least one tensor \(got: tensors is empty\)"),
+    "more others": ("squared_norms_of_sums", ([x], [x, x], [1.0]), r"one length \(tensors: 1, others: 2\)"),
+    "more scales": ("squared_norms_of_sums", ([x], [x], [1.0, 1.0]), r"one length \(tensors: 1, scales: 2\)"),
+    "scale NaN": ("squared_norms_of_sums", ([x], [x], [nan]), r"finite numbers \(scales\[0\]: nan\)"),
+    "sums of shapes": (
+        "squared_norms_of_sums",
+        ([x], [y], [1.0]),
+        r"tensors and others of one shape \(tensors\[0\]: \[3\], others\[0\]: \[4\]\)",
+    ),
+    "clip without lrs": ("scale_by_trust_ratios_", (*fused_call, [], None, False, True), r"grads: 1, lrs: 0"),
+    "lr in momentum without lrs": (
+        "scale_by_trust_ratios_",
+        (*fused_call, [], None, False, False, True),
+        r"one length \(grads: 1, lrs: 0\)",
+    ),
+    "more lrs": ("scale_by_trust_ratios_", (*fused_call, [0.1, 0.1]), r"one length \(grads: 1, lrs: 2\)"),
+    "lr < 0": ("scale_by_trust_ratios_", (*fused_call, [-0.1]), r"non-negative numbers \(lrs\[0\]: -0.1\)"),
+    "lr inf": ("apply_trust_ratios_", ([x], [x], d[:1].float(), [0.1], False, [inf]), r"numbers \(lrs\[0\]: inf\)"),
+    "lr_scale in float32": (
+        "apply_trust_ratios_",
+        ([x], [x], d[:1].float(), [0.1], False, [0.1], torch.tensor(0.5)),
+        r"lr_scale to be one float64 on cpu \(got: shape \[\], .*[Ff]loat",
+    ),
+    "ratios of updates without lrs": (
+        "trust_ratios",
+        (d, d, [0.0] * 2, [1.0] * 2, [0.0] * 2, f32, [], None, False, True),
+        r"one length \(param_squared_norms: 2, lrs: 0\)",
+    ),
+    "two lr_scales": (
+        "trust_ratios",
+        (d, d, [0.0] * 2, [1.0] * 2, [0.0] * 2, f32, [0.1] * 2, d),
+        r"lr_scale to be one float64 on cpu \(got: shape \[2\]",
+    ),
+    "updates of another dtype": (
+        "apply_trust_ratios_to_updates_",
+        ([x], [x.double()], d[:1]),
+        r"params and old_params of one dtype \(params\[0\]: .*, old_params\[0\]: ",
+    ),
+    "updates of another shape": (
+        "apply_trust_ratios_to_updates_",
+        ([x], [y], d[:1].float()),
+        r"params and old_params of one shape \(params\[0\]: \[3\], old_params\[0\]: \[4\]\)",
+    ),
+    "more updates than ratios": (
+        "apply_trust_ratios_to_updates_",
+        ([x, x], [x, x], d[:1].float()),
+        r"params: 2, ratios: 1",
+    ),
+    "ratios of updates in float64": ("apply_trust_ratios_to_updates_", ([x], [x], d[:1]), r"vector of .*[Ff]loat"),
+    "an expanded update": (
+        "apply_trust_ratios_to_updates_",
+        ([torch.ones(1).expand(3)], [x], d[:1].float()),
+        r"params that can be written in place \(params\[0\]: shape \[3\], strides \[0\] overlap in memory\); clone it",
+    ),
+    "updates without lrs": ("scale_updates_by_trust_ratios_", (*update_call, [], False), r"params: 1, lrs: 0"),
+    "updates with coef 0": (
+        "scale_updates_by_trust_ratios_",
+        ([x], [x], [0.0], [0.0], [0.1], False),
+        r"positive numbers \(trust_coefs\[0\]: 0",
+    ),
+    "updates with eps < 0": (
+        "scale_updates_by_trust_ratios_",
+        ([x], [x], [1.0], [-1.0], [0.1], False),
+        r"non-negative numbers \(eps\[0\]: -1",
+    ),
+    "updates on two devices": (
+        "scale_updates_by_trust_ratios_",
+        ([x], [x.to("meta")], [1.0], [0.0], [0.1], False),
+        r"one device \(params\[0\]: cpu, old_params\[0\]: meta\)",
     ),
 }
 

@@ -1942,6 +1942,36 @@ def test_lars_sgd_equals_the_reference_and_has_the_bits_of_measure_decide_and_up
         assert_same_results(actual, call("sgd_", arguments, reference, ratios=ratios))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(CASES)
+def test_dialects_of_lars_sgd_have_the_bits_of_measure_decide_and_update(extension, case, dtype):
+    kind = STEPS[5] if dtype.itemsize > 2 else STEPS[6]
+    dialects = [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
+    is_long = case.name in ("many", "large_norms", "chunk_borders")
+    for decayed_norm, clip, lr_in_momentum in dialects[3 if is_long else 0 :]:
+        arguments = arguments_of(case, dtype, kind)
+        dialect = {"decayed_norm": decayed_norm, "clip": clip, "lr_in_momentum": lr_in_momentum}
+        actual = call("lars_sgd_", arguments, **dialect)
+        grads, params = arguments["grads"], arguments["params"]
+        lrs, lr_scale = arguments["lrs"], arguments["lr_scale"]
+        decays = arguments["weight_decays"]
+        if decayed_norm:
+            scales = [-decay if arguments["maximize"] else decay for decay in decays]
+            norms, decays = ops.squared_norms_of_sums(grads, params, scales), [0.0] * len(decays)
+        else:
+            norms = ops.squared_norms(grads)
+        hyper = decays, arguments["trust_coefs"], arguments["eps"]
+        dtype_of_ratios = ops.compute_dtype(grads[0].dtype, dtype)
+        ratios = ops.trust_ratios(ops.squared_norms(params), norms, *hyper, dtype_of_ratios, lrs, lr_scale, clip)
+        assert torch.equal(actual[2], ratios)
+        inside = {"ratios": ratios}
+        if lr_in_momentum:
+            scaled = torch.tensor(lrs, dtype=torch.float64) * (1.0 if lr_scale is None else lr_scale)
+            inside = {"ratios": (ratios.double() * scaled).to(ratios.dtype), "lrs": [1.0] * len(lrs), "lr_scale": None}
+        assert_same_results(actual, call("sgd_", arguments, **inside))
+        assert_same_results(actual, call("sgd_", arguments, reference, **inside))
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("grad_dtype", REAL_DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)

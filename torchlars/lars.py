@@ -162,6 +162,11 @@ class LARS(TrustRatioWrapper):
         """Raise if options do not go together, or not with the base."""
         if options["apply_to"] == "update":
             check_update_is_scalable(self.optim, f"apply_to='update'{of_group}")
+        if options.get("weight_decay") == "decoupled" and getattr(self.optim, "takes_trust_ratios", False):
+            raise ValueError(
+                "weight_decay='decoupled' needs a base that shrinks weights apart from the gradient (got: "
+                f"{type(self.optim).__name__}, which takes the trust ratios to the gradient with its decay)"
+            )
         if not options["lr_in_momentum"]:
             return
         if options["apply_to"] == "update":

@@ -67,6 +67,8 @@ def check_update(group: int, position: int, param: Tensor) -> None:
         problem = f"parameters must be strided (layout: {param.layout})"
     elif not ops.is_writable_in_place(param):
         problem = f"elements of a parameter must not share memory (strides: {param.stride()})"
+    elif not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg()):  # to ask would break a graph
+        problem = "parameters must not be lazily conjugated or negated, since no op of ours can write them"
     else:
         return
     raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")

@@ -1,0 +1,758 @@
+"""Every dialect of LARS: numbers worked by hand, and steps of SGD told here anew, in float64.
+
+The oracle knows nothing of torch's SGD, of the wrapper or of its reference: it is the formulas, and a dict of momenta.
+"""
+
+import copy
+import inspect
+import io
+import itertools
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+import torchlars
+from torchlars import LAMB, LARC, LARS, ops
+
+SGDS = {"torch": torch.optim.SGD, "torchlars": torchlars.optim.SGD}
+sgds = pytest.mark.parametrize("sgd", SGDS.values(), ids=list(SGDS))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tensors are small here: a second thread would only be waited for."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+# By hand: ‖w‖ = 5, ‖g‖ = 0.5, g + λw = (0.6, 0), g − λw = (0, −0.8).
+
+W, G, DECAY = [3.0, 4.0], [0.3, -0.4], 0.1
+
+
+def hand_made(wrap, sgd=torch.optim.SGD, lr=0.5, weight=W, grad=G, **options):
+    param = nn.Parameter(torch.tensor(weight, dtype=torch.float64))
+    param.grad = torch.tensor(grad, dtype=torch.float64)
+    optimizer = wrap(sgd([param], lr=lr, weight_decay=DECAY, **options))
+    optimizer.step()
+    (ratio,) = optimizer.trust_ratios().values()
+    return ratio.item(), param.detach().tolist()
+
+
+BY_HAND = {
+    # r = 0.06 · 5 / (0.5 + 0.1 · 5) = 0.3
+    "raw": ({}, {}, 0.3, [2.91, 4.0]),
+    # r = 0.06 · 5 / 0.6 = 0.5
+    "decayed": ({"norm": "decayed"}, {}, 0.5, [2.85, 4.0]),
+    # r = 0.06 · 5 / 0.8 = 0.375 of an ascent along (0, 0.8)
+    "decayed, maximize": ({"norm": "decayed"}, {"maximize": True}, 0.375, [3.0, 3.85]),
+    "raw, maximize": ({}, {"maximize": True}, 0.3, [3.0, 3.88]),
+    # min(0.3 / 0.5, 1) and min(0.3 / 0.2, 1)
+    "clip, below": ({"clip": True}, {}, 0.6, [2.82, 4.0]),
+    "clip, above": ({"clip": True}, {"lr": 0.2}, 1.0, [2.88, 4.0]),
+    "clip, decayed": ({"clip": True, "norm": "decayed"}, {"lr": 0.625}, 0.8, [2.7, 4.0]),
+    "clip, lr in a tensor": ({"clip": True}, {"lr": torch.tensor(0.5)}, 0.6, [2.82, 4.0]),
+    "clip, lr 0 in a tensor": ({"clip": True}, {"lr": torch.tensor(0.0)}, 1.0, [3.0, 4.0]),
+    # A zero layer's ratio of 1 is clipped, too: min(1 / 2, 1) and min(1 / 0.5, 1)
+    "clip, zero layer": ({"clip": True}, {"lr": 2.0, "weight": [0.0, 0.0]}, 0.5, [-0.3, 0.4]),
+    "clip, zero layer, small lr": ({"clip": True}, {"weight": [0.0, 0.0]}, 1.0, [-0.15, 0.2]),
+    "clip, zero gradient": ({"clip": True}, {"lr": 2.0, "grad": [0.0, 0.0]}, 0.5, [2.7, 3.6]),
+    "decayed, zero gradient": ({"norm": "decayed"}, {"grad": [0.0, 0.0]}, 0.6, [2.91, 3.88]),
+    "decayed, gradient that the decay cancels": (
+        {"norm": "decayed"},
+        {"weight": [2.0, 4.0], "grad": [-0.2, -0.4]},
+        1.0,
+        [2.0, 4.0],
+    ),
+    "lr in momentum": ({"lr_in_momentum": True}, {}, 0.3, [2.91, 4.0]),
+    "update": ({"apply_to": "update"}, {}, 0.3, [2.91, 4.0]),
+    "update, clip": ({"apply_to": "update", "clip": True}, {}, 0.6, [2.82, 4.0]),
+    "update, decayed": ({"apply_to": "update", "norm": "decayed"}, {}, 0.5, [2.85, 4.0]),
+    # λ = 0 for us, all of it for the base: r = 0.06 · 5 / 0.5 = 0.6, and then r·g + λw
+    "decoupled": ({"weight_decay": "decoupled"}, {}, 0.6, [2.76, 3.92]),
+}
+
+
+@pytest.mark.parametrize("name", BY_HAND)
+@sgds
+def test_formula_by_hand(sgd, name, backend):
+    dialect, given, ratio, weight = BY_HAND[name]
+    if name == "decoupled" and sgd is torchlars.optim.SGD:
+        with pytest.raises(
+            ValueError, match=r"^weight_decay='decoupled' needs a base that shrinks .* \(got: SGD, which"
+        ):
+            hand_made(lambda base: LARS(base, **dialect), sgd)
+        return
+    actual = hand_made(lambda base: LARS(base, 0.0, 0.06, **dialect), sgd, **given)
+    assert actual == (pytest.approx(ratio, rel=1e-15), pytest.approx(weight, rel=1e-14, abs=1e-15))
+
+
+@pytest.mark.parametrize(
+    ("options", "given", "ratio", "weight"),
+    [
+        # Δ = −0.5 · (0.6, 0), ‖u‖ = 0.6
+        ({"trust_coef": 0.06}, {}, 0.5, [2.85, 4.0]),
+        ({"trust_coef": 0.06, "eps": 0.4}, {}, 0.3, [2.91, 4.0]),
+        ({"trust_coef": 0.06}, {"lr": 0.25}, 0.5, [2.925, 4.0]),
+        ({"trust_coef": 0.06}, {"lr": torch.tensor(0.25)}, 0.5, [2.925, 4.0]),
+        ({}, {"lr": 0.03}, 5 / 0.6, [2.85, 4.0]),
+        ({"clip": True}, {}, 1.0, [2.7, 4.0]),
+        ({"clip": True, "trust_coef": 0.06}, {}, 0.5, [2.85, 4.0]),
+        ({}, {"weight": [0.0, 0.0]}, 1.0, [-0.15, 0.2]),
+        ({}, {"grad": [-0.3, -0.4]}, 1.0, [3.0, 4.0]),
+        ({}, {"lr": 0.0}, 1.0, [3.0, 4.0]),
+        ({"trust_coef": 0.06}, {"maximize": True}, 0.375, [3.0, 3.85]),
+    ],
+)
+@sgds
+def test_lamb_by_hand(sgd, options, given, ratio, weight, backend):
+    actual = hand_made(lambda base: LAMB(base, **options), sgd, **given)
+    assert actual == (pytest.approx(ratio, rel=1e-14), pytest.approx(weight, rel=1e-14))
+
+
+def test_lamb_over_adamw_by_hand(backend):
+    """A first step of AdamW is the gradient's sign: u = (1, −1) + λw, to a part in 1e8."""
+    ratio, weight = hand_made(LAMB, torch.optim.AdamW, lr=0.01, eps=1e-15)
+    assert ratio == pytest.approx(5 / math.hypot(1.3, 0.6), rel=1e-12)
+    assert weight == pytest.approx([3 - 0.01 * ratio * 1.3, 4 + 0.01 * ratio * 0.6], rel=1e-12)
+
+
+# Many steps.
+
+DIALECTS = [
+    {"clip": clip, "norm": norm, **where}
+    for clip, norm, where in itertools.product(
+        (False, True), ("raw", "decayed"), ({}, {"lr_in_momentum": True}, {"apply_to": "update"})
+    )
+]
+MOMENTA = [{}, {"momentum": 0.9, "dampening": 0.25}, {"momentum": 0.9, "nesterov": True}]
+EPS, TRUST_COEF = 0.05, 0.3
+
+
+def label(options):
+    return ",".join(f"{key}={value}" for key, value in options.items() if value not in (False, "raw")) or "-"
+
+
+def layers(seed, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    wide = torch.complex128 if dtype.is_complex else torch.float64
+    shapes = [(3, 4), (5,), (), (2, 2)]
+    params = [(i + 0.3) * torch.randn(s, generator=generator, dtype=wide) for i, s in enumerate(shapes, start=1)]
+    params[3].zero_()
+    params[0] = params[0].mT.contiguous().mT  # another memory order than its gradient's
+    return [nn.Parameter(param.to(dtype)) for param in params]
+
+
+def groups(dtype=torch.float64, update=False):
+    """The wrapper's options; others, ascending; not adapted; not adapted, but lr in the momentum."""
+    others = {"trust_coef": 0.05, "eps": 0.2, "clip": True, "norm": "decayed", "maximize": True}
+    return [
+        {"params": layers(0, dtype), "weight_decay": 0.1, "lr": 0.4},
+        {"params": layers(1, dtype), "weight_decay": 0.03, "lr": 0.7, **others},
+        {"params": layers(2, dtype), "weight_decay": 0.2, "lr": 0.2, "trust_coef": None},
+        {"params": layers(3, dtype), "weight_decay": 0.15, "lr": 0.3, "trust_coef": None, "lr_in_momentum": True},
+        {"params": layers(4, dtype), "weight_decay": 0.0, "lr": 0.9, "maximize": update},
+    ]
+
+
+def norm(tensor):
+    return math.sqrt(math.fsum(abs(x) ** 2 for x in tensor.flatten().tolist()))
+
+
+class Oracle:
+    """SGD under LARS, as the formulas say."""
+
+    def __init__(self, param_groups, **options):
+        self.groups = [{**options, **group} for group in param_groups]
+        self.momenta, self.ratios = {}, {}
+
+    def ratio(self, w, g, d, o):
+        decayed = o["norm"] == "decayed"
+        w_norm, g_norm = norm(w), norm(d if decayed else g)
+        r = 1.0
+        if w_norm != 0 and g_norm != 0:
+            rest = 0.0 if decayed else o["weight_decay"] * w_norm
+            r = o["trust_coef"] * w_norm / (g_norm + rest + o["eps"])
+        return min(r / float(o["lr"]), 1.0) if o["clip"] else r
+
+    def step(self):
+        self.ratios = {}
+        for o in self.groups:
+            for p in o["params"]:
+                if p.grad is None:
+                    continue
+                w, g, lr = p.detach().clone(), p.grad, float(o["lr"])
+                d = (-g if o["maximize"] else g) + o["weight_decay"] * w
+                r = 1.0
+                if o["trust_coef"] is not None:
+                    r = self.ratios[p] = self.ratio(w, g, d, o)
+                on_update = o["apply_to"] == "update" and o["trust_coef"] is not None
+                d = d if on_update else r * d
+                if o["lr_in_momentum"]:
+                    d, lr = lr * d, 1.0
+                if o["momentum"]:
+                    if p in self.momenta:
+                        self.momenta[p] = o["momentum"] * self.momenta[p] + (1 - o["dampening"]) * d
+                    else:
+                        self.momenta[p] = d.clone()
+                    d = d + o["momentum"] * self.momenta[p] if o["nesterov"] else self.momenta[p]
+                p.detach().copy_(w - (r if on_update else 1.0) * lr * d)
+
+
+DEFAULTS = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
+PLAIN = {"eps": EPS, "trust_coef": TRUST_COEF, "clip": False, "norm": "raw"}
+PLAIN = {**PLAIN, "lr_in_momentum": False, "apply_to": "gradient"}
+
+
+def params_of(optimizer):
+    groups = optimizer.groups if isinstance(optimizer, Oracle) else optimizer.param_groups
+    return [param for group in groups for param in group["params"]]
+
+
+def give_gradients(optimizers, step):
+    """The same for all; one that is zero, one that is missing, one that the weight decay does not change."""
+    generator = torch.Generator().manual_seed(100 + step)
+    for index, params in enumerate(zip(*map(params_of, optimizers), strict=True)):
+        wide = torch.complex128 if params[0].is_complex() else torch.float64
+        grad = 0.4 * (1 + index % 3) * torch.randn(params[0].shape, generator=generator, dtype=wide)
+        grad = grad * 0 if (step, index) in {(1, 0), (1, 5)} else grad
+        for param in params:
+            param.grad = None if (step, index) == (2, 1) else grad.to(params[0].dtype, copy=True)
+
+
+def change_lr(optimizers, step):
+    for optimizer in optimizers:
+        for index, group in enumerate(optimizer.groups if isinstance(optimizer, Oracle) else optimizer.param_groups):
+            group["lr"] = group["lr"] * [0.5, 1.7, 0.9, 1.2][(step + index) % 4]
+
+
+def hyper_parameters(optimizer):
+    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
+
+
+def assert_identical(before, after):
+    for old, new in zip(before, after, strict=True):
+        assert old.keys() == new.keys()
+        assert all(old[key] is new[key] for key in old)
+
+
+@pytest.mark.parametrize("lr", ["number", "tensor"])
+@pytest.mark.parametrize("options", MOMENTA, ids=label)
+@pytest.mark.parametrize("dialect", DIALECTS, ids=label)
+@sgds
+def test_steps_follow_the_formulas(sgd, dialect, options, lr, backend):
+    own = groups()
+    for group in own:
+        if lr == "tensor":
+            group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
+        if dialect.get("apply_to") == "update" and "norm" in group:
+            group["apply_to"] = "gradient"  # both in one step
+    optimizer = LARS(sgd(own, lr=0.5, **options), EPS, TRUST_COEF, **dialect)
+    oracle = Oracle(groups(), **{**DEFAULTS, **options, **PLAIN, **dialect})
+    if dialect.get("apply_to") == "update":
+        oracle.groups[1]["apply_to"] = "gradient"
+        oracle.groups[3]["apply_to"] = "gradient"
+    for group in oracle.groups[2:3]:
+        group["lr_in_momentum"] = False  # it is the wrapper's, and this group is left alone
+    for step in range(4):
+        give_gradients([optimizer, oracle], step)
+        before = hyper_parameters(optimizer)
+        optimizer.step()
+        oracle.step()
+        assert_identical(before, hyper_parameters(optimizer))
+        ratios = optimizer.trust_ratios()
+        assert len(ratios) == len(oracle.ratios) == 12 - (step == 2)
+        for p, q in zip(params_of(optimizer), params_of(oracle), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+            assert (p in ratios) == (q in oracle.ratios)
+            assert p not in ratios or ratios[p].item() == pytest.approx(oracle.ratios[q], rel=1e-11)
+        change_lr([optimizer, oracle], step)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=label)
+@pytest.mark.parametrize("dtype", [torch.complex128, torch.float32, torch.bfloat16], ids=str)
+def test_both_sgds_and_both_ways_agree_in_other_dtypes(dtype, dialect, backend, monkeypatch):
+    """Where gradients are scaled, a base that takes ratios rounds less: so momentum is in float32 and few steps."""
+    tolerance = {torch.complex128: 1e-12, torch.float32: 2e-6, torch.bfloat16: 2**-5}[dtype]
+    kept = {"momentum_dtype": torch.float32} if dtype == torch.bfloat16 else {}
+    ours = LARS(torchlars.optim.SGD(groups(dtype), lr=0.5, momentum=0.9, **kept), EPS, TRUST_COEF, **dialect)
+    theirs = LARS(torch.optim.SGD(groups(dtype), lr=0.5, momentum=0.9), EPS, TRUST_COEF, **dialect)
+    closer = copy.deepcopy(ours)
+    for step in range(3):
+        give_gradients([ours, theirs, closer], step)
+        ours.step()
+        theirs.step()
+        with monkeypatch.context() as patched:
+            patched.setattr(ops, "plain_layers", lambda kind: ops.NoPlainLayers())
+            closer.step()
+        for p, q, same in zip(params_of(ours), params_of(theirs), params_of(closer), strict=True):
+            torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
+            torch.testing.assert_close(p, same, rtol=1e-15 if dtype == torch.complex128 else 0, atol=1e-15)
+        change_lr([ours, theirs, closer], step)
+
+
+@pytest.mark.parametrize("dialect", DIALECTS, ids=label)
+@sgds
+def test_a_sparse_gradient_is_adapted_like_a_dense_one(sgd, dialect, backend):
+    def build():
+        torch.manual_seed(0)
+        params = [nn.Parameter(torch.randn(6, 2, dtype=torch.float64)), nn.Parameter(torch.randn(3).double())]
+        return LARS(sgd([{"params": params[:1]}, {"params": params[1:], "weight_decay": 0.1}], lr=0.5), **dialect)
+
+    sparse, dense = build(), build()
+    for step in range(3):
+        grad = torch.sparse_coo_tensor(
+            [[1, 4, 1]], (1 + step) * torch.arange(6.0).double().reshape(3, 2), (6, 2), check_invariants=True
+        )
+        params_of(sparse)[0].grad, params_of(dense)[0].grad = grad.clone(), grad.to_dense()
+        for one in (sparse, dense):
+            params_of(one)[1].grad = torch.full((3,), 0.5, dtype=torch.float64)
+            one.step()
+            change_lr([one], step)
+        for p, q in zip(params_of(sparse), params_of(dense), strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dialect", [d for d in DIALECTS if d.get("apply_to") == "update"], ids=label)
+def test_updates_of_adamw_are_scaled_by_ratios_of_gradients(dialect, backend):
+    """AdamW decouples: λ = 0 in the ratio, and its own decay is part of the update."""
+    params, plain = layers(0), layers(0)
+    optimizer = LARS(torch.optim.AdamW(params, lr=0.1, weight_decay=0.3), EPS, TRUST_COEF, **dialect)
+    base = torch.optim.AdamW(plain, lr=0.1, weight_decay=0.3)
+    for step in range(3):
+        give_gradients([optimizer, base], step)
+        old = [param.detach().clone() for param in plain]
+        base.step()
+        optimizer.step()
+        for p, q, w in zip(params, plain, old, strict=True):
+            if q.grad is not None:
+                zero = norm(w) == 0 or norm(q.grad) == 0
+                r = 1.0 if zero else TRUST_COEF * norm(w) / (norm(q.grad) + EPS)
+                r = min(r / 0.1, 1) if dialect["clip"] else r
+                q.detach().copy_(w + r * (q.detach() - w))
+            torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+class Decouples(torch.optim.Optimizer):
+    """A base of another house which shrinks weights apart from the gradient and does not say so."""
+
+    def __init__(self, params):
+        super().__init__(params, {"lr": 0.5, "weight_decay": 0.25})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            self.seen = group["weight_decay"]
+            for param in group["params"]:
+                param.mul_(1 - group["lr"] * group["weight_decay"]).sub_(group["lr"] * param.grad)
+
+
+@pytest.mark.parametrize("who_says", ["wrapper", "group"])
+@pytest.mark.parametrize("norm_of", ["raw", "decayed"])
+def test_decoupled_decay_stays_the_bases(norm_of, who_says, backend):
+    param = nn.Parameter(torch.tensor([3.0, 4.0]).double())
+    param.grad = torch.tensor([0.3, -0.4]).double()
+    group = {"params": [param], **({"decoupled_weight_decay": True} if who_says == "group" else {})}
+    options = {"weight_decay": "decoupled"} if who_says == "wrapper" else {}
+    optimizer = LARS(Decouples([group]), 0.0, 0.06, norm=norm_of, **options)
+    optimizer.step()
+    assert optimizer.optim.seen == 0.25
+    assert optimizer.trust_ratios()[param].item() == pytest.approx(0.6)
+    # w ← 0.875 · w − 0.5 · 0.6 · g
+    assert param.tolist() == pytest.approx([0.875 * 3 - 0.09, 0.875 * 4 + 0.12])
+
+
+# The learning rate that is hidden.
+
+
+@sgds
+def test_the_users_lr_is_seen_by_closures_and_put_back_after_errors(sgd, backend):
+    optimizer = LARS(sgd(groups(), lr=0.5, momentum=0.9), lr_in_momentum=True)
+    before, seen = hyper_parameters(optimizer), []
+
+    def closure(fails=False):
+        seen.append([group["lr"] for group in optimizer.param_groups])
+        give_gradients([optimizer], 0)
+        if fails:
+            raise ZeroDivisionError("in the closure")
+        return 1.0
+
+    assert optimizer.step(closure) == 1.0
+    with pytest.raises(ZeroDivisionError):
+        optimizer.step(lambda: closure(fails=True))
+    assert seen == [[0.4, 0.7, 0.2, 0.3, 0.9]] * 2
+    assert_identical(before, hyper_parameters(optimizer))
+
+    class Raises(sgd):
+        def step(self, closure=None, **kwargs):
+            self.seen = [(group["lr"], group["weight_decay"]) for group in self.param_groups]
+            raise KeyError("in the base")
+
+    failing = LARS(Raises(groups(), lr=0.5), lr_in_momentum=True)
+    before = hyper_parameters(failing)
+    give_gradients([failing], 0)
+    with pytest.raises(KeyError):
+        failing.step()
+    lrs = [lr for lr, _ in failing.optim.seen]
+    assert lrs == [1.0, 1.0, 0.2, 1.0, 1.0]
+    decays = [decay for _, decay in failing.optim.seen]
+    assert decays == ([0.0, 0.0, 0.2, 0.0, 0.0] if sgd is torch.optim.SGD else [0.1, 0.03, 0.2, 0.0, 0.0])
+    assert_identical(before, hyper_parameters(failing))
+
+
+# LARC.
+
+
+def test_larc_has_the_defaults_and_the_order_of_apex():
+    base = torch.optim.SGD(layers(0), lr=0.1)
+    optimizer = LARC(base)
+    assert (optimizer.trust_coef, optimizer.clip, optimizer.eps, optimizer.norm) == (0.02, True, 1e-8, "raw")
+    optimizer = LARC(base, 0.03, False, 1e-5)
+    assert (optimizer.trust_coef, optimizer.clip, optimizer.eps) == (0.03, False, 1e-5)
+    assert isinstance(optimizer, LARS)
+    with pytest.raises(TypeError, match="norm"):
+        LARC(base, norm="decayed")
+    assert repr(optimizer).startswith("LARC(eps=1e-05, trust_coef=0.03, clip=False, norm='raw', ")
+
+
+# Copies, state dicts, classes for frameworks.
+
+
+def made(kind):
+    params = layers(0)
+    sgd = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.1}
+    return {
+        "LARC": lambda: LARC(torch.optim.SGD(params, **sgd), 0.3),
+        "LAMB": lambda: LAMB(torch.optim.SGD(params, **sgd), 0.3, 0.1, clip=True),
+        "LARS.over": lambda: LARS.over(torchlars.optim.SGD, trust_coef=0.3, norm="decayed")(params, **sgd),
+        "LARC.over": lambda: LARC.over(torch.optim.SGD, trust_coef=0.3)(params, **sgd),
+        "LAMB.over": lambda: LAMB.over(torch.optim.AdamW, trust_coef=0.3)(params, lr=0.5, weight_decay=0.1),
+    }[kind]()
+
+
+@pytest.mark.parametrize(
+    "how", [copy.copy, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["copy", "deepcopy", "pickle"]
+)
+@pytest.mark.parametrize("kind", ["LARC", "LAMB", "LARS.over", "LARC.over", "LAMB.over"])
+def test_copies_are_of_the_same_class_and_go_on_alike(kind, how, backend):
+    optimizer = made(kind)
+    give_gradients([optimizer], 0)
+    optimizer.step()
+    copied = how(optimizer)
+    assert type(copied) is type(optimizer)
+    assert repr(copied) == repr(optimizer)
+    if how is copy.copy:
+        assert copied.optim is optimizer.optim
+        return
+    for step in (1, 3):
+        give_gradients([optimizer, copied], step)
+        for one in (optimizer, copied):
+            one.step()
+        assert all(map(torch.equal, params_of(optimizer), params_of(copied)))
+        assert not any(p is q for p, q in zip(params_of(optimizer), params_of(copied), strict=True))
+
+
+def saved(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def test_options_travel_in_state_dicts(backend):
+    dialect = {"clip": True, "norm": "decayed", "apply_to": "update", "weight_decay": "decoupled"}
+    optimizer = LARS(torch.optim.SGD(groups(), lr=0.5), EPS, TRUST_COEF, **dialect)
+    state_dict = saved(optimizer.state_dict())
+    assert state_dict["lars"] == {"eps": EPS, "trust_coef": TRUST_COEF, "lr_in_momentum": False, **dialect}
+    other = LARS(torch.optim.SGD([{"params": group["params"]} for group in groups()], lr=0.1))
+    other.load_state_dict(state_dict)
+    assert hyper_parameters(other) == hyper_parameters(optimizer)
+    assert other.state_dict()["lars"] == state_dict["lars"]
+
+
+def test_a_state_dict_that_says_less_leaves_the_rest(backend):
+    optimizer = LARS(torch.optim.SGD(groups(), lr=0.5), clip=True, norm="decayed")
+    optimizer.load_state_dict({**optimizer.state_dict(), "lars": {"eps": 0.5, "trust_coef": 0.25}})
+    assert (optimizer.eps, optimizer.trust_coef, optimizer.clip, optimizer.norm) == (0.5, 0.25, True, "decayed")
+    lamb = LAMB(torch.optim.SGD(groups(), lr=0.5), 0.5, clip=True)
+    lamb.load_state_dict(optimizer.state_dict())  # another wrapper's values are not its own
+    assert (lamb.eps, lamb.trust_coef, lamb.clip) == (0.0, 0.5, True)
+
+
+@pytest.mark.parametrize("wrapper", [LARS, LARC, LAMB])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torchlars.optim.SGD, torch.optim.AdamW])
+def test_over_makes_a_class_with_the_bases_signature(wrapper, base):
+    made = wrapper.over(base, trust_coef=0.5)
+    assert made is wrapper.over(base, trust_coef=0.5)
+    assert made is not wrapper.over(base, trust_coef=0.25)
+    assert made is not wrapper.over(base)
+    assert issubclass(made, wrapper)
+    assert issubclass(made, torch.optim.Optimizer)
+    assert inspect.signature(made) == inspect.signature(base)
+    assert base.__name__ in made.__name__
+    optimizer = made(layers(0), 0.125, weight_decay=0.25)
+    assert type(optimizer.optim) is base
+    assert (optimizer.trust_coef, optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.5, 0.125, 0.25)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (lambda: LARS.over(layers(0)), TypeError, r"base must be a class of optimizers, itself no wrapper \(got: \["),
+        (
+            lambda: LARS.over(nn.Linear),
+            TypeError,
+            r"base must be a class of optimizers, .* for example LARS.over\(torch",
+        ),
+        (lambda: LAMB.over(LARS), TypeError, r"base must be a class of optimizers, itself no wrapper .* LAMB.over\("),
+        (lambda: LARS.over(torch.optim.SGD, lr=0.1), TypeError, r"LARS has the options eps, .* \(got: lr\)"),
+        (
+            lambda: LAMB.over(torch.optim.SGD, norm="raw"),
+            TypeError,
+            r"LAMB has the options trust_coef, eps, clip \(got",
+        ),
+        (lambda: LARC.over(torch.optim.SGD, norm="raw"), TypeError, r"LARC has the options trust_coef, clip, eps \("),
+        (lambda: LARS.over(torch.optim.SGD, trust_coef=-1), ValueError, r"trust_coef must be a positive number \("),
+        (lambda: LARS.over(torch.optim.SGD, clip=1), TypeError, r"clip must be True or False \(got: 1 of type int\)"),
+    ],
+)
+def test_over_refuses_what_it_cannot_make(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+# Bad input.
+
+BAD_OPTIONS = [
+    ({"clip": 1}, TypeError, r"clip{} must be True or False \(got: 1 of type int\)"),
+    ({"clip": "yes"}, TypeError, r"clip{} must be True or False \(got: 'yes' of type str\)"),
+    ({"clip": None}, TypeError, r"clip{} must be True or False \(got: None of type NoneType\)"),
+    ({"norm": "l2"}, ValueError, r"norm{} must be 'raw' or 'decayed' \(got: 'l2'\)"),
+    ({"norm": None}, ValueError, r"norm{} must be 'raw' or 'decayed' \(got: None\)"),
+    ({"norm": 2}, TypeError, r"norm{} must be 'raw' or 'decayed' \(got: 2\)"),
+    ({"lr_in_momentum": 0.5}, TypeError, r"lr_in_momentum{} must be True or False \(got: 0.5 of type float\)"),
+    ({"apply_to": "weights"}, ValueError, r"apply_to{} must be 'gradient' or 'update' \(got: 'weights'\)"),
+    ({"apply_to": ["update"]}, TypeError, r"apply_to{} must be 'gradient' or 'update' \(got: \['update'\]\)"),
+    ({"weight_decay": 0.1}, TypeError, r"weight_decay{} must be None or 'decoupled' \(got: 0.1\); how much is the b"),
+    ({"weight_decay": "coupled"}, ValueError, r"weight_decay{} must be None or 'decoupled' \(got: 'coupled'\)"),
+    (
+        {"lr_in_momentum": True, "apply_to": "update"},
+        ValueError,
+        r"lr_in_momentum=True{} needs apply_to='gradient' \(got: 'update', which scales the whole step",
+    ),
+]
+
+
+def snapshot(optimizer):
+    params = params_of(optimizer)
+    state = {i: dict(optimizer.state[p]) for i, p in enumerate(params) if p in optimizer.state}
+    return copy.deepcopy((params, [p.grad for p in params], state, optimizer.param_groups[0]["lr"]))
+
+
+def assert_unchanged(optimizer, before):
+    assert str(snapshot(optimizer)) == str(before)
+    now = snapshot(optimizer)
+    for one, other in zip([*now[0], *now[1]], [*before[0], *before[1]], strict=True):
+        assert one is other is None or torch.equal(one, other)
+
+
+@pytest.mark.parametrize(("options", "error", "message"), BAD_OPTIONS, ids=repr)
+def test_wrong_options_are_refused_wherever_they_are(options, error, message, backend):
+    def base():
+        return torch.optim.SGD([{"params": layers(0)}, {"params": layers(1)}], lr=0.5, momentum=0.9, weight_decay=0.1)
+
+    with pytest.raises(error, match="^" + message.format("")):
+        LARS(base(), **options)
+    optimizer = LARS(base())
+    give_gradients([optimizer], 0)
+    optimizer.step()
+    give_gradients([optimizer], 1)
+    before, own = snapshot(optimizer), optimizer.state_dict()["lars"]
+    entry = {**optimizer.state_dict(), "lars": options}
+    where = r".*" if "needs" in message else ""
+    name = next(iter(options))
+    in_entry = message.replace(name + "{}", rf"state_dict\['lars'\]\['{name}'\]") if not where else message
+    with pytest.raises(error, match=in_entry.replace("{}", r" of state_dict\['lars'\]")):
+        optimizer.load_state_dict(entry)
+    assert optimizer.state_dict()["lars"] == own
+    assert_unchanged(optimizer, before)
+    if "weight_decay" in options:
+        return  # in a group it is the base's
+    with pytest.raises(error, match="^" + message.format(" of parameter group 2")):
+        optimizer.add_param_group({"params": layers(2), **options})
+    optimizer.param_groups[1].update(options)
+    with pytest.raises(error, match="^" + message.format(" of parameter group 1")):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+    with pytest.raises(error, match="^" + message.format(" of parameter group 1")):
+        LARS(optimizer.optim)
+
+
+@pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad])
+def test_lr_in_momentum_needs_a_base_that_is_linear_in_lr(base):
+    message = rf"lr_in_momentum=True{{}} needs a base whose step is linear in lr: .* \(got: {base.__name__}\)"
+    with pytest.raises(TypeError, match=message.format("")):
+        LARS(base(layers(0)), lr_in_momentum=True)
+    optimizer = LARS(base(layers(0)))
+    for group in ({}, {"trust_coef": None}):
+        with pytest.raises(TypeError, match=message.format(" of parameter group 1")):
+            optimizer.add_param_group({"params": layers(1), "lr_in_momentum": True, **group})
+    with pytest.raises(TypeError, match=message.format(r" of state_dict\['lars'\]")):
+        optimizer.load_state_dict({**optimizer.state_dict(), "lars": {"lr_in_momentum": True}})
+    assert optimizer.lr_in_momentum is False
+
+
+@sgds
+@pytest.mark.parametrize("apply_to", ["gradient", "update"])
+def test_clip_with_lr_0_is_refused_at_the_step_and_nothing_changes(apply_to, sgd, backend):
+    optimizer = LARS(sgd(groups(), lr=0.5, momentum=0.9), clip=True, apply_to=apply_to)
+    give_gradients([optimizer], 0)
+    optimizer.step()
+    give_gradients([optimizer], 1)
+    optimizer.param_groups[4]["lr"] = 0.0
+    before = snapshot(optimizer)
+    message = r"clip needs an lr above 0 \(parameter group 4, got: 0.0\): .* begin a warm-up above 0"
+    with pytest.raises(ValueError, match=message):
+        optimizer.step()
+    assert_unchanged(optimizer, before)
+    optimizer.param_groups[4]["clip"] = False
+    optimizer.param_groups[2]["lr"] = 0.0  # not adapted, so not clipped
+    optimizer.step()
+
+
+class WithoutLr(torch.optim.Optimizer):
+    def __init__(self, params, **defaults):
+        super().__init__(params, defaults)
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                param.sub_(param.grad)
+
+
+LR_ERRORS = [
+    ({}, TypeError, r"optimizer must have a learning rate \(got: WithoutLr, without lr in parameter group 0\)"),
+    ({"lr": None}, TypeError, r"lr of parameter group 0 must be a non-negative number \(got: None of type NoneType\)"),
+    ({"lr": -1.0}, ValueError, r"lr of parameter group 0 must be a non-negative number \(got: -1.0\)"),
+    ({"lr": math.nan}, ValueError, r"lr of parameter group 0 must be a non-negative number \(got: nan\)"),
+    ({"lr": torch.ones(2)}, ValueError, r"lr of parameter group 0 must be a number or a tensor of one element \(got: "),
+]
+
+
+@pytest.mark.parametrize(("defaults", "error", "message"), LR_ERRORS, ids=repr)
+def test_lamb_needs_an_lr(defaults, error, message):
+    with pytest.raises(error, match=message):
+        LAMB(WithoutLr(layers(0), **defaults))
+    optimizer = LAMB(WithoutLr(layers(0), lr=0.1))
+    give_gradients([optimizer], 0)
+    optimizer.param_groups[0].update(defaults) if defaults else optimizer.param_groups[0].pop("lr")
+    optimizer.defaults.update(defaults) if defaults else optimizer.defaults.pop("lr")
+    before = [param.detach().clone() for param in params_of(optimizer)]
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert all(map(torch.equal, before, params_of(optimizer)))
+    LAMB(WithoutLr([{"params": layers(0), "trust_coef": None}], **defaults))  # what is not adapted needs none
+
+
+@pytest.mark.parametrize(("defaults", "error", "message"), LR_ERRORS, ids=repr)
+def test_clip_needs_an_lr(defaults, error, message):
+    optimizer = LARS(WithoutLr(layers(0), **defaults), clip=True)
+    give_gradients([optimizer], 0)
+    before = [(param.detach().clone(), param.grad.clone()) for param in params_of(optimizer)]
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    for (value, grad), param in zip(before, params_of(optimizer), strict=True):
+        assert torch.equal(value, param)
+        assert torch.equal(grad, param.grad)
+
+
+@pytest.mark.parametrize("wrap", [LAMB, lambda base: LARS(base, apply_to="update")], ids=["LAMB", "LARS-update"])
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (
+            "float8",
+            TypeError,
+            r"floating dtype with at least 16 bits \(group: 1, parameter: 1, dtype: torch.float8_e4m",
+        ),
+        ("FSDP1", RuntimeError, r"but FSDP1 flattens and splits them; .* \(group: 1, parameter: 1, shape: \(3, 4\)\)"),
+        (
+            "expanded",
+            RuntimeError,
+            r"of a parameter must not share memory \(strides: \(0, 1\)\) \(group: 1, parameter: 1",
+        ),
+        (
+            "conjugated",
+            RuntimeError,
+            r"parameters must not be lazily conjugated or negated, .* \(group: 1, parameter: 1",
+        ),
+    ],
+)
+def test_a_parameter_whose_update_cannot_be_scaled_is_named_and_nothing_changes(kind, error, message, wrap, backend):
+    fine, param = nn.Parameter(torch.ones(2)), nn.Parameter(torch.rand(3, 4))
+    if kind == "float8":
+        param = nn.Parameter(torch.ones(3, 4).to(torch.float8_e4m3fn))
+    elif kind == "FSDP1":
+        param._fsdp_flattened = True
+    elif kind == "expanded":
+        param = nn.Parameter(torch.rand(1, 4).expand(3, 4))
+    elif kind == "conjugated":
+        param = nn.Parameter(torch.rand(3, 4, dtype=torch.complex64).conj())
+    base = torch.optim.SGD([{"params": [fine]}, {"params": [nn.Parameter(torch.ones(1)), param]}], lr=0.5)
+    for one in (fine, param):
+        one.grad = torch.ones(one.shape, dtype=one.dtype) if kind != "float8" else torch.ones_like(one)
+    optimizer = wrap(base)
+    with pytest.raises(error, match=message):
+        optimizer.step()
+    assert fine.tolist() == [1.0, 1.0]
+    assert not base.state
+    base.param_groups[1]["trust_coef"] = None
+    base.param_groups[1]["params"].pop()
+    optimizer.step()
+
+
+def test_several_dtypes_devices_and_orders_in_one_group(backend):
+    """Under LAMB, and with updates scaled."""
+    for wrap in (lambda b: LAMB(b, 0.3), lambda b: LARS(b, EPS, TRUST_COEF, apply_to="update")):
+        torch.manual_seed(0)
+        whole = [nn.Parameter(torch.randn(4, 3).to(dtype)) for dtype in ops.DTYPES]
+        whole += [
+            nn.Parameter(torch.randn(3, 4).mT),
+            nn.Parameter(torch.randn(4, 6)[:, :3]),
+            nn.Parameter(torch.ones(0)),
+        ]
+        elsewhere = nn.Parameter(torch.ones(2, device="meta"))
+        alone = [nn.Parameter(param.detach().clone()) for param in whole]
+        for p, q in zip(whole, alone, strict=True):
+            p.grad = torch.randn(p.shape, dtype=p.dtype)
+            q.grad = p.grad.clone()
+        elsewhere.grad = torch.ones_like(elsewhere)
+        options = {"lr": 0.5, "weight_decay": 0.1, "foreach": False}
+        optimizer = wrap(torch.optim.SGD([*whole, elsewhere], **options))
+        optimizer.step()
+        assert len(optimizer.trust_ratios()) == len(whole) + 1
+        for p, q in zip(whole, alone, strict=True):
+            one = wrap(torch.optim.SGD([q], **options))
+            one.step()
+            torch.testing.assert_close(p, q, rtol=0, atol=0)
+            assert torch.equal(optimizer.trust_ratios()[p], one.trust_ratios()[q])
+            wide = p.dtype in (torch.float64, torch.complex128)
+            assert one.trust_ratios()[q].dtype == (torch.float64 if wide else torch.float32)
+
+
+def test_gradients_stay_as_they_are_where_updates_are_scaled(backend):
+    for wrap in (LAMB, lambda base: LARS(base, apply_to="update")):
+        optimizer = wrap(torch.optim.SGD(layers(0), lr=0.5, weight_decay=0.1))
+        give_gradients([optimizer], 0)
+        grads = [(param.grad, param.grad.clone(), param.grad._version) for param in params_of(optimizer)]
+        optimizer.step()
+        for param, (grad, value, version) in zip(params_of(optimizer), grads, strict=True):
+            assert param.grad is grad
+            assert torch.equal(grad, value)
+            assert grad._version == version
