@@ -99,3 +99,28 @@ def test_the_arms_of_digits_are_what_they_are_called(digits, name, wrapper, base
     assert base is None or type(optimizer.optim) is base
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert optimizer.param_groups[0]["weight_decay"] > 0
+
+
+def test_trust_ratios_of_all_weights_and_no_biases(example, digits, run):
+    head, _, *rows = run(example("trust_ratios"), "--epochs", "2", "--batch-size", "700")
+    assert head == ["layer", "first", "median", "last"]
+    weights = {name: param for name, param in digits.make_model().named_parameters() if param.ndim > 1}
+    assert [row[0] for row in rows] == list(weights)
+    firsts = [float(row[1]) for row in rows]
+    assert all(0 < ratio < 2 for ratio in firsts)  # trust_coef / weight_decay is the largest that there can be
+    assert len(set(firsts)) > 1
+
+
+def test_trust_ratios_are_recorded_at_every_step(example, digits):
+    ratios, accuracy = example("trust_ratios").train(batch_size=500, epochs=2, seed=0)
+    assert {steps.shape for steps in ratios.values()} == {(6,)}
+    assert all((steps[1:] != steps[:-1]).all() for steps in ratios.values())
+    assert 0 <= accuracy <= 100
+
+
+@pytest.mark.parametrize("option", ["--batch-size", "--epochs"])
+def test_trust_ratios_refuses_less_than_one(example, digits, option, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["trust_ratios.py", option, "0"])
+    with pytest.raises(SystemExit):
+        example("trust_ratios").main()
+    assert f"{option} must be a positive number (got: 0)" in capsys.readouterr().err
