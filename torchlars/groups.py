@@ -46,6 +46,7 @@ def param_groups(
 
     A parameter that several modules share comes once, and belongs to the second group if any of its owners or names
     says so. Frozen parameters are there as well, so that they can be thawed. A group without parameters is left out.
+    Norms of your own whose weights have more dimensions, and magnitudes of a weight norm, are found by name only.
 
     **Why the second lr matters.** Under LARS, lr is of another size than the base's own: trust ratios of a thousandth
     or so stand before it. Biases that are left to the base at that lr, or that start at 0 and so have the trust ratio

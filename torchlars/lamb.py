@@ -104,7 +104,7 @@ class LAMB(TrustRatioWrapper):
 
         Raises:
             TypeError, ValueError, RuntimeError: a group or parameter cannot be adapted; the message names it. Nothing
-                has changed then.
+                has changed then. What the base raises leaves the base's step as far as it got.
         """
         buckets: list[Bucket] = []
         old_params: dict[Tensor, Tensor] = {}

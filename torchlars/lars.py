@@ -15,12 +15,13 @@ from torchlars.groups import ZeroLayers
 from torchlars.layers import TrustRatioWrapper, check_param, check_update, check_update_is_scalable, copies
 from torchlars.wrapper import (
     HiddenHyperParameters,
-    coupled_weight_decay,
+    decouples,
     learning_rate,
     non_negative_number,
     one_of,
     positive_number,
     true_or_false,
+    weight_decay_of,
 )
 
 __all__ = ["LARC", "LARS"]
@@ -68,7 +69,8 @@ class LARS(TrustRatioWrapper):
     - ``clip=True``: *r* ← min(*r* / γ, 1), so that *r* is a layer's learning rate and γ its upper bound.
     - ``norm="decayed"``: ‖g + λw‖ in the place of ‖g‖ + λ‖w‖.
     - ``lr_in_momentum=True``: the gradient becomes γ · r · (g + λw), and the base steps with an lr of 1, so that
-      momentum keeps the lr of the steps in which it was collected.
+      momentum keeps the lr of the steps in which it was collected. While the base steps, its own hooks read that 1, and
+      what they make of it is lost.
     - ``apply_to="update"``: the base takes its whole step with its own gradient, weight decay and momentum, nothing is
       hidden, and then w ← w_old + r · (w − w_old). Gradients stay as they were, parameters are copied for the duration
       of a step, and what :class:`torchlars.LAMB` says of precision holds here.
@@ -162,13 +164,13 @@ class LARS(TrustRatioWrapper):
         """Raise if options do not go together, or not with the base."""
         if options["apply_to"] == "update":
             check_update_is_scalable(self.optim, f"apply_to='update'{of_group}")
-        if options.get("weight_decay") == "decoupled" and getattr(self.optim, "takes_trust_ratios", False):
-            raise ValueError(
-                "weight_decay='decoupled' needs a base that shrinks weights apart from the gradient (got: "
-                f"{type(self.optim).__name__}, which takes the trust ratios to the gradient with its decay)"
-            )
         if not options["lr_in_momentum"]:
             return
+        if options.get("weight_decay") == "decoupled":
+            raise ValueError(
+                f"lr_in_momentum=True{of_group} hides lr from the base, which decoupled weight decay is multiplied by "
+                "(got: weight_decay='decoupled')"
+            )
         if options["apply_to"] == "update":
             raise ValueError(
                 f"lr_in_momentum=True{of_group} needs apply_to='gradient' (got: 'update', which scales the whole step, "
@@ -239,50 +241,56 @@ class LARS(TrustRatioWrapper):
 
     def group_options(self, index: int, group: dict[str, Any]) -> dict[str, Any] | None:
         """Return the options of the ``index``-th group, or None if it opts out."""
-        options = super().group_options(index, group)
-        if options is None:
-            self._options_of_unadapted(index, group)
-        return options
-
-    def _options_of_unadapted(self, index: int, group: dict[str, Any]) -> dict[str, Any] | None:
-        """Return the options of a group that opts out, but asks for its lr to be in the momentum all the same."""
-        name = "lr_in_momentum"
-        if not true_or_false(f"{name} of parameter group {index}", self._group_keys(group).get(name, False)):
-            return None
-        options = {"trust_coef": None, "eps": 0.0, "clip": False, "norm": "raw", name: True, "apply_to": "gradient"}
-        self.check_options(f" of parameter group {index}", options)
-        return options
+        self._adaptation(index, {**self.defaults, **group})  # raises what there is to raise
+        return super().group_options(index, group)
 
     def adaptation(self, index: int) -> Adaptation | None:
         """Return how the layers of the ``index``-th group are adapted now, or None if they are left to the base."""
-        group = self.param_groups[index]
+        how = self._adaptation(index, self.param_groups[index])
+        if how is None or not how.clip or how.apply_to == "update" or isinstance(how.lr, Tensor) or how.lr != 0:
+            return how
+        raise ValueError(
+            f"clip needs an lr above 0 (parameter group {index}, got: {how.lr}): min(ratio / lr, 1) would let whole "
+            "gradients into the momentum; begin a warm-up above 0"
+        )
+
+    def _adaptation(self, index: int, group: dict[str, Any]) -> Adaptation | None:
         options = super().group_options(index, group) or self._options_of_unadapted(index, group)
         if options is None:
             return None
-        options.pop("weight_decay", None)
-        decoupled = self.weight_decay == "decoupled"
-        lr = None
-        if options["clip"] or options["lr_in_momentum"]:
-            lr = learning_rate(self.optim, index, group)
-        if options["clip"] and not isinstance(lr, Tensor) and lr == 0:
+        is_decoupled = options.pop("weight_decay", None) == "decoupled" or decouples(self.optim, group)
+        if is_decoupled and options["lr_in_momentum"] and group.get("weight_decay", 0) != 0:
             raise ValueError(
-                f"clip needs an lr above 0 (parameter group {index}, got: {lr}): min(ratio / lr, 1) would let whole "
-                "gradients into the momentum; begin a warm-up above 0"
+                f"lr_in_momentum=True of parameter group {index} hides lr from the base, which decoupled weight decay "
+                "is multiplied by (got: decoupled_weight_decay=True)"
             )
+        needs_lr = options["clip"] or options["lr_in_momentum"]
         return Adaptation(
             group=group,
-            weight_decay=0.0 if decoupled else coupled_weight_decay(self.optim, index, group),
+            weight_decay=0.0 if is_decoupled else weight_decay_of(index, group),
+            is_decoupled=is_decoupled,
             maximize=bool(group.get("maximize", False)),
-            lr=lr,
+            lr=learning_rate(self.optim, index, group) if needs_lr else None,
             **options,
         )
+
+    def _options_of_unadapted(self, index: int, group: dict[str, Any]) -> dict[str, Any] | None:
+        """Return the options of a group that opts out, but asks for its lr to be in the momentum all the same."""
+        own = self._group_keys(group)
+        if not own.get("lr_in_momentum", False):
+            return None
+        options = {"trust_coef": None, "eps": 0.0, "clip": False, "norm": "raw", "lr_in_momentum": True}
+        options["apply_to"] = own.get("apply_to", "gradient")
+        self.check_options(f" of parameter group {index}", options)
+        return options
 
 
 class LARC(LARS):
     r"""LARS under the name and with the defaults of NVIDIA's apex: ``LARS(optimizer, eps, trust_coef, clip=clip)``.
 
     With ``clip=True`` the trust ratio is min(*r* / γ, 1), so that no layer's learning rate *r* is above the group's γ;
-    with ``clip=False`` this is plain LARS. Everything else, groups' keys included, is as in :class:`LARS`.
+    with ``clip=False`` this is plain LARS. Groups may hold all keys that they may hold under :class:`LARS`. For its
+    other arguments ask for ``LARS(optimizer, 1e-8, 0.02, clip=True, ...)``.
 
     Args:
         optimizer: the base, any :class:`torch.optim.Optimizer`. Kept as ``.optim``.
@@ -316,6 +324,7 @@ class Adaptation:
     lr_in_momentum: bool
     apply_to: str
     weight_decay: float  # the coupled one
+    is_decoupled: bool  # whether the base's is not
     maximize: bool
     lr: float | Tensor | None  # None: nothing here needs it
 
@@ -390,9 +399,9 @@ class Step:
         for index, how in self._adaptations.items():
             params = how.group["params"]
             positions: Iterable[int] = range(len(params))
+            if self._is_for_base(how):
+                continue
             if how.is_of_gradients:
-                if self.base_takes:
-                    continue
                 positions = plain_layers.add(params, how.weight_decay, how.maximize, **how.for_kernels())
             for position in positions:
                 param = params[position]
@@ -409,7 +418,7 @@ class Step:
         for how in self._adaptations.values():
             if how.apply_to == "update":
                 continue
-            if how.weight_decay != 0 and not (self.base_takes and how.is_of_gradients):
+            if how.weight_decay != 0 and not self._is_for_base(how):
                 self.hidden.hide(how.group, "weight_decay", 0.0)
             if how.lr_in_momentum:
                 self.hidden.hide(how.group, "lr", 1.0)
@@ -422,16 +431,20 @@ class Step:
 
     # To a base that takes trust ratios.
 
+    def _is_for_base(self, how: Adaptation) -> bool:
+        """Tell whether the base multiplies by a group's ratios. It does so with its decay: not if that is decoupled."""
+        return self.base_takes and how.is_of_gradients and not how.is_decoupled
+
     def options(self, index: int) -> dict[str, Any] | None:
         """Return how to measure a group, or None if its gradients are to be taken as they are."""
         how = self._adaptations.get(index)
-        return how.for_kernels() if how is not None and how.is_of_gradients else None
+        return how.for_kernels() if how is not None and self._is_for_base(how) else None
 
     @torch.no_grad()
     def measure(self, index: int, params: Sequence[Tensor]) -> Tensor | None:
         """Return what the gradients of some parameters of a group are to be multiplied by, or None for nothing."""
         how = self._adaptations.get(index)
-        if how is None or not how.is_of_gradients:
+        if how is None or not self._is_for_base(how):
             return None
         positions = {param: position for position, param in enumerate(how.group["params"])}
         bucket = Bucket(how)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from copyreg import __newobj__  # type: ignore[attr-defined]
 from inspect import signature
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -50,6 +51,8 @@ class OptimizerWrapper(Optimizer):
     opt_out: ClassVar[str]
     #: The wrapper's own key in a state dict.
     state_key: ClassVar[str]
+    #: Whether this is a class made by :meth:`over`, or derived from one.
+    _is_over_a_base: ClassVar[bool] = False
 
     optim: Optimizer
 
@@ -76,7 +79,8 @@ class OptimizerWrapper(Optimizer):
 
         Its signature is the base's: ``LARS.over(SGD, trust_coef=0.02)(params, lr=0.1)`` is
         ``LARS(SGD(params, lr=0.1), trust_coef=0.02)``, and an instance of ``LARS`` too. The same arguments give the
-        same class. Instances can be copied and pickled.
+        same class. Instances can be copied and pickled. To be found by name, in a configuration file or a pickle of the
+        class itself, derive one in a module of yours: ``class LARSSGD(LARS.over(SGD)): pass``.
 
         Args:
             base: the base's class.
@@ -86,6 +90,8 @@ class OptimizerWrapper(Optimizer):
             TypeError: ``base`` is no class of optimizers, or the wrapper has no such option, or of another kind.
             ValueError: an option has an impossible value.
         """
+        if cls._is_over_a_base:
+            raise TypeError(f"{cls.__name__} is over a base already (got: {base!r})")
         if not (isinstance(base, type) and issubclass(base, Optimizer)) or issubclass(base, OptimizerWrapper):
             raise TypeError(
                 f"base must be a class of optimizers, itself no wrapper (got: {base!r}); "
@@ -163,13 +169,16 @@ class OptimizerWrapper(Optimizer):
                 "which cannot be differentiated through"
             )
         own = self._group_keys(group)
-        if own.get(self.opt_out, self.opt_out) is None:
+        opts_out = own.get(self.opt_out, self.opt_out) is None
+        own = {
+            name: self.options[name](f"{name} of parameter group {index}", value)
+            for name, value in own.items()
+            if not (opts_out and name == self.opt_out)
+        }
+        if opts_out:
             return None
         options = {
-            name: check(f"{name} of parameter group {index}", own[name])
-            if name in own
-            else check(name, getattr(self, name))
-            for name, check in self.options.items()
+            name: own[name] if name in own else check(name, getattr(self, name)) for name, check in self.options.items()
         }
         self.check_options(f" of parameter group {index}", options)
         return options
@@ -219,18 +228,24 @@ class OptimizerWrapper(Optimizer):
         What it says nothing of stays as it is: the wrapper's own values, and the options that the groups hold.
 
         Raises:
-            TypeError, ValueError: the wrapper's entry is wrong; nothing was loaded then.
+            TypeError, ValueError: the wrapper's entry or an option in a group is wrong; nothing was loaded then.
         """
         state_dict = state_dict.copy()  # hooks may edit it
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         own_values = self._checked(state_dict.get(self.state_key, {}))
-        own_now = {name: getattr(self, name) for name in self.options}
-        self.check_options(f" of state_dict[{self.state_key!r}]", {**own_now, **own_values})
         group_options = [self._group_keys(group) for group in self.param_groups]
-        self.optim.load_state_dict({key: value for key, value in state_dict.items() if key != self.state_key})
+        before = {name: getattr(self, name) for name in self.options}
         self.__dict__.update(own_values)
+        try:
+            self.check_options(f" of state_dict[{self.state_key!r}]", {**before, **own_values})
+            for index, (own, group) in enumerate(zip(group_options, state_dict.get("param_groups", ()), strict=False)):
+                self.group_options(index, {**own, **group})
+            self.optim.load_state_dict({key: value for key, value in state_dict.items() if key != self.state_key})
+        except BaseException:
+            self.__dict__.update(before)
+            raise
         for group, options in zip(self.param_groups, group_options, strict=True):
             for name, value in options.items():
                 group.setdefault(name, value)
@@ -263,10 +278,13 @@ def _class_over(cls: type[OptimizerWrapper], base: type[Optimizer], options: dic
             cls.__init__(self, base(*args, **kwargs), **options)
 
         def __reduce__(self: OptimizerWrapper) -> tuple[Any, ...]:
+            if type(self) is not _classes_over[key]:  # but derived from it: found by its own name
+                return __newobj__, (type(self),), self.__getstate__()
             return _new_over, (cls, base, options), self.__getstate__()
 
         __init__.__signature__ = signature(base.__init__)  # type: ignore[attr-defined]
-        names = {"__init__": __init__, "__reduce__": __reduce__, "__module__": base.__module__, "__doc__": base.__doc__}
+        names = {"__init__": __init__, "__reduce__": __reduce__, "__module__": cls.__module__, "__doc__": base.__doc__}
+        names["_is_over_a_base"] = True
         _classes_over[key] = type(f"{cls.__name__}Over{base.__name__}", (cls,), names)
     return _classes_over[key]
 
@@ -295,19 +313,20 @@ class HiddenHyperParameters:
             group[name] = value
 
 
-def coupled_weight_decay(optim: Optimizer, index: int, group: Group) -> float:
-    """Return the weight decay that the base would add to the gradients of its ``index``-th group.
-
-    It is 0 where the base shrinks the weights apart from the gradient.
+def decouples(optim: Optimizer, group: Group) -> bool:
+    """Tell whether the base shrinks the weights of a group apart from the gradient, as far as it says so.
 
     Adam, AdamW, NAdam and RAdam say which of the two they do; Muon and Adafactor always decouple, and do not say so.
+    """
+    return bool(group.get("decoupled_weight_decay", isinstance(optim, (torch.optim.Adafactor, torch.optim.Muon))))
+
+
+def weight_decay_of(index: int, group: Group) -> float:
+    """Return the weight decay of the ``index``-th group, of whichever kind.
 
     Raises:
-        TypeError, ValueError: the group's weight decay is not a non-negative number.
+        TypeError, ValueError: it is not a non-negative number.
     """
-    always_decouples = isinstance(optim, (torch.optim.Adafactor, torch.optim.Muon))
-    if group.get("decoupled_weight_decay", always_decouples):
-        return 0.0
     return non_negative_number(f"weight_decay of parameter group {index}", group.get("weight_decay", 0.0))
 
 
