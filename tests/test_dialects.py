@@ -662,8 +662,11 @@ def test_lamb_needs_an_lr(defaults, error, message):
 
 @pytest.mark.parametrize(("defaults", "error", "message"), LR_ERRORS, ids=repr)
 def test_clip_needs_an_lr(defaults, error, message):
-    optimizer = LARS(WithoutLr(layers(0), **defaults), clip=True)
+    with pytest.raises(error, match=message):
+        LARS(WithoutLr(layers(0), **defaults), clip=True)
+    optimizer = LARS(WithoutLr(layers(0), **defaults))  # which needs none
     give_gradients([optimizer], 0)
+    optimizer.clip = True
     before = [(param.detach().clone(), param.grad.clone()) for param in params_of(optimizer)]
     with pytest.raises(error, match=message):
         optimizer.step()

@@ -5,6 +5,8 @@ hand in :func:`plain_loop`, in float64. The wrapper has two kinds of groups here
 and some steps clip while others do not, so that nothing can be left out or done twice unseen.
 """
 
+from collections.abc import Callable, Iterable
+
 import pytest
 import torch
 from torch import nn
@@ -411,3 +413,27 @@ def test_groups_scaler_and_schedules_like_timms(batches, trained):
                 write_rates()
     assert_trained_as_by_a_plain_loop(model, optimizer, *trained)
     assert [group["lr_scale"] for group in optimizer.state_dict()["param_groups"]] == [2.0, 0.1]
+
+
+# Configuration files, as Lightning's command line reads them
+
+
+class LARSSGD(LARS.over(torch.optim.SGD, trust_coef=0.02)):
+    """What a user's module holds, for a configuration to name."""
+
+
+def test_a_configuration_names_a_class_over_a_base():
+    jsonargparse = pytest.importorskip("jsonargparse", reason="jsonargparse is not installed")
+    param = torch.nn.Parameter(torch.ones(2))
+    path = f"{__name__}.LARSSGD"
+    parser = jsonargparse.ArgumentParser(exit_on_error=False)
+    parser.add_argument("--optimizer", type=Callable[[Iterable], torch.optim.Optimizer])  # as OptimizerCallable is
+    settings = {"class_path": path, "init_args": {"lr": 0.3, "momentum": 0.9}}
+    config = parser.parse_object({"optimizer": settings})
+    config = parser.parse_string(parser.dump(config))  # what was written down can be read again
+    assert config.optimizer.class_path == path
+    instantiate = getattr(parser, "instantiate", None) or parser.instantiate_classes  # as older ones call it
+    optimizer = instantiate(config).optimizer([param])
+    assert type(optimizer) is LARSSGD
+    assert type(optimizer.optim) is torch.optim.SGD
+    assert (optimizer.trust_coef, *(optimizer.defaults[name] for name in ("lr", "momentum"))) == (0.02, 0.3, 0.9)

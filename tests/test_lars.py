@@ -2,6 +2,7 @@
 
 import copy
 import json
+import pickle
 import warnings
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 from torch import nn
 from torch.optim import SGD
 
+import torchlars.optim
 from torchlars import LARS, ops, reference
 from torchlars.lars import Step
 
@@ -474,3 +476,107 @@ def test_repr_shows_the_options_and_the_base():
         "LARS(eps=1e-08, trust_coef=0.02, clip=False, norm='decayed', lr_in_momentum=False, apply_to='gradient', "
         f"weight_decay=None, optim={base!r})"
     )
+
+
+# --- What groups, state dicts and classes bring with them ------------------------------------------------------------
+
+
+@pytest.mark.parametrize("said_by", ["wrapper", "group"])
+@pytest.mark.parametrize("options", [{}, {"norm": "decayed"}, {"clip": True}, {"apply_to": "update"}], ids=str)
+@pytest.mark.parametrize("base", [torch.optim.SGD, torchlars.optim.SGD], ids=["torch", "torchlars"])
+def test_decoupled_decay_stays_the_bases_whichever_base_it_is(backend, base, options, said_by):
+    """A base that takes trust ratios would multiply its own decay by them."""
+    param = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
+    group = {"params": [param], **({"decoupled_weight_decay": True} if said_by == "group" else {})}
+    options = {**options, **({"weight_decay": "decoupled"} if said_by == "wrapper" else {})}
+    optimizer = LARS(base([group], lr=0.5, momentum=0.9, weight_decay=0.1), eps=0.25, trust_coef=0.1, **options)
+    w, m = param.detach().clone(), torch.zeros(2, dtype=torch.float64)
+    for g in (torch.tensor([0.6, 0.8]), torch.tensor([-0.3, 0.4])):
+        param.grad = g.double()
+        optimizer.step()
+        r = 0.1 * w.norm() / (param.grad.new_tensor(g.norm().item()) + 0.25)  # no decay in it
+        r = min(r / 0.5, torch.tensor(1.0)) if "clip" in options else r
+        scale_gradient, scale_step = (1, r) if "apply_to" in options else (r, 1)
+        m = 0.9 * m + scale_gradient * g.double() + 0.1 * w
+        w = w - scale_step * 0.5 * m
+        torch.testing.assert_close(param.detach(), w, rtol=1e-7, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("make_base", "options"),
+    [
+        (lambda params: torch.optim.SGD(params, lr=0.1), {"weight_decay": "decoupled"}),
+        (
+            lambda params: torch.optim.SGD(
+                [{"params": params, "decoupled_weight_decay": True}], lr=0.1, weight_decay=0.1
+            ),
+            {},
+        ),
+    ],
+    ids=["wrapper", "group"],
+)
+def test_decoupled_decay_needs_the_lr_that_lr_in_momentum_hides(make_base, options):
+    with pytest.raises(ValueError, match=r"lr_in_momentum=True.* hides lr from the base, which decoupled"):
+        LARS(make_base([nn.Parameter(torch.ones(2))]), lr_in_momentum=True, **options)
+
+
+@pytest.mark.parametrize(
+    ("keys", "error", "message"),
+    [
+        ({"trust_coef": None, "clip": "yes"}, TypeError, "clip of parameter group 0 must be True or False"),
+        ({"trust_coef": None, "norm": "l1"}, ValueError, "norm of parameter group 0 must be 'raw' or 'decayed'"),
+        (
+            {"trust_coef": None, "lr_in_momentum": True, "apply_to": "update"},
+            ValueError,
+            "lr_in_momentum=True of parameter group 0 needs apply_to='gradient'",
+        ),
+        ({"clip": "yes"}, TypeError, "clip of parameter group 0 must be True or False"),
+        ({"weight_decay": "decoupled"}, TypeError, "weight_decay of parameter group 0 must be a non-negative number"),
+    ],
+    ids=str,
+)
+def test_a_group_is_checked_before_it_is_taken_or_loaded(keys, error, message):
+    def base(**keys):
+        return torch.optim.SGD([{"params": [nn.Parameter(torch.ones(2))], **keys}], lr=0.1, momentum=0.5)
+
+    with pytest.raises(error, match=message):
+        LARS(base(**keys))
+    optimizer = LARS(base(), eps=0.5)
+    before = copy.deepcopy(optimizer.state_dict())
+    state_dict = base(**keys).state_dict()
+    state_dict["param_groups"][0]["momentum"] = 0.9
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict({**state_dict, "lars": {"eps": 0.25}})
+    assert optimizer.state_dict() == before
+    with pytest.raises(error, match=message.replace("group 0", "group 1")):
+        optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **keys})
+    assert len(optimizer.param_groups) == 1
+
+
+class LARSOfAModule(LARS.over(torch.optim.SGD, trust_coef=0.02)):
+    """A class to be found by name."""
+
+
+def test_a_class_derived_from_one_over_a_base_keeps_its_name_in_copies_and_pickles():
+    optimizer = LARSOfAModule([nn.Parameter(torch.ones(2))], lr=0.3)
+    optimizer.eps = 0.5
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert type(copied) is LARSOfAModule
+        assert (copied.trust_coef, copied.eps, copied.param_groups[0]["lr"]) == (0.02, 0.5, 0.3)
+    assert pickle.loads(pickle.dumps(LARSOfAModule)) is LARSOfAModule
+
+
+def test_nothing_is_over_two_bases():
+    with pytest.raises(TypeError, match="LARSOfAModule is over a base already"):
+        LARSOfAModule.over(torch.optim.SGD)
+
+
+def test_lars_over_a_base_without_lr_says_so_where_it_needs_one():
+    class Stepless(torch.optim.Optimizer):
+        def step(self, closure=None):
+            pass
+
+    base = Stepless([nn.Parameter(torch.ones(2))], {})
+    with pytest.raises(TypeError, match=r"optimizer must have a learning rate \(got: Stepless, without lr in"):
+        LARS(base, clip=True)
+    LARS(base)

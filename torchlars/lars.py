@@ -247,11 +247,11 @@ class LARS(TrustRatioWrapper):
     def adaptation(self, index: int) -> Adaptation | None:
         """Return how the layers of the ``index``-th group are adapted now, or None if they are left to the base."""
         how = self._adaptation(index, self.param_groups[index])
-        if how is None or not how.clip or how.apply_to == "update" or isinstance(how.lr, Tensor) or how.lr != 0:
+        if how is None or not how.clip or isinstance(how.lr, Tensor) or how.lr != 0:
             return how
         raise ValueError(
-            f"clip needs an lr above 0 (parameter group {index}, got: {how.lr}): min(ratio / lr, 1) would let whole "
-            "gradients into the momentum; begin a warm-up above 0"
+            f"clip needs an lr above 0 (parameter group {index}, got: {how.lr}), as it divides by it, and whole gradients "
+            "would enter the momentum; begin a warm-up above 0"
         )
 
     def _adaptation(self, index: int, group: dict[str, Any]) -> Adaptation | None:
