@@ -250,7 +250,7 @@ class LARS(TrustRatioWrapper):
         if how is None or not how.clip or isinstance(how.lr, Tensor) or how.lr != 0:
             return how
         raise ValueError(
-            f"clip needs an lr above 0 (parameter group {index}, got: {how.lr}), as it divides by it, and whole gradients "
+            f"clip needs an lr above 0 (parameter group {index}, got: {how.lr}): it divides by lr, and whole gradients "
             "would enter the momentum; begin a warm-up above 0"
         )
 
