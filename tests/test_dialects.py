@@ -367,6 +367,41 @@ def test_decoupled_decay_stays_the_bases(norm_of, who_says, backend):
     assert param.tolist() == pytest.approx([0.875 * 3 - 0.09, 0.875 * 4 + 0.12])
 
 
+@pytest.mark.parametrize("lr", ["number", "tensor"])
+@pytest.mark.parametrize("clip", [False, True])
+def test_lamb_heeds_the_options_of_groups(clip, lr, backend):
+    def own():
+        others = [{}, {"clip": not clip, "eps": 0.2}, {"trust_coef": None}, {"trust_coef": 3.0}, {"clip": not clip}]
+        lrs = [0.4, 0.7, 0.2, 0.3, 0.9] if lr == "number" else [torch.tensor(0.4).double()] * 5
+        return [
+            {"params": layers(i), "weight_decay": 0.1 * i, "lr": rate, **options}
+            for i, (rate, options) in enumerate(zip(lrs, others, strict=True))
+        ]
+
+    optimizer = LAMB(torch.optim.SGD(own(), lr=0.5, momentum=0.9), 0.5, 0.1, clip=clip)
+    plain = torch.optim.SGD(own(), lr=0.5, momentum=0.9)
+    clipped = set()
+    for step in range(3):
+        give_gradients([optimizer, plain], step)
+        old = [[param.detach().clone() for param in group["params"]] for group in plain.param_groups]
+        optimizer.step()
+        plain.step()
+        for ours, group, values in zip(optimizer.param_groups, plain.param_groups, old, strict=True):
+            options = {"trust_coef": 0.5, "eps": 0.1, "clip": clip, **group}
+            for p, q, w in zip(ours["params"], group["params"], values, strict=True):
+                update = norm(q.detach() - w) / float(group["lr"])
+                r = 1.0
+                if q.grad is not None and options["trust_coef"] is not None and norm(w) != 0 and update != 0:
+                    r = options["trust_coef"] * norm(w) / (update + options["eps"])
+                    clipped.add((options["clip"], r > 1))
+                    r = min(r, 1.0) if options["clip"] else r
+                q.detach().copy_(w + r * (q.detach() - w))
+                torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+        if lr == "number":
+            change_lr([optimizer, plain], step)
+    assert len(clipped) == 4
+
+
 # The learning rate that is hidden.
 
 
@@ -759,3 +794,22 @@ def test_gradients_stay_as_they_are_where_updates_are_scaled(backend):
             assert param.grad is grad
             assert torch.equal(grad, value)
             assert grad._version == version
+
+
+@pytest.mark.parametrize(
+    "wrap", [LARS, LAMB, lambda base: LARS(base, apply_to="update")], ids=["LARS", "LAMB", "update"]
+)
+def test_a_closure_that_leaves_no_gradient_leaves_no_trust_ratio(wrap, backend):
+    optimizer = wrap(torch.optim.SGD(layers(0), lr=0.5, momentum=0.9, weight_decay=0.1))
+    used, unused, *_ = params_of(optimizer)
+
+    def closure():
+        optimizer.zero_grad()
+        loss = used.square().sum()
+        loss.backward()
+        return loss
+
+    before = unused.detach().clone()
+    optimizer.step(closure)
+    assert list(optimizer.trust_ratios()) == [used]
+    assert torch.equal(unused, before)
