@@ -461,12 +461,13 @@ def test_capturable_base_without_an_accelerator_is_refused_by_torch(wrap, name, 
 
 def test_weight_decay_that_is_a_tensor_is_refused():
     (param,) = layers(0, [(2, 2)])
-    optimizer = LARS(torch.optim.SGD([param], lr=0.1, weight_decay=torch.tensor(0.1)))
+    message = r"weight_decay of parameter group . must be a non-negative number \(got: tensor.* of type Tensor\)"
+    with pytest.raises(TypeError, match=message):
+        LARS(torch.optim.SGD([param], lr=0.1, weight_decay=torch.tensor(0.1)))
+    optimizer = LARS(torch.optim.SGD([param], lr=0.1, weight_decay=0.1))
+    optimizer.param_groups[0]["weight_decay"] = torch.tensor(0.1)
     param.grad = torch.ones_like(param)
-    with pytest.raises(
-        TypeError,
-        match=r"weight_decay of parameter group . must be a non-negative number \(got: tensor.* of type Tensor\)",
-    ):
+    with pytest.raises(TypeError, match=message):
         optimizer.step()
 
 

@@ -100,7 +100,7 @@ def test_a_wrong_formula_stops_everything(step_time, module, monkeypatch, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("change", [{"momentum": 0.8}, {"weight_decay": 0.4}, {"trust_coef": 0.021}, {"lr": 1.1}])
+@pytest.mark.parametrize("change", [{"momentum": 0.8}, {"weight_decay": 0.4}, {"trust_coef": 0.021}, {"lr": 0.9}])
 def test_the_check_sees_every_hyper_parameter(module, change):
     contestants, agreement = module("step_time.contestants"), module("step_time.agreement")
     (entrant,) = [each for each in contestants.contestants("fused") if each.name == "LARS(SGD fused)"]

@@ -68,7 +68,7 @@ def contestants(params: list[Parameter], left_out: dict[str, str]) -> dict[str, 
 
     def gather() -> None:
         layers = ops.plain_layers("LarsLayers")
-        layers.add(params, HYPER.weight_decay, HYPER.trust_coef, HYPER.eps, False)
+        layers.add(params, HYPER.weight_decay, False, HYPER.trust_coef, HYPER.eps, False, False, False, None)
         gathered[:] = layers.buckets
 
     gather()

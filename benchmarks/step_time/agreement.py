@@ -20,7 +20,7 @@ STEPS = 3
 TOLERANCE = 1e-5
 
 #: Large enough that every term counts: a trust ratio of 0.02 or so, and half of it weight decay's.
-HYPER = Hyper(lr=1.0, weight_decay=0.5, trust_coef=0.02)
+HYPER = Hyper(lr=0.75, weight_decay=0.5, trust_coef=0.02)
 
 
 class Disagreement(Exception):
