@@ -16,7 +16,7 @@ struct RatioOptions {
 
 // The trust ratio of one layer, from squared norms. Always in double: a bucket has few layers, so precision is free.
 // A layer with a zero norm keeps its gradient's own length. NaN is no zero: it stays NaN, so that the fault is seen.
-// lr is read only with clip and of_updates.
+// lr is read only with clip or of_updates.
 C10_HOST_DEVICE inline double trust_ratio(double param_squared_norm, double grad_squared_norm, double weight_decay,
                                           double trust_coef, double eps, double lr, const RatioOptions& options) {
   const double param_norm = std::sqrt(param_squared_norm);
