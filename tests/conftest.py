@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+import torch.distributed as dist
+from workers import Workers
 
 from torchlars import _extension, ops, reference
 
@@ -56,3 +58,13 @@ def threads():
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(20170813)
+
+
+@pytest.fixture(scope="session")
+def workers():
+    """Four processes that can form a process group."""
+    if not dist.is_available() or not dist.is_gloo_available():
+        pytest.skip("torch has no gloo")
+    pool = Workers(4)
+    yield pool
+    pool.stop()

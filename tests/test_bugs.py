@@ -358,24 +358,25 @@ def test_flattened_parameters_of_fsdp():
         LARS(SGD([param], lr=1.0)).step()
 
 
-def test_sharded_parameters(tmp_path):
+def test_sharded_parameters(workers):
     """In 0.1.2, the norms of a DTensor went to C++ code that reads them by their address, and a DTensor's address is 0.
 
-    Until norms are completed across ranks, the wrapper says that it cannot.
+    Others took the norm of the shard that they saw, so that every rank had a ratio of its own.
     """
-    distributed = pytest.importorskip("torch.distributed", reason="torch has no distributed package")
-    if not distributed.is_available() or not distributed.is_gloo_available():
-        pytest.skip("torch has no gloo")
-    from torch.distributed.tensor import distribute_tensor
+    for ratio, grad in workers(2, step_of_a_shard):
+        assert ratio == pytest.approx(0.5 * 5.0 / (2.0 + 0.1 * 5.0), rel=1e-12)  # ‖(3, 4)‖ = 5, ‖(2, 0)‖ = 2
+        assert grad == pytest.approx([ratio * (2.0 + 0.1 * 3.0), ratio * 0.1 * 4.0], rel=1e-12)
 
-    distributed.init_process_group(
-        "gloo", store=distributed.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1
-    )
-    try:
-        mesh = distributed.init_device_mesh("cpu", (1,))
-        param = nn.Parameter(distribute_tensor(layer().detach(), mesh))
-        param.grad = distribute_tensor(layer().grad, mesh)
-        with pytest.raises(RuntimeError, match="a DTensor may be a shard; use DDP or ZeroRedundancyOptimizer"):
-            LARS(SGD([param], lr=1.0)).step()
-    finally:
-        distributed.destroy_process_group()
+
+def step_of_a_shard():
+    """One rank of two: 3 of (3, 4) is on the first, 4 on the second."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = init_device_mesh("cpu", (2,))
+    values, grads = torch.tensor([3.0, 4.0], dtype=torch.float64), torch.tensor([2.0, 0.0], dtype=torch.float64)
+    param = nn.Parameter(distribute_tensor(values, mesh, [Shard(0)]))
+    param.grad = distribute_tensor(grads, mesh, [Shard(0)])
+    optimizer = LARS(SGD([param], lr=1.0, weight_decay=0.1), eps=0, trust_coef=0.5)
+    optimizer.step()
+    return optimizer.trust_ratios()[param].item(), param.grad.full_tensor().tolist()

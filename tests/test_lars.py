@@ -423,7 +423,7 @@ def broken(kind):
         ),
         ("float8", TypeError, r"floating dtype with at least 16 bits .*float8_e4m3fn\); leave others to the base"),
         ("integer", TypeError, r"floating dtype with at least 16 bits .*int64\); leave others to the base"),
-        ("fsdp1", RuntimeError, r"FSDP1 flattens and splits them; use DDP or ZeroRedundancyOptimizer"),
+        ("fsdp1", RuntimeError, r"FSDP1 flattens and splits them; use fully_shard \(FSDP2\) from"),
     ],
 )
 def test_what_cannot_be_adapted_is_named_and_nothing_changes(backend, kind, error, message):

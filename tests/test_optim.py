@@ -1115,23 +1115,31 @@ def mesh():
     dist.destroy_process_group()
 
 
+@unders
 @pytest.mark.parametrize("options", [{}, {"momentum": 0.9, "nesterov": True}], ids=str)
-def test_dtensors_are_stepped_as_by_torch_but_refused_under_lars(mesh, options, backend):
+def test_dtensors_are_stepped_as_by_torch(mesh, options, under_lars, backend):
     from torch.distributed.tensor import Shard, distribute_tensor
 
     def build(sgd):
         whole, shard = parameter(4, 3), parameter(6, 2, scale=3.0)
         shard = torch.nn.Parameter(distribute_tensor(shard.detach(), mesh, [Shard(0)]))
         shard.grad = distribute_tensor(torch.arange(12.0).reshape(6, 2) / 7, mesh, [Shard(0)])
-        return sgd([with_gradient(whole), shard], lr=0.5, weight_decay=0.1, **options)
+        base = sgd([with_gradient(whole), shard], lr=0.5, weight_decay=0.1, **options)
+        return LARS(base, eps=EPS, trust_coef=TRUST_COEF) if under_lars else base
 
     ours, theirs = build(optim.SGD), build(torch.optim.SGD)
     if backend == "extension":
         positions = add_to_sgd(ops.plain_layers("SgdLayers"), ours.param_groups[0]["params"])
         assert positions == add_to_lars(ops.plain_layers("LarsLayers"), ours.param_groups[0]["params"]) == [1]
+    grads = [p.grad.clone() for p in params_of(theirs)]
     for _ in range(3):
+        for p, grad in zip(params_of(theirs), grads, strict=True):
+            p.grad = grad.clone()  # under LARS, torch's SGD consumes them
+        shard = ours.param_groups[0]["params"][1]
+        version = shard._version
         ours.step()
         theirs.step()
+        assert shard._version > version  # so that autograd sees that it was written
         for p, q in zip(params_of(ours), params_of(theirs), strict=True):
             assert type(p) is type(q)
             one, other = (x.to_local() if hasattr(x, "to_local") else x for x in (p, q))
@@ -1141,10 +1149,6 @@ def test_dtensors_are_stepped_as_by_torch_but_refused_under_lars(mesh, options, 
                 one, other = (x.state[y]["momentum_buffer"] for x, y in ((ours, p), (theirs, q)))
                 assert type(one) is type(other)
                 close(*(x.to_local() if hasattr(x, "to_local") else x for x in (one, other)), 2e-6, "momentum")
-    old = ours.param_groups[0]["params"][0].detach().clone()
-    with pytest.raises(RuntimeError, match=r"a DTensor may be a shard; .* \(group: 0, parameter: 1, shape: \(6, 2\)\)"):
-        LARS(ours).step()
-    assert torch.equal(ours.param_groups[0]["params"][0], old)
 
 
 # The protocol.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchlars import ops
+from torchlars import ops, sharding
 from torchlars.layers import TrustRatioWrapper, check_update, check_update_is_scalable, copies
 from torchlars.wrapper import learning_rate, non_negative_number, positive_number, true_or_false
 
@@ -126,10 +126,10 @@ class LAMB(TrustRatioWrapper):
         elif args:  # they keep their places
             args = (None, *args)
         loss = self.optim.step(*args, **kwargs)
-        self._last_step[:] = [applied for bucket in buckets if (applied := bucket.scale(old_params))]
+        self._last_step[:] = _scale_updates(buckets, old_params)
         return loss
 
-    def _gather(self, gradients_may_come: bool) -> Iterable[Bucket]:
+    def _gather(self, gradients_may_come: bool) -> list[Bucket]:
         """Return all layers that the base may update, in buckets."""
         buckets: dict[Any, Bucket] = {}
         seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
@@ -143,30 +143,75 @@ class LAMB(TrustRatioWrapper):
                 seen.add(param)
                 check_update(index, position, param)
                 lr = options["lr"] if isinstance(options["lr"], Tensor) else None
-                key = (param.device, param.dtype, options["clip"], lr)
-                bucket = buckets.setdefault(key, Bucket(clip=options["clip"], lr=lr))
+                groups = sharding.process_groups(param)
+                key = (param.device, param.dtype, options["clip"], lr, groups)
+                bucket = buckets.setdefault(key, Bucket(clip=options["clip"], lr=lr, process_groups=groups))
                 bucket.add(param, **options)
         return list(buckets.values())
 
 
+@torch.no_grad()
+def _scale_updates(
+    buckets: Sequence[Bucket], old_params: dict[Tensor, Tensor]
+) -> list[tuple[Sequence[Tensor], Tensor]]:
+    """Measure, complete, decide, apply. Return the layers that were updated, and their trust ratios."""
+    buckets = [bucket for bucket in buckets if bucket.take_updates(old_params)]
+    sharded = [bucket for bucket in buckets if bucket.process_groups]
+    sharding.complete([(bucket.process_groups, bucket.measure()) for bucket in sharded])
+    return [(bucket.params, bucket.scale()) for bucket in buckets]
+
+
 @dataclass
 class Bucket:
-    """Layers whose updates one call can scale: of one device and one dtype."""
+    """Layers whose updates one call can scale: of one device and one dtype, and sharded alike."""
 
     clip: bool
     lr: Tensor | None  # of all, else each has its own
+    process_groups: Sequence[Any]
     layers: dict[Tensor, tuple[float, float, float]] = field(default_factory=dict)
+    params: list[Tensor] = field(default_factory=list)  # those that have gradients
+    local_params: list[Tensor] = field(default_factory=list)  # what is here of each
+    old_params: list[Tensor] = field(default_factory=list)  # likewise, before the step
+    squared_norms: Tensor | None = None  # before the step, then of updates; if measured
 
     def add(self, param: Tensor, trust_coef: float, eps: float, clip: bool, lr: float | Tensor) -> None:
         """Add one layer."""
         self.layers[param] = (trust_coef, eps, 1.0 if isinstance(lr, Tensor) else lr)
 
-    def scale(self, old_params: dict[Tensor, Tensor]) -> tuple[list[Tensor], Tensor] | None:
-        """Scale the updates of those that have gradients. Return these and their trust ratios."""
-        params = [param for param in self.layers if param.grad is not None]
-        if not params:
-            return None
-        trust_coefs, eps, lrs = zip(*(self.layers[param] for param in params), strict=True)
-        before = [old_params[param] for param in params]
-        lr_scale = None if self.lr is None else ops.lr_scale(self.lr, params[0].device)
-        return params, ops.scale_updates_by_trust_ratios_(params, before, trust_coefs, eps, lrs, self.clip, lr_scale)
+    def take_updates(self, old_params: dict[Tensor, Tensor]) -> bool:
+        """Take the updates of those that have gradients. Return whether there are any."""
+        self.params = [param for param in self.layers if param.grad is not None]
+        self.local_params = [sharding.local(param) for param in self.params]
+        self.old_params = [old_params[param] for param in self.params]
+        return bool(self.params)
+
+    def measure(self) -> Tensor:
+        """Measure what is here."""
+        updates = ops.squared_norms_of_sums(self.local_params, self.old_params, [-1.0] * len(self.params))
+        self.squared_norms = torch.cat([ops.squared_norms(self.old_params), updates])
+        return self.squared_norms
+
+    def scale(self) -> Tensor:
+        """Scale the updates. Return the trust ratios."""
+        trust_coefs, eps, lrs = zip(*(self.layers[param] for param in self.params), strict=True)
+        lr_scale = None if self.lr is None else ops.lr_scale(self.lr, self.params[0].device)
+        if self.squared_norms is None:
+            return ops.scale_updates_by_trust_ratios_(
+                self.local_params, self.old_params, trust_coefs, eps, lrs, self.clip, lr_scale
+            )
+        old_squared_norms, update_squared_norms = self.squared_norms.chunk(2)
+        ratios = ops.trust_ratios(
+            old_squared_norms,
+            update_squared_norms,
+            [0.0] * len(self.params),
+            trust_coefs,
+            eps,
+            ops.compute_dtype(self.params[0].dtype, self.params[0].dtype),
+            lrs,
+            lr_scale,
+            self.clip,
+            of_updates=True,
+        )
+        ops.apply_trust_ratios_to_updates_(self.local_params, self.old_params, ratios)
+        sharding.note_writes(self.params)
+        return ratios

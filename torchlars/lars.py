@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchlars import ops
+from torchlars import ops, sharding
 from torchlars.groups import ZeroLayers
 from torchlars.layers import TrustRatioWrapper, check_param, check_update, check_update_is_scalable, copies
 from torchlars.wrapper import (
@@ -381,18 +381,25 @@ class Step:
 
     @torch.no_grad()
     def adapt(self) -> None:
-        """Measure, decide, apply; all but what the base does by itself."""
+        """Measure, complete, decide, apply; all but what the base does by itself."""
         self.reported.clear()
         self._scaled_later.clear()
-        for bucket in self._gather():
+        plain_buckets, buckets = self._gather()
+        for plain_bucket in plain_buckets:
+            self.report(plain_bucket.params, plain_bucket.adapt())
+        _measure(bucket for bucket in buckets if bucket.how.trust_coef is not None and not bucket.is_swept_at_once)
+        for bucket in buckets:
             ratios = bucket.adapt()
             if ratios is not None:
-                self.reported.append((bucket.params, ratios))
-                if isinstance(bucket, Bucket) and bucket.how.apply_to == "update":
+                self.report(bucket.params, ratios)
+                if bucket.how.apply_to == "update":
                     self._scaled_later.append((bucket.params, ratios))
 
-    def _gather(self) -> Iterable[Any]:
-        """Return all layers to adapt, in buckets. Raise what there is to raise before anything changes."""
+    def _gather(self) -> tuple[Sequence[Any], Sequence[Bucket]]:
+        """Return all layers to adapt, in buckets: the plain ones, and the others.
+
+        What there is to raise is raised before anything changes.
+        """
         plain_layers = ops.plain_layers("LarsLayers")
         buckets: dict[Any, Bucket] = {}
         seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
@@ -409,9 +416,10 @@ class Step:
                     continue
                 seen.add(param)
                 _check_layer(index, position, param, how.weight_decay)
-                key = (param.device, param.dtype, param.grad.dtype, param.grad.is_sparse, how.kind())
-                buckets.setdefault(key, Bucket(how)).add(param, how, is_written=how.apply_to == "gradient")
-        return [*plain_layers.buckets, *buckets.values()]
+                groups = sharding.process_groups(param)
+                key = (param.device, param.dtype, param.grad.dtype, param.grad.is_sparse, groups, how.kind())
+                buckets.setdefault(key, Bucket(how, groups)).add(param, how, is_written=how.apply_to == "gradient")
+        return plain_layers.buckets, list(buckets.values())
 
     def hide(self) -> None:
         """Hide what the gradients hold already: weight decay, and lr where it is in the momentum."""
@@ -427,7 +435,9 @@ class Step:
     def scale_updates(self) -> None:
         """Apply the trust ratios of gradients to updates."""
         for params, ratios in self._scaled_later:
-            ops.apply_trust_ratios_to_updates_(params, [self._old_params[param] for param in params], ratios)
+            old_params = [self._old_params[param] for param in params]
+            ops.apply_trust_ratios_to_updates_([sharding.local(param) for param in params], old_params, ratios)
+            sharding.note_writes(params)
 
     # To a base that takes trust ratios.
 
@@ -440,14 +450,24 @@ class Step:
         how = self._adaptations.get(index)
         return how.for_kernels() if how is not None and self._is_for_base(how) else None
 
-    @torch.no_grad()
     def measure(self, index: int, params: Sequence[Tensor]) -> Tensor | None:
         """Return what the gradients of some parameters of a group are to be multiplied by, or None for nothing."""
+        return self.measure_all([(index, params)])[0]
+
+    @torch.no_grad()
+    def measure_all(self, layers: Iterable[tuple[int, Sequence[Tensor]]]) -> list[Tensor | None]:
+        """Do so for parameters of several groups at once, whose shards are completed together."""
+        buckets = [self._bucket_for_base(index, params) for index, params in layers]
+        _measure(bucket for bucket in buckets if bucket is not None and bucket.params)
+        return [None if bucket is None else self._decide_for_base(bucket) for bucket in buckets]
+
+    def _bucket_for_base(self, index: int, params: Sequence[Tensor]) -> Bucket | None:
+        """Return layers that the base asks for, or None if it is to take their gradients as they are."""
         how = self._adaptations.get(index)
         if how is None or not self._is_for_base(how):
             return None
         positions = {param: position for position, param in enumerate(how.group["params"])}
-        bucket = Bucket(how)
+        bucket = Bucket(how, sharding.process_groups(params[0]) if params else ())
         for param in params:
             position = positions.get(param)
             if position is None:
@@ -460,11 +480,19 @@ class Step:
                     f"params must be of one device and dtype (group: {index}, parameter: {position}, {param.dtype} on "
                     f"{param.device}, but {params[0].dtype} on {params[0].device} before)"
                 )
+            if sharding.process_groups(param) != bucket.process_groups:
+                raise ValueError(
+                    f"params must be sharded over the same ranks (group: {index}, parameter: {position}, "
+                    f"shape: {tuple(param.shape)})"
+                )
             bucket.add(param, how, is_written=False)
+        return bucket
+
+    def _decide_for_base(self, bucket: Bucket) -> Tensor:
         if not bucket.params:
             return torch.empty(0)
-        ratios = bucket.measure()
-        self.report(params, ratios)
+        how, ratios = bucket.how, bucket.decide()
+        self.report(bucket.params, ratios)
         return ops.times_lr(ratios, how.lr) if how.lr_in_momentum and how.lr is not None else ratios
 
     def report(self, params: Sequence[Tensor], ratios: Tensor) -> None:
@@ -473,27 +501,37 @@ class Step:
 
 
 class Bucket:
-    """Layers that one call can adapt: of one device and one dtype, and adapted in one way."""
+    """Layers that one call can adapt: of one device and one dtype, sharded and adapted in one way."""
 
-    def __init__(self, how: Adaptation) -> None:
+    def __init__(self, how: Adaptation, process_groups: Sequence[Any] = ()) -> None:
         self.how = how  # but for the numbers, which each layer has of its own
+        self.process_groups = process_groups
         self.is_sparse = False
         self.params: list[Tensor] = []
-        self.grads: list[Tensor] = []
+        self.local_params: list[Tensor] = []  # what is here of each
+        self.grads: list[Tensor] = []  # likewise
+        self.squared_norms: Tensor | None = None  # of all parameters, then of all gradients; if measured
         self.weight_decays: list[float] = []
         self.trust_coefs: list[float] = []
         self.eps: list[float] = []
         self.lrs: list[float] = []
+
+    @property
+    def is_swept_at_once(self) -> bool:
+        """Whether one op measures, decides and applies.
+
+        Not where other ranks hold shards; nor can the values of a sparse gradient be swept beside a parameter that has
+        more of them.
+        """
+        return self.how.is_of_gradients and not self.is_sparse and not self.process_groups
 
     def add(self, param: Tensor, how: Adaptation, is_written: bool = True) -> None:
         """Add one layer."""
         assert param.grad is not None
         self.is_sparse = param.grad.is_sparse
         self.params.append(param)
-        if is_written:
-            self.grads.append(_writable_gradient(param))
-        else:
-            self.grads.append(param.grad.coalesce()._values() if param.grad.is_sparse else param.grad)
+        self.local_params.append(sharding.local(param))
+        self.grads.append(_writable_gradient(param) if is_written else _readable_gradient(param))
         self.weight_decays.append(how.weight_decay)
         if how.trust_coef is not None:
             self.trust_coefs.append(how.trust_coef)
@@ -505,18 +543,24 @@ class Bucket:
         return ops.lr_scale(self.how.lr, self.params[0].device) if isinstance(self.how.lr, Tensor) else None
 
     def measure(self) -> Tensor:
-        """Measure and decide."""
-        weight_decays = self.weight_decays
+        """Measure what is here."""
         if self.how.norm == "decayed":
-            scales = [-weight_decay if self.how.maximize else weight_decay for weight_decay in weight_decays]
-            grad_squared_norms = ops.squared_norms_of_sums(self.grads, self.params, scales)
-            weight_decays = [0.0] * len(weight_decays)
+            scales = [-weight_decay if self.how.maximize else weight_decay for weight_decay in self.weight_decays]
+            grad_squared_norms = ops.squared_norms_of_sums(self.grads, self.local_params, scales)
         else:
             grad_squared_norms = ops.squared_norms(self.grads)
+        self.squared_norms = torch.cat([ops.squared_norms(self.local_params), grad_squared_norms])
+        return self.squared_norms
+
+    def decide(self) -> Tensor:
+        """Decide, once squared norms are complete."""
+        assert self.squared_norms is not None
+        param_squared_norms, grad_squared_norms = self.squared_norms.chunk(2)
+        is_decay_in_norm = self.how.norm == "decayed"
         return ops.trust_ratios(
-            ops.squared_norms(self.params),
+            param_squared_norms,
             grad_squared_norms,
-            weight_decays,
+            [0.0] * len(self.params) if is_decay_in_norm else self.weight_decays,
             self.trust_coefs,
             self.eps,
             ops.compute_dtype(self.grads[0].dtype, self.params[0].dtype),
@@ -528,12 +572,10 @@ class Bucket:
     def adapt(self) -> Tensor | None:
         """Scale the gradients, unless it is updates that are scaled. Return the trust ratios, if there are any."""
         how = self.how
-        if how.apply_to == "update":
-            return self.measure()
-        if how.is_of_gradients and not self.is_sparse:
+        if self.is_swept_at_once:
             return ops.scale_by_trust_ratios_(
                 self.grads,
-                self.params,
+                self.local_params,
                 self.weight_decays,
                 self.trust_coefs,
                 self.eps,
@@ -544,48 +586,61 @@ class Bucket:
                 how.clip,
                 how.lr_in_momentum,
             )
-        # The values of a sparse gradient are fewer than the parameter's: the two cannot be swept side by side.
-        ratios = self.measure() if how.is_of_gradients else self._ones()
-        lrs = self.lrs if how.lr_in_momentum else []
-        ops.apply_trust_ratios_(
-            self.grads, self.params, ratios, self.weight_decays, how.maximize, lrs, self._lr_scale()
-        )
-        return ratios if how.is_of_gradients else None
+        ratios = None if how.trust_coef is None else self.decide()
+        if how.apply_to == "gradient":
+            factors = self._ones() if ratios is None else ratios
+            lrs = self.lrs if how.lr_in_momentum else []
+            ops.apply_trust_ratios_(
+                self.grads, self.local_params, factors, self.weight_decays, how.maximize, lrs, self._lr_scale()
+            )
+        return ratios
 
     def _ones(self) -> Tensor:
         dtype = ops.compute_dtype(self.grads[0].dtype, self.params[0].dtype)
         return torch.ones(len(self.grads), dtype=dtype, device=self.grads[0].device)
 
 
+def _measure(buckets: Iterable[Bucket]) -> None:
+    """Measure and complete."""
+    sharding.complete([(bucket.process_groups, bucket.measure()) for bucket in buckets])
+
+
 def _check_layer(group: int, position: int, param: Tensor, weight_decay: float) -> None:
     """Raise if a parameter with its gradient cannot be adapted."""
+    check_param(group, position, param)
+    problem = _problem_of_gradient(param, weight_decay)
+    if problem is not None:
+        raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
+
+
+def _problem_of_gradient(param: Tensor, weight_decay: float) -> str | None:
+    """Return why a gradient cannot be adapted, or None."""
     grad = param.grad
     assert grad is not None
-    check_param(group, position, param)
     if grad.layout not in (torch.strided, torch.sparse_coo):
-        problem = f"gradients must be strided or sparse COO (layout: {grad.layout})"
-    elif grad.is_sparse and weight_decay != 0:
-        problem = f"sparse gradients need weight_decay=0 (weight_decay: {weight_decay})"
-    elif grad.shape != param.shape:
-        problem = f"gradients must have their parameter's shape (gradient: {tuple(grad.shape)})"
-    elif grad.device != param.device:
-        problem = f"gradients must be on their parameter's device (parameter: {param.device}, gradient: {grad.device})"
-    elif grad.dtype not in ops.DTYPES or grad.is_complex() != param.is_complex():
-        problem = f"gradients must be of their parameter's kind (parameter: {param.dtype}, gradient: {grad.dtype})"
-    else:
-        return
-    raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
+        return f"gradients must be strided or sparse COO (layout: {grad.layout})"
+    if grad.is_sparse and weight_decay != 0:
+        return f"sparse gradients need weight_decay=0 (weight_decay: {weight_decay})"
+    if grad.shape != param.shape:
+        return f"gradients must have their parameter's shape (gradient: {tuple(grad.shape)})"
+    if grad.device != param.device:
+        return f"gradients must be on their parameter's device (parameter: {param.device}, gradient: {grad.device})"
+    if grad.dtype not in ops.DTYPES or grad.is_complex() != param.is_complex():
+        return f"gradients must be of their parameter's kind (parameter: {param.dtype}, gradient: {grad.dtype})"
+    return sharding.problem_of_gradient(param)
 
 
 def _writable_gradient(param: Tensor) -> Tensor:
-    """Return what of a gradient can be written in place: itself, or the values of a sparse one.
+    """Return what of a gradient can be written in place: itself or what is here of it, or the values of a sparse one.
 
     A gradient that is a view of itself (expanded, overlapping, lazily conjugated or negated) or was made in inference
-    mode is replaced by its values first, an uncoalesced sparse one by its sum.
+    mode is replaced by its values first, an uncoalesced sparse one by its sum, and one that is distributed otherwise
+    than its parameter by what a collective makes of it.
     """
     assert param.grad is not None
-    grad = param.grad
-    is_inference = not torch.compiler.is_compiling() and grad.is_inference()  # to ask would break a graph
+    grad = sharding.placed_like(param, param.grad)
+    here = sharding.local(grad)
+    is_inference = not torch.compiler.is_compiling() and here.is_inference()  # to ask would break a graph
     if grad.is_sparse:
         grad = grad.coalesce()
         if not ops.is_writable_in_place(grad._values()):
@@ -593,10 +648,19 @@ def _writable_gradient(param: Tensor) -> Tensor:
             grad = torch.sparse_coo_tensor(
                 grad._indices(), values, grad.shape, is_coalesced=True, check_invariants=False
             )
-    elif is_inference or not (grad.is_contiguous() or ops.is_writable_in_place(grad)):
+    elif is_inference or not (here.is_contiguous() or ops.is_writable_in_place(here)):
         grad = grad.clone()
-    else:
+    elif not sharding.is_distributed(grad):
         grad = grad.resolve_conj().resolve_neg()
     if grad is not param.grad:
         param.grad = grad
-    return grad._values() if grad.is_sparse else grad
+    return grad._values() if grad.is_sparse else sharding.local(grad)
+
+
+def _readable_gradient(param: Tensor) -> Tensor:
+    """Return what is here of a gradient, distributed as its parameter is, or the values of a sparse one."""
+    assert param.grad is not None
+    grad = sharding.placed_like(param, param.grad)
+    if grad is not param.grad:
+        param.grad = grad  # for the base, so that it need not do the same again
+    return grad.coalesce()._values() if grad.is_sparse else sharding.local(grad)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchlars import ops
+from torchlars import ops, sharding
 from torchlars.wrapper import OptimizerWrapper
 
 __all__: list[str] = []
@@ -26,7 +26,9 @@ class TrustRatioWrapper(OptimizerWrapper):
         """Return the trust ratio of every layer that the last step adapted, by parameter.
 
         Each is a 0-dimensional tensor on its parameter's device; only reading its value waits for that device. Layers
-        without a gradient and groups with ``trust_coef=None`` have none.
+        without a gradient and groups with ``trust_coef=None`` have none. Of a sharded layer it is that of the whole
+        one, the same on every rank. Of a step that a scaler skipped, and of one in a CUDA graph before its replay,
+        ratios mean nothing.
         """
         return {
             param: ratio
@@ -37,37 +39,33 @@ class TrustRatioWrapper(OptimizerWrapper):
 
 @torch.no_grad()
 def copies(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-    """Return what parameters hold now, by parameter."""
+    """Return what parameters hold now, by parameter; of sharded ones, what is here."""
     distinct = list(dict.fromkeys(params))
-    return dict(zip(distinct, torch._foreach_clone(distinct), strict=True)) if distinct else {}
+    here = [sharding.local(param) for param in distinct]
+    return dict(zip(distinct, torch._foreach_clone(here), strict=True)) if distinct else {}
 
 
 def check_param(group: int, position: int, param: Tensor) -> None:
     """Raise if a parameter cannot be a layer."""
-    if getattr(param, "_fsdp_flattened", False):
-        problem = (
-            "parameters must be whole layers, but FSDP1 flattens and splits them; use DDP or ZeroRedundancyOptimizer"
-        )
-    elif getattr(param, "device_mesh", None) is not None:
-        problem = "parameters must be whole layers, but a DTensor may be a shard; use DDP or ZeroRedundancyOptimizer"
-    elif param.dtype not in ops.DTYPES:
+    problem = sharding.problem_of(param)
+    if problem is None and param.dtype not in ops.DTYPES:
         raise TypeError(
             f"parameters must be of a real or complex floating dtype with at least 16 bits (group: {group}, "
             f"parameter: {position}, dtype: {param.dtype}); leave others to the base: trust_coef=None in their group"
         )
-    else:
-        return
-    raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
+    if problem is not None:
+        raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
 
 
 def check_update(group: int, position: int, param: Tensor) -> None:
     """Raise if a parameter's update cannot be scaled."""
     check_param(group, position, param)
-    if param.layout != torch.strided:
-        problem = f"parameters must be strided (layout: {param.layout})"
-    elif not ops.is_writable_in_place(param):
-        problem = f"elements of a parameter must not share memory (strides: {param.stride()})"
-    elif not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg()):  # to ask would break a graph
+    here = sharding.local(param)
+    if here.layout != torch.strided:
+        problem = f"parameters must be strided (layout: {here.layout})"
+    elif not ops.is_writable_in_place(here):
+        problem = f"elements of a parameter must not share memory (strides: {here.stride()})"
+    elif not torch.compiler.is_compiling() and (here.is_conj() or here.is_neg()):  # to ask would break a graph
         problem = "parameters must not be lazily conjugated or negated, since no op of ours can write them"
     else:
         return

@@ -30,7 +30,7 @@ says ``takes_trust_ratios = False``, and gets gradients scaled as any other base
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -61,6 +61,13 @@ class TrustRatios(Protocol):
 
         Raises:
             TypeError, ValueError, RuntimeError: a parameter or gradient cannot be adapted; the message names it.
+        """
+
+    def measure_all(self, layers: Iterable[tuple[int, Sequence[Tensor]]]) -> list[Tensor | None]:
+        """Return what :meth:`measure` returns, for parameters of several groups: pairs of an index and parameters.
+
+        Layers that are sharded over several ranks cost one collective for all of them, instead of one a call. In a call
+        of either method all parameters of a list are sharded over the same ranks, or none is.
         """
 
     def options(self, index: int) -> dict[str, Any] | None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from torchlars import ops
+from torchlars import ops, sharding
 from torchlars.wrapper import finite_number, non_negative_number
 
 if TYPE_CHECKING:
@@ -136,23 +136,23 @@ class SGD(torch.optim.SGD):
                 if param.grad is not None and param not in seen:
                     seen.add(param)
                     others.append((position, param))
-            buckets += self._closer_look(index, others, numbers, trust_ratios)
+            buckets += self._closer_look(index, others, numbers)
+        if trust_ratios is not None and buckets:  # of all groups at once: shards are completed together
+            measured = trust_ratios.measure_all([(bucket.group, bucket.params) for bucket in buckets])
+            for bucket, ratios in zip(buckets, measured, strict=True):
+                bucket.ratios = ratios
         return plain_layers.buckets, buckets
 
-    def _closer_look(
-        self, index: int, layers: list[tuple[int, Tensor]], numbers: dict[str, Any], trust_ratios: TrustRatios | None
-    ) -> Iterable[Bucket]:
+    def _closer_look(self, index: int, layers: list[tuple[int, Tensor]], numbers: dict[str, Any]) -> Iterable[Bucket]:
         """Return the buckets of those layers of a group that are not plain."""
         buckets: dict[Any, Bucket] = {}
         for position, param in layers:
             grad = _gradient(index, position, param, numbers, self.state.get(param, {}).get("momentum_buffer"))
-            key = (param.device, param.dtype, grad.dtype, grad.layout, type(param), _is_for_torch(param, grad))
-            bucket = buckets.setdefault(key, Bucket(self.state, **numbers))
+            kind = (type(param), sharding.process_groups(param), _is_for_torch(param, grad))
+            key = (param.device, param.dtype, grad.dtype, grad.layout, *kind)
+            bucket = buckets.setdefault(key, Bucket(index, self.state, **numbers))
             bucket.params.append(param)
             bucket.grads.append(grad)
-        if trust_ratios is not None:
-            for bucket in buckets.values():
-                bucket.ratios = trust_ratios.measure(index, bucket.params)
         return buckets.values()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -184,6 +184,7 @@ class SGD(torch.optim.SGD):
 class Bucket:
     """Layers of one group that one call can update."""
 
+    group: int
     state: Any
     lr: float | Tensor
     momentum: float
@@ -215,9 +216,9 @@ class Bucket:
             lr_scale = ops.lr_scale(lr, self.params[0].device)
             lr = 1.0
         ops.sgd_(
-            self.params,
-            self.grads,
-            buffers,
+            [sharding.local(param) for param in self.params],
+            [sharding.local(grad) for grad in self.grads],
+            [sharding.local(buffer) for buffer in buffers],
             self.ratios,
             [self.weight_decay] * layers,
             [lr] * layers,
@@ -229,20 +230,23 @@ class Bucket:
         )
         for param, buffer in zip(self.params, buffers, strict=self.momentum != 0):
             self.state[param]["momentum_buffer"] = buffer
+        if sharding.is_distributed(self.params[0]):
+            sharding.note_writes(self.params + buffers)
 
     def _buffer_like(self, param: Tensor, buffer: Tensor | None) -> Tensor:
         """Return a momentum buffer in the parameter's memory order, so that the two can be swept side by side."""
         dtype = momentum_dtype_of(param, torch.float32 if self.momentum_in_float32 else None)
         if buffer is not None and buffer.is_sparse:  # of a gradient that was sparse, as torch begins it
             buffer = buffer.to_dense()
-        ordered = torch.empty_like(param, device="meta")  # in gaps of a parameter there is no momentum
-        if buffer is not None and buffer.dtype == dtype and buffer.stride() == ordered.stride():
+        buffer = None if buffer is None else sharding.placed_like(param, buffer)
+        strides = torch.empty_like(sharding.local(param), device="meta").stride()  # in its gaps there is no momentum
+        if buffer is not None and buffer.dtype == dtype and sharding.local(buffer).stride() == strides:
             return buffer
         ordered = torch.zeros_like(param, dtype=dtype, requires_grad=False)
         return ordered if buffer is None else ordered.copy_(buffer)
 
     def _update_by_torch(self) -> None:
-        """Take the step by torch's own functions, which know sparse gradients, and parameters sharded or lazy."""
+        """Take the step by torch's own functions, which know sparse gradients, and subclasses and lazy parameters."""
         for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
             weight_decay = self.weight_decay
             if self.ratios is not None:
@@ -277,7 +281,7 @@ def _in_one_pass(options: dict[str, Any] | None) -> dict[str, Any]:
 
 def _is_for_torch(param: Tensor, grad: Tensor) -> bool:
     """Tell whether no op of ours can update a layer: torch lets none write a list of lazily conjugated tensors."""
-    if grad.is_sparse or is_traceable_wrapper_subclass(param):
+    if grad.is_sparse or (is_traceable_wrapper_subclass(param) and not sharding.is_distributed(param)):
         return True
     return not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg())  # to ask would break a graph
 
@@ -318,35 +322,53 @@ def _hyper_parameters(of_group: str, group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _gradient(group: int, position: int, param: Tensor, numbers: dict[str, Any], momentum_buffer: Any) -> Tensor:
-    """Return a parameter's gradient, or raise if the step cannot be taken with it."""
+    """Return a parameter's gradient, distributed as it is, or raise if the step cannot be taken with it."""
     grad = param.grad
     assert grad is not None
+    problem = _problem_of(param, grad, numbers, momentum_buffer)
+    if problem is not None:
+        raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
+    if grad.is_sparse:
+        return grad.coalesce()
+    placed = sharding.placed_like(param, grad)
+    if placed is not grad:
+        param.grad = placed  # for whoever looks at it next
+    return placed
+
+
+def _problem_of(param: Tensor, grad: Tensor, numbers: dict[str, Any], momentum_buffer: Any) -> str | None:
+    """Return why no step can be taken with a parameter, its gradient and its momentum, or None."""
     weight_decay = numbers["weight_decay"]
-    kept = numbers["momentum"] != 0 and momentum_dtype_of(param, torch.float32) != param.dtype
+    has_momentum = numbers["momentum"] != 0
     if param.dtype not in ops.DTYPES or grad.dtype not in ops.DTYPES or grad.is_complex() != param.is_complex():
-        problem = (
+        return (
             "parameters and gradients must be both real or both complex, of a floating dtype with at least 16 bits "
             f"(parameter: {param.dtype}, gradient: {grad.dtype})"
         )
-    elif grad.is_sparse and weight_decay != 0:
-        problem = f"sparse gradients need weight_decay=0 (weight_decay: {weight_decay})"
-    elif grad.layout not in (torch.strided, torch.sparse_coo):
-        problem = f"gradients must be strided or sparse COO (layout: {grad.layout})"
-    elif grad.shape != param.shape:
-        problem = f"gradients must have their parameter's shape (gradient: {tuple(grad.shape)})"
-    elif grad.device != param.device:
-        problem = f"gradients must be on their parameter's device (parameter: {param.device}, gradient: {grad.device})"
-    elif not grad.is_sparse and not is_traceable_wrapper_subclass(param) and not ops.is_writable_in_place(param):
-        problem = f"elements of a parameter must not share memory (strides: {param.stride()})"
-    elif numbers["momentum"] != 0 and momentum_buffer is not None and not isinstance(momentum_buffer, Tensor):
-        problem = f"momentum must be a tensor (momentum_buffer: {momentum_buffer!r})"
-    elif numbers["momentum"] != 0 and momentum_buffer is not None and momentum_buffer.shape != param.shape:
-        problem = f"momentum must have its parameter's shape (momentum_buffer: {tuple(momentum_buffer.shape)})"
-    elif numbers["momentum_in_float32"] and kept and _is_for_torch(param, grad):
-        problem = (
+    if grad.is_sparse and weight_decay != 0:
+        return f"sparse gradients need weight_decay=0 (weight_decay: {weight_decay})"
+    if grad.layout not in (torch.strided, torch.sparse_coo):
+        return f"gradients must be strided or sparse COO (layout: {grad.layout})"
+    if grad.shape != param.shape:
+        return f"gradients must have their parameter's shape (gradient: {tuple(grad.shape)})"
+    if grad.device != param.device:
+        return f"gradients must be on their parameter's device (parameter: {param.device}, gradient: {grad.device})"
+    if (sharding.is_distributed(param) or not is_traceable_wrapper_subclass(param)) and not grad.is_sparse:
+        here = sharding.local(param)
+        if not ops.is_writable_in_place(here):
+            return f"elements of a parameter must not share memory (strides: {here.stride()})"
+    if has_momentum and momentum_buffer is not None:
+        if not isinstance(momentum_buffer, Tensor):
+            return f"momentum must be a tensor (momentum_buffer: {momentum_buffer!r})"
+        if momentum_buffer.shape != param.shape:
+            return f"momentum must have its parameter's shape (momentum_buffer: {tuple(momentum_buffer.shape)})"
+        if sharding.is_distributed(momentum_buffer) != sharding.is_distributed(param):
+            kind = "a DTensor" if sharding.is_distributed(momentum_buffer) else "a whole tensor"
+            return f"momentum must be distributed as its parameter is (momentum_buffer: {kind})"
+    is_kept_apart = has_momentum and momentum_dtype_of(param, torch.float32) != param.dtype
+    if numbers["momentum_in_float32"] and is_kept_apart and _is_for_torch(param, grad):
+        return (
             "momentum_dtype must be None for sparse gradients, tensor subclasses and lazily negated parameters "
             f"(dtype: {param.dtype})"
         )
-    else:
-        return grad.coalesce() if grad.is_sparse else grad
-    raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
+    return sharding.problem_of_gradient(param)

@@ -1,0 +1,112 @@
+"""The only room that knows DTensor: what is here of a layer, and sums over all who hold the rest of it.
+
+A layer that is sharded over a device mesh is a ``DTensor``: :func:`torch.distributed.fsdp.fully_shard`, tensor
+parallelism and both together make such parameters. Every rank sweeps its own shard, and the squared norm of the layer
+is the sum of those of its shards, which is all that ranks have to tell each other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+__all__: list[str] = []
+
+
+def is_distributed(tensor: Tensor) -> bool:
+    """Tell whether a tensor is a DTensor, without importing what would make one."""
+    return getattr(tensor, "device_mesh", None) is not None
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return what is here of a tensor: itself, or this rank's shard or replica, which shares its memory."""
+    if not is_distributed(tensor):
+        return tensor
+    dtensor: Any = tensor
+    with torch.no_grad():
+        here = dtensor.to_local()
+        here = here.wait() if hasattr(here, "wait") else here  # of a collective that may still be under way
+    return here  # type: ignore[no-any-return]
+
+
+def process_groups(param: Any) -> tuple[Any, ...]:
+    """Return the process groups over which a layer is split: in each of them, every rank holds another part of it."""
+    if not is_distributed(param):
+        return ()
+    mesh, placements = param.device_mesh, param.placements
+    return tuple(
+        mesh.get_group(dim)
+        for dim, placement in enumerate(placements)
+        if not placement.is_replicate() and mesh.size(dim) > 1
+    )
+
+
+def problem_of(param: Any) -> str | None:
+    """Return why a parameter cannot be a layer whose shards are told apart, or None."""
+    if getattr(param, "_fsdp_flattened", False):
+        return (
+            "parameters must be whole layers, but FSDP1 flattens and splits them; use fully_shard (FSDP2) from "
+            "torch.distributed.fsdp"
+        )
+    if is_distributed(param) and any(placement.is_partial() for placement in param.placements):
+        return f"parameters must be sharded or replicated (placements: {param.placements})"
+    return None
+
+
+def problem_of_gradient(param: Any) -> str | None:
+    """Return why a gradient does not go with its parameter, or None."""
+    grad = param.grad
+    assert grad is not None
+    if is_distributed(grad) != is_distributed(param):
+        kinds = ["a DTensor" if is_distributed(tensor) else "a whole tensor" for tensor in (param, grad)]
+        return f"gradients must be distributed as their parameters are (parameter: {kinds[0]}, gradient: {kinds[1]})"
+    if is_distributed(param) and grad.device_mesh != param.device_mesh:
+        return (
+            "gradients must be on their parameter's device mesh "
+            f"(parameter: {param.device_mesh}, gradient: {grad.device_mesh})"
+        )
+    return None
+
+
+@torch.no_grad()
+def placed_like(param: Tensor, tensor: Tensor) -> Tensor:
+    """Return a tensor distributed as a parameter is: itself, or what a collective makes of it.
+
+    A gradient may be ``Partial``, a sum that is still to be taken (SequenceParallel leaves such).
+    """
+    if not is_distributed(param):
+        return tensor
+    like: Any = param
+    dtensor: Any = tensor
+    if dtensor.placements == like.placements:
+        return tensor
+    return dtensor.redistribute(like.device_mesh, like.placements)  # type: ignore[no-any-return]
+
+
+def complete(squared_norms: Iterable[tuple[Sequence[Any], Tensor]]) -> None:
+    """Complete: sum squared norms over all shards, in place, by one all-reduce for each process group.
+
+    Every rank of a group must come here with the same layers, in the same order.
+
+    Args:
+        squared_norms: vectors of squared norms of what is here, each with the process groups over which its layers are
+            split. For none of these it is left alone.
+    """
+    parts: dict[Any, list[Tensor]] = {}
+    for groups, vector in squared_norms:
+        for group in groups:
+            parts.setdefault((group, vector.device), []).append(vector)
+    for (group, _), vectors in parts.items():
+        joined = vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+        dist.all_reduce(joined, group=group)
+        if len(vectors) > 1:
+            torch._foreach_copy_(vectors, torch.split(joined, [len(vector) for vector in vectors]))
+
+
+def note_writes(tensors: Iterable[Tensor]) -> None:
+    """Let autograd know that shards were written, of which their DTensors know nothing."""
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if is_distributed(tensor)])
