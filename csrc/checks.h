@@ -163,6 +163,16 @@ inline void check_lr_scale(const char* op, const std::optional<at::Tensor>& give
   }
 }
 
+// What gradients are multiplied by before anything else. Where it is 0 the step is skipped.
+inline void check_inv_scale(const char* op, const std::optional<at::Tensor>& given, c10::Device device) {
+  if (given.has_value()) {
+    const at::Tensor& inv_scale = *given;
+    TORCH_CHECK(inv_scale.numel() == 1 && inv_scale.scalar_type() == c10::kFloat && inv_scale.device() == device, op,
+                ": expected inv_scale to be one float32 on ", device, " (got: shape ", inv_scale.sizes(), ", ",
+                inv_scale.scalar_type(), ", ", inv_scale.device(), ")");
+  }
+}
+
 // The learning rates of layers: a number each, and what multiplies them all.
 struct Lrs {
   at::ArrayRef<double> lrs;  // may be empty where none is needed
@@ -223,6 +233,7 @@ struct SgdArguments {
   bool nesterov;
   bool maximize;
   const std::optional<at::Tensor>& lr_scale;
+  const std::optional<at::Tensor>& inv_scale;
 };
 
 inline void check_sgd(const char* op, const SgdArguments& sgd) {
@@ -264,6 +275,7 @@ inline void check_sgd(const char* op, const SgdArguments& sgd) {
     }
   }
   check_lr_scale(op, sgd.lr_scale, param.device());
+  check_inv_scale(op, sgd.inv_scale, param.device());
 }
 
 }  // namespace torchlars

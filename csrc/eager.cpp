@@ -175,6 +175,14 @@ std::optional<at::Tensor> lr_scale_of(const std::optional<at::Tensor>& lr, c10::
   return lr->to(at::TensorOptions(device).dtype(c10::kDouble), /*non_blocking=*/!device.is_cpu());
 }
 
+// What gradients are multiplied by, as ops take it; none if nothing is.
+std::optional<at::Tensor> inv_scale_on(c10::Device device, const std::optional<at::Tensor>& inv_scale) {
+  if (!inv_scale.has_value()) {
+    return std::nullopt;
+  }
+  return inv_scale->to(device, inv_scale->scalar_type(), /*non_blocking=*/!device.is_cpu());
+}
+
 // What all layers of a call have in common, of how LARS adapts them.
 struct Dialect {
   bool decayed_norm;
@@ -213,12 +221,13 @@ struct LarsBucket {
   Numbers lrs;
 
   // Scales the gradients. Returns the trust ratios.
-  at::Tensor adapt() {
+  at::Tensor adapt(const std::optional<at::Tensor>& inv_scale) {
     static const Op<at::Tensor(at::TensorList, at::TensorList, Floats, Floats, Floats, bool, Floats, Scalar, bool, bool,
-                               bool)>
+                               bool, Scalar)>
         op("torchlars::scale_by_trust_ratios_");
     return op(grads, params.tensors(), weight_decays, trust_coefs, eps, key.maximize, lrs, lr_scale_of(lr, key.device),
-              key.dialect.decayed_norm, key.dialect.clip, key.dialect.lr_in_momentum);
+              key.dialect.decayed_norm, key.dialect.clip, key.dialect.lr_in_momentum,
+              inv_scale_on(key.device, inv_scale));
   }
 };
 
@@ -287,21 +296,22 @@ struct SgdBucket {
   Numbers dampenings;
 
   // Takes the step. Returns the trust ratios, if there are any.
-  std::optional<at::Tensor> update() {
+  std::optional<at::Tensor> update(const std::optional<at::Tensor>& given_inv_scale) {
     static const Op<void(at::TensorList, at::TensorList, at::TensorList, Scalar, Floats, Floats, Floats, Floats, bool,
-                         bool, Scalar)>
+                         bool, Scalar, Scalar)>
         sgd("torchlars::sgd_");
     static const Op<at::Tensor(at::TensorList, at::TensorList, at::TensorList, Floats, Floats, Floats, Floats, Floats,
-                               Floats, bool, bool, Scalar, bool, bool, bool)>
+                               Floats, bool, bool, Scalar, bool, bool, bool, Scalar)>
         lars_sgd("torchlars::lars_sgd_");
     const auto lr_scale = lr_scale_of(lr, key.device);
+    const auto inv_scale = inv_scale_on(key.device, given_inv_scale);
     if (key.is_adapted) {
       return lars_sgd(params.tensors(), grads, momentum_buffers.tensors(), weight_decays, trust_coefs, eps, lrs,
                       momentums, dampenings, key.nesterov, key.maximize, lr_scale, key.dialect.decayed_norm,
-                      key.dialect.clip, key.dialect.lr_in_momentum);
+                      key.dialect.clip, key.dialect.lr_in_momentum, inv_scale);
     }
     sgd(params.tensors(), grads, momentum_buffers.tensors(), std::nullopt, weight_decays, lrs, momentums, dampenings,
-        key.nesterov, key.maximize, lr_scale);
+        key.nesterov, key.maximize, lr_scale, inv_scale);
     return std::nullopt;
   }
 };
@@ -371,7 +381,8 @@ class SgdLayers {
 void bind_eager_door(py::module_& m) {
   py::class_<LarsBucket, std::shared_ptr<LarsBucket>>(m, "LarsBucket", "Plain layers that one call adapts.")
       .def_property_readonly("params", [](const LarsBucket& bucket) { return bucket.params.objects(); })
-      .def("adapt", &LarsBucket::adapt, "Scale the gradients, and return the trust ratios.");
+      .def("adapt", &LarsBucket::adapt, py::arg("inv_scale") = py::none(),
+           "Scale the gradients, and return the trust ratios.");
   py::class_<LarsLayers>(m, "LarsLayers", "The plain layers of one step, in buckets.")
       .def(py::init<>())
       .def("add", &LarsLayers::add, py::arg("params"), py::arg("weight_decay"), py::arg("maximize"),
@@ -380,7 +391,8 @@ void bind_eager_door(py::module_& m) {
       .def_readonly("buckets", &LarsLayers::buckets);
   py::class_<SgdBucket, std::shared_ptr<SgdBucket>>(m, "SgdBucket", "Plain layers that one call updates.")
       .def_property_readonly("params", [](const SgdBucket& bucket) { return bucket.params.objects(); })
-      .def("update", &SgdBucket::update, "Step. Return the trust ratios, or None where none are applied.");
+      .def("update", &SgdBucket::update, py::arg("inv_scale") = py::none(),
+           "Step. Return the trust ratios, or None where none are applied.");
   py::class_<SgdLayers>(m, "SgdLayers", "The plain layers of one step of SGD, in buckets.")
       .def(py::init<>())
       .def("add", &SgdLayers::add, py::arg("params"), py::arg("state"), py::arg("weight_decay"), py::arg("trust_coef"),

@@ -8,19 +8,19 @@
 #include "plan.h"
 
 TORCH_LIBRARY(torchlars, m) {
-  m.def("squared_norms(Tensor[] tensors) -> Tensor");
-  m.def("squared_norms_of_sums(Tensor[] tensors, Tensor[] others, float[] scales) -> Tensor");
+  m.def("squared_norms(Tensor[] tensors, Tensor? inv_scale=None) -> Tensor");
+  m.def("squared_norms_of_sums(Tensor[] tensors, Tensor[] others, float[] scales, Tensor? inv_scale=None) -> Tensor");
   m.def(
       "trust_ratios(Tensor param_squared_norms, Tensor grad_squared_norms, float[] weight_decays, "
       "float[] trust_coefs, float[] eps, ScalarType dtype, float[] lrs=[], Tensor? lr_scale=None, bool clip=False, "
       "bool of_updates=False) -> Tensor");
   m.def(
       "apply_trust_ratios_(Tensor(a!)[] grads, Tensor[] params, Tensor ratios, float[] weight_decays, bool maximize, "
-      "float[] lrs=[], Tensor? lr_scale=None) -> ()");
+      "float[] lrs=[], Tensor? lr_scale=None, Tensor? inv_scale=None) -> ()");
   m.def(
       "scale_by_trust_ratios_(Tensor(a!)[] grads, Tensor[] params, float[] weight_decays, float[] trust_coefs, "
       "float[] eps, bool maximize, float[] lrs=[], Tensor? lr_scale=None, bool decayed_norm=False, bool clip=False, "
-      "bool lr_in_momentum=False) -> Tensor");
+      "bool lr_in_momentum=False, Tensor? inv_scale=None) -> Tensor");
   m.def("apply_trust_ratios_to_updates_(Tensor(a!)[] params, Tensor[] old_params, Tensor ratios) -> ()");
   m.def(
       "scale_updates_by_trust_ratios_(Tensor(a!)[] params, Tensor[] old_params, float[] trust_coefs, float[] eps, "
@@ -28,12 +28,12 @@ TORCH_LIBRARY(torchlars, m) {
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor? ratios, "
       "float[] weight_decays, float[] lrs, float[] momentums, float[] dampenings, bool nesterov, bool maximize, "
-      "Tensor? lr_scale=None) -> ()");
+      "Tensor? lr_scale=None, Tensor? inv_scale=None) -> ()");
   m.def(
       "lars_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, float[] weight_decays, "
       "float[] trust_coefs, float[] eps, float[] lrs, float[] momentums, float[] dampenings, bool nesterov, "
-      "bool maximize, Tensor? lr_scale=None, bool decayed_norm=False, bool clip=False, bool lr_in_momentum=False) "
-      "-> Tensor");
+      "bool maximize, Tensor? lr_scale=None, bool decayed_norm=False, bool clip=False, bool lr_in_momentum=False, "
+      "Tensor? inv_scale=None) -> Tensor");
 }
 
 PYBIND11_MODULE(_C, m) {

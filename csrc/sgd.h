@@ -12,12 +12,13 @@ template <typename T>
 struct SgdNumbers {
   // lr_in_momentum: lr multiplies the ratio, and with it what the momentum collects, instead of the step.
   C10_HOST_DEVICE SgdNumbers(double ratio, double weight_decay, double lr, double momentum, double dampening,
-                             bool maximize, bool lr_in_momentum)
+                             bool maximize, bool lr_in_momentum, double inv_scale)
       : ratio(static_cast<T>((maximize ? -ratio : ratio) * (lr_in_momentum ? lr : 1))),
         weight_decay(static_cast<T>(maximize ? -weight_decay : weight_decay)),
         lr(static_cast<T>(lr_in_momentum ? 1 : lr)),
         momentum(static_cast<T>(momentum)),
-        undampened(static_cast<T>(1 - dampening)) {}
+        undampened(static_cast<T>(1 - dampening)),
+        inv_scale(static_cast<T>(inv_scale)) {}
 
   template <typename Other>
   C10_HOST_DEVICE explicit SgdNumbers(const SgdNumbers<Other>& other)
@@ -25,20 +26,22 @@ struct SgdNumbers {
         weight_decay(static_cast<T>(other.weight_decay)),
         lr(static_cast<T>(other.lr)),
         momentum(static_cast<T>(other.momentum)),
-        undampened(static_cast<T>(other.undampened)) {}
+        undampened(static_cast<T>(other.undampened)),
+        inv_scale(static_cast<T>(other.inv_scale)) {}
 
   T ratio;         // 1 where no trust ratio is given; negative in a group that maximizes,
   T weight_decay;  // and then this too, so that the decay pulls towards zero all the same
   T lr;
   T momentum;
   T undampened;  // 1 − dampening
+  T inv_scale;   // of the gradient; never 0: such a step is not taken
 };
 
 // One element: writes its momentum, if there is any, and returns its new parameter.
 template <bool kDecays, bool kMomentum, bool kNesterov, typename T>
 C10_HOST_DEVICE inline T sgd(T param, T grad, T& momentum, const SgdNumbers<T>& numbers) {
-  T direction = kDecays ? adapted_gradient(grad, param, numbers.weight_decay, numbers.ratio)
-                        : adapted_gradient(grad, numbers.ratio);
+  T direction = kDecays ? adapted_gradient(grad, param, numbers.weight_decay, numbers.ratio, numbers.inv_scale)
+                        : adapted_gradient(grad, numbers.ratio, numbers.inv_scale);
   if (kMomentum) {
     momentum = numbers.momentum * momentum + numbers.undampened * direction;
     direction = kNesterov ? direction + numbers.momentum * momentum : momentum;

@@ -38,17 +38,25 @@ C10_HOST_DEVICE inline double trust_ratio(double param_squared_norm, double grad
   return ratio;
 }
 
+// The squared norm of inv_scale * x, from that of x. A step that is skipped has no gradient, whatever x holds: the
+// ratio is 1 then.
+C10_HOST_DEVICE inline double unscaled_squared_norm(double squared_norm, double inv_scale) {
+  return inv_scale == 0 ? 0 : squared_norm * (inv_scale * inv_scale);
+}
+
 // One element of the gradient that the base optimizer sees. T is the type of the arithmetic: float, or double for
 // double layers. weight_decay is negative in a group that maximizes, so that the decay pulls towards zero there too.
+// inv_scale is 1 where gradients were not scaled: that changes no bit, and costs less than a way of its own. Where it
+// is 0 the step is skipped, and nobody asks.
 template <typename T>
-C10_HOST_DEVICE inline T adapted_gradient(T grad, T param, T weight_decay, T ratio) {
-  return ratio * (grad + weight_decay * param);
+C10_HOST_DEVICE inline T adapted_gradient(T grad, T param, T weight_decay, T ratio, T inv_scale) {
+  return ratio * (inv_scale * grad + weight_decay * param);
 }
 
 // The same where nothing decays: the parameter need not be read.
 template <typename T>
-C10_HOST_DEVICE inline T adapted_gradient(T grad, T ratio) {
-  return ratio * grad;
+C10_HOST_DEVICE inline T adapted_gradient(T grad, T ratio, T inv_scale) {
+  return ratio * (inv_scale * grad);
 }
 
 // One element of a parameter after a step, given what it was before and what the base optimizer made of it.

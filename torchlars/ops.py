@@ -92,25 +92,30 @@ def times_lr(ratios: Tensor, lr: float | Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Measure: the squared L2 norm ‖x‖² = Σ|xᵢ|² of each tensor.
+def squared_norms(tensors: Sequence[Tensor], inv_scale: Tensor | None = None) -> Tensor:
+    """Measure: the squared L2 norm ‖x‖² = Σ|xᵢ|² of each tensor; ‖σx‖² where an ``inv_scale`` σ is given.
 
     Args:
         tensors: n tensors, real or complex.
+        inv_scale: σ, by which scaled gradients are multiplied before anything else: a float32 tensor of one element on
+            the tensors' device, which the host need not know. Where it is 0 all norms are 0, also those of infinities
+            and NaN.
 
     Returns:
         A float64 vector of n squared norms, on the tensors' device. Sums accumulate in float64, whose range the squares
-        must not leave: float64 elements below 1e-162 count as 0, above 1e154 as infinite.
+        must not leave: float64 elements below 1e-162 count as 0, above 1e154 as infinite. Only then comes σ².
 
     Raises:
         RuntimeError: the list is empty, or devices, dtypes or layouts are mixed or unsupported.
     """
-    return _backend.squared_norms(tensors)  # type: ignore[no-any-return]
+    return _backend.squared_norms(tensors, inv_scale)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
-def squared_norms_of_sums(tensors: Sequence[Tensor], others: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-    """Measure: the squared L2 norm ‖x + sy‖² of each pair of tensors.
+def squared_norms_of_sums(
+    tensors: Sequence[Tensor], others: Sequence[Tensor], scales: Sequence[float], inv_scale: Tensor | None = None
+) -> Tensor:
+    """Measure: the squared L2 norm ‖x + sy‖² of each pair of tensors; ‖σx + sy‖² where an ``inv_scale`` σ is given.
 
     With s = λ that of gradients that decay, with s = −1 that of updates.
 
@@ -118,14 +123,16 @@ def squared_norms_of_sums(tensors: Sequence[Tensor], others: Sequence[Tensor], s
         tensors: n tensors x.
         others: n tensors y, of their shapes.
         scales: s of each pair. Where it is 0, y is not read and its shape is free.
+        inv_scale: σ, as in :func:`squared_norms`: y is not multiplied by it. Where it is 0 all norms are 0.
 
     Returns:
-        A float64 vector of n squared norms. Both the sums x + sy and the sums of their squares are in float64.
+        A float64 vector of n squared norms. Both the sums x + sy and the sums of their squares are in float64; with σ
+        they are σ² times those of x + (s / σ)y.
 
     Raises:
         RuntimeError: as :func:`squared_norms` does; or lengths or shapes disagree, or a scale is not finite.
     """
-    return _backend.squared_norms_of_sums(tensors, others, scales)  # type: ignore[no-any-return]
+    return _backend.squared_norms_of_sums(tensors, others, scales, inv_scale)  # type: ignore[no-any-return]
 
 
 @torch.no_grad()
@@ -148,7 +155,8 @@ def trust_ratios(
 
     Args:
         param_squared_norms: ‖w‖², a float64 vector of n.
-        grad_squared_norms: ‖g‖², likewise; or ‖g + λw‖², with zeros for ``weight_decays``; or ‖γu‖².
+        grad_squared_norms: ‖g‖², likewise, of gradients that are unscaled; or ‖g + λw‖², with zeros for
+            ``weight_decays``; or ‖γu‖².
         weight_decays: λ ≥ 0 of each layer.
         trust_coefs: η > 0 of each layer.
         eps: ε ≥ 0 of each layer.
@@ -188,10 +196,12 @@ def apply_trust_ratios_(
     maximize: bool,
     lrs: Sequence[float] = (),
     lr_scale: Tensor | None = None,
+    inv_scale: Tensor | None = None,
 ) -> None:
     """Apply: each gradient becomes r · (g + λw), in place; r · (g − λw) with ``maximize``, where the base negates it.
 
-    Where ``lrs`` are given, γr is in the place of r. Computed in float32 (float64 for float64 layers), and rounded to
+    Where ``lrs`` are given, γr is in the place of r. Where an ``inv_scale`` σ is given, σg is in the place of g; and if
+    it is 0, the step is skipped: nothing is written. Computed in float32 (float64 for float64 layers), and rounded to
     the gradient's own dtype once, when it is written.
 
     Args:
@@ -202,12 +212,13 @@ def apply_trust_ratios_(
         maximize: whether the base optimizer maximizes.
         lrs: γ ≥ 0 of each layer, where lr is to be in the momentum; else empty.
         lr_scale: multiplies all lrs if given.
+        inv_scale: σ, as in :func:`squared_norms`.
 
     Raises:
         RuntimeError: lengths, shapes, devices or dtypes disagree, a number is out of its range, or elements of a
             gradient share memory. Nothing was written then.
     """
-    _backend.apply_trust_ratios_(grads, params, ratios, weight_decays, maximize, lrs, lr_scale)
+    _backend.apply_trust_ratios_(grads, params, ratios, weight_decays, maximize, lrs, lr_scale, inv_scale)
 
 
 @torch.no_grad()
@@ -223,6 +234,7 @@ def scale_by_trust_ratios_(
     decayed_norm: bool = False,
     clip: bool = False,
     lr_in_momentum: bool = False,
+    inv_scale: Tensor | None = None,
 ) -> Tensor:
     """Measure, decide and apply at once, with the bits of the three ops, but reading from cache what was just measured.
 
@@ -238,9 +250,11 @@ def scale_by_trust_ratios_(
         decayed_norm: whether ‖g + λw‖ is in the place of ‖g‖ + λ‖w‖.
         clip: whether the ratio is min(r / γ, 1).
         lr_in_momentum: whether γr is applied in the place of r.
+        inv_scale: σ, as in :func:`squared_norms` and :func:`apply_trust_ratios_`.
 
     Returns:
-        The vector of n trust ratios that were applied, float64 for float64 layers, float32 for all others.
+        The vector of n trust ratios that were applied, float64 for float64 layers, float32 for all others. Of a step
+        that is skipped, those of gradients without a length: 1, and with ``clip`` min(1 / γ, 1).
 
     Raises:
         RuntimeError: as :func:`apply_trust_ratios_` and :func:`trust_ratios` do. Nothing was written then.
@@ -257,6 +271,7 @@ def scale_by_trust_ratios_(
         decayed_norm,
         clip,
         lr_in_momentum,
+        inv_scale,
     )
 
 
@@ -321,12 +336,14 @@ def sgd_(
     nesterov: bool,
     maximize: bool,
     lr_scale: Tensor | None = None,
+    inv_scale: Tensor | None = None,
 ) -> None:
     """Update: SGD's own step in place, along d = r · (g + λw) instead of g + λw.
 
     m ← μm + (1 − τ)d, then w ← w − γm, or w ← w − γ(d + μm) with ``nesterov``, or w ← w − γd without momentum.
-    With ``maximize``, g is negated first. Gradients are only read. Computed in float32 (float64 for float64 layers); a
-    parameter and a momentum are each rounded once, when they are written.
+    With ``maximize``, g is negated first. Gradients are only read. Where an ``inv_scale`` σ is given, σg is in the
+    place of g; and if it is 0, the step is skipped: neither parameters nor momentum are written. Computed in float32
+    (float64 for float64 layers); a parameter and a momentum are each rounded once, when they are written.
 
     Args:
         params: n parameters, written in place.
@@ -343,13 +360,25 @@ def sgd_(
         maximize: whether to ascend.
         lr_scale: multiplies all lrs if given: a float64 tensor of one element on the layers' device, which the host
             need not know.
+        inv_scale: σ, as in :func:`squared_norms`.
 
     Raises:
         RuntimeError: lengths, shapes, devices or dtypes disagree, a number is out of its range, or elements of a
             tensor to write share memory. Nothing was written then.
     """
     _backend.sgd_(
-        params, grads, momentum_buffers, ratios, weight_decays, lrs, momentums, dampenings, nesterov, maximize, lr_scale
+        params,
+        grads,
+        momentum_buffers,
+        ratios,
+        weight_decays,
+        lrs,
+        momentums,
+        dampenings,
+        nesterov,
+        maximize,
+        lr_scale,
+        inv_scale,
     )
 
 
@@ -370,6 +399,7 @@ def lars_sgd_(
     decayed_norm: bool = False,
     clip: bool = False,
     lr_in_momentum: bool = False,
+    inv_scale: Tensor | None = None,
 ) -> Tensor:
     """Measure, decide and update at once, with the bits of the three ops, reading from cache what was just measured.
 
@@ -389,9 +419,11 @@ def lars_sgd_(
         decayed_norm: as in :func:`scale_by_trust_ratios_`.
         clip: likewise.
         lr_in_momentum: whether γ multiplies d, and so enters the momentum, instead of the step.
+        inv_scale: σ, as in :func:`squared_norms` and :func:`sgd_`.
 
     Returns:
-        The vector of n trust ratios that were applied, float64 for float64 layers, float32 for all others.
+        The vector of n trust ratios that were applied, float64 for float64 layers, float32 for all others. Of a step
+        that is skipped, as in :func:`scale_by_trust_ratios_`.
 
     Raises:
         RuntimeError: as :func:`sgd_` and :func:`trust_ratios` do. Nothing was written then.
@@ -412,4 +444,5 @@ def lars_sgd_(
         decayed_norm,
         clip,
         lr_in_momentum,
+        inv_scale,
     )

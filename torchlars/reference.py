@@ -18,24 +18,30 @@ __all__: list[str] = []
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16, torch.complex128, torch.complex64)
 
 
-def squared_norms(tensors: Sequence[Tensor]) -> Tensor:
-    """Sum |x|² over each tensor."""
-    _check_tensors("squared_norms", "tensors", tensors)
-    return torch.stack([_wide(tensor).abs().square().sum() for tensor in tensors])
+def squared_norms(tensors: Sequence[Tensor], inv_scale: Tensor | None = None) -> Tensor:
+    """Sum |x|² over each tensor, times inv_scale²."""
+    op = "squared_norms"
+    _check_tensors(op, "tensors", tensors)
+    _check_inv_scale(op, inv_scale, tensors[0].device)
+    return _unscaled(torch.stack([_wide(tensor).abs().square().sum() for tensor in tensors]), inv_scale)
 
 
-def squared_norms_of_sums(tensors: Sequence[Tensor], others: Sequence[Tensor], scales: Sequence[float]) -> Tensor:
-    """Sum |x + sy|² over each pair."""
+def squared_norms_of_sums(
+    tensors: Sequence[Tensor], others: Sequence[Tensor], scales: Sequence[float], inv_scale: Tensor | None = None
+) -> Tensor:
+    """Sum |x + sy|² over each pair; |x + (s / inv_scale)y|², times inv_scale²."""
     op = "squared_norms_of_sums"
     _check_pairs(op, "tensors", tensors, "others", others)
     _check_length(op, "scales", scales, "tensors", len(tensors))
     _check_shapes(op, "tensors", tensors, "others", others, scales)
     for i, scale in enumerate(scales):
         _check(math.isfinite(scale), f"{op}: expected finite numbers (scales[{i}]: {scale})")
+    _check_inv_scale(op, inv_scale, tensors[0].device)
     sums = []
     for x, y, scale in zip(tensors, others, scales, strict=True):
-        sums.append(_wide(_real(x)) + scale * _wide(_real(y)) if scale != 0 else _wide(_real(x)))
-    return torch.stack([total.square().sum() for total in sums])
+        s = scale if inv_scale is None else scale / inv_scale.double().reshape(())
+        sums.append(_wide(_real(x)) + s * _wide(_real(y)) if scale != 0 else _wide(_real(x)))
+    return _unscaled(torch.stack([total.square().sum() for total in sums]), inv_scale)
 
 
 def trust_ratios(
@@ -88,23 +94,25 @@ def apply_trust_ratios_(
     maximize: bool,
     lrs: Sequence[float] = (),
     lr_scale: Tensor | None = None,
+    inv_scale: Tensor | None = None,
 ) -> None:
-    """G ← r · (g + λw), with −λ where the group maximizes; with γr instead of r where lrs are given."""
+    """G ← r · (inv_scale · g + λw), with −λ where the group maximizes; with γr instead of r where lrs are given."""
     op = "apply_trust_ratios_"
     _check_layers(op, grads, params, weight_decays, equal_shapes=False)
     _check_writable(op, "grads", grads)
     _check_ratios(op, ratios, grads, params)
     _check_lrs(op, len(grads), "grads", lrs, lr_scale, grads[0].device, False)
+    _check_inv_scale(op, inv_scale, grads[0].device)
     dtype = compute_dtype(grads[0].dtype, params[0].dtype)
 
     factors = _times_lrs(ratios, lrs, lr_scale) if lrs else ratios
     for grad, param, ratio, weight_decay in zip(grads, params, factors, weight_decays, strict=True):
-        adapted = _real(grad.to(torch.promote_types(grad.dtype, dtype)))
+        adapted = _times(_real(grad.to(torch.promote_types(grad.dtype, dtype))), inv_scale)
         if weight_decay != 0:
             decay = -weight_decay if maximize else weight_decay
             adapted = adapted + decay * _real(param).to(adapted.dtype)
         adapted = ratio * adapted
-        _write(grad, adapted)
+        _write(grad, adapted, inv_scale)
 
 
 def scale_by_trust_ratios_(
@@ -119,6 +127,7 @@ def scale_by_trust_ratios_(
     decayed_norm: bool = False,
     clip: bool = False,
     lr_in_momentum: bool = False,
+    inv_scale: Tensor | None = None,
 ) -> Tensor:
     """Do all of the above: measure, decide, apply."""
     op = "scale_by_trust_ratios_"
@@ -126,10 +135,13 @@ def scale_by_trust_ratios_(
     _check_writable(op, "grads", grads)
     _check_hyper_parameters(op, len(grads), "grads", weight_decays, trust_coefs, eps)
     _check_lrs(op, len(grads), "grads", lrs, lr_scale, grads[0].device, clip or lr_in_momentum)
+    _check_inv_scale(op, inv_scale, grads[0].device)
+    numbers = weight_decays, trust_coefs, eps
     ratios = _decide(
-        grads, params, weight_decays, trust_coefs, eps, maximize, lrs, lr_scale, decayed_norm=decayed_norm, clip=clip
+        grads, params, *numbers, maximize, lrs, lr_scale, decayed_norm=decayed_norm, clip=clip, inv_scale=inv_scale
     )
-    apply_trust_ratios_(grads, params, ratios, weight_decays, maximize, lrs if lr_in_momentum else (), lr_scale)
+    lrs = lrs if lr_in_momentum else ()
+    apply_trust_ratios_(grads, params, ratios, weight_decays, maximize, lrs, lr_scale, inv_scale)
     return ratios
 
 
@@ -176,17 +188,19 @@ def sgd_(
     nesterov: bool,
     maximize: bool,
     lr_scale: Tensor | None = None,
+    inv_scale: Tensor | None = None,
 ) -> None:
-    """D = r · (±g + λw), m ← μm + (1 − τ)d, d ← d + μm or m, w ← w − γd."""
+    """D = r · (±inv_scale · g + λw), m ← μm + (1 − τ)d, d ← d + μm or m, w ← w − γd."""
     op = "sgd_"
-    _check_sgd(op, params, grads, momentum_buffers, weight_decays, lrs, momentums, dampenings, nesterov, lr_scale)
+    numbers = weight_decays, lrs, momentums, dampenings
+    _check_sgd(op, params, grads, momentum_buffers, *numbers, nesterov, lr_scale, inv_scale)
     dtype = compute_dtype(grads[0].dtype, params[0].dtype)
     if ratios is not None:
         _check_ratios(op, ratios, grads, params)
 
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         w = _real(param).to(dtype)
-        direction = _real(grad).to(dtype)
+        direction = _times(_real(grad).to(dtype), inv_scale)
         if maximize:
             direction = -direction
         if weight_decays[i] != 0:
@@ -195,10 +209,10 @@ def sgd_(
             direction = ratios[i] * direction
         if momentum_buffers:
             buffer = momentums[i] * _real(momentum_buffers[i]).to(dtype) + (1 - dampenings[i]) * direction
-            _write(momentum_buffers[i], buffer)
+            _write(momentum_buffers[i], buffer, inv_scale)
             direction = direction + momentums[i] * buffer if nesterov else buffer
         lr = lrs[i] if lr_scale is None else (lrs[i] * lr_scale.reshape(())).to(dtype)
-        _write(param, w - lr * direction)
+        _write(param, w - lr * direction, inv_scale)
 
 
 def lars_sgd_(
@@ -217,19 +231,22 @@ def lars_sgd_(
     decayed_norm: bool = False,
     clip: bool = False,
     lr_in_momentum: bool = False,
+    inv_scale: Tensor | None = None,
 ) -> Tensor:
     """Measure and decide, and let ``sgd_`` apply the ratios; times lr where that is in the momentum."""
     op, layers = "lars_sgd_", len(grads)
-    _check_sgd(op, params, grads, momentum_buffers, weight_decays, lrs, momentums, dampenings, nesterov, lr_scale)
-    _check_hyper_parameters(op, layers, "grads", weight_decays, trust_coefs, eps)
+    numbers = weight_decays, lrs, momentums, dampenings
+    _check_sgd(op, params, grads, momentum_buffers, *numbers, nesterov, lr_scale, inv_scale)
+    hyper = weight_decays, trust_coefs, eps
+    _check_hyper_parameters(op, layers, "grads", *hyper)
     ratios = _decide(
-        grads, params, weight_decays, trust_coefs, eps, maximize, lrs, lr_scale, decayed_norm=decayed_norm, clip=clip
+        grads, params, *hyper, maximize, lrs, lr_scale, decayed_norm=decayed_norm, clip=clip, inv_scale=inv_scale
     )
     factors = ratios
     if lr_in_momentum:
         factors, lrs, lr_scale = _times_lrs(ratios, lrs, lr_scale), [1.0] * layers, None
     numbers = weight_decays, lrs, momentums, dampenings
-    sgd_(params, grads, momentum_buffers, factors, *numbers, nesterov, maximize, lr_scale)
+    sgd_(params, grads, momentum_buffers, factors, *numbers, nesterov, maximize, lr_scale, inv_scale)
     return ratios
 
 
@@ -244,14 +261,15 @@ def _decide(
     lr_scale: Tensor | None,
     decayed_norm: bool,
     clip: bool,
+    inv_scale: Tensor | None,
 ) -> Tensor:
     """Measure and decide. With ``decayed_norm`` the decay is in the gradient's norm, not beside it."""
     if decayed_norm:
         scales = [-weight_decay if maximize else weight_decay for weight_decay in weight_decays]
-        grad_squared_norms = squared_norms_of_sums(grads, params, scales)
+        grad_squared_norms = squared_norms_of_sums(grads, params, scales, inv_scale)
         weight_decays = [0.0] * len(grads)
     else:
-        grad_squared_norms = squared_norms(grads)
+        grad_squared_norms = squared_norms(grads, inv_scale)
     dtype = compute_dtype(grads[0].dtype, params[0].dtype)
     norms = squared_norms(params), grad_squared_norms
     return trust_ratios(*norms, weight_decays, trust_coefs, eps, dtype, lrs, lr_scale, clip)
@@ -265,6 +283,18 @@ def _scaled(lrs: Sequence[float], lr_scale: Tensor | None, like: Tensor) -> Tens
 
 def _times_lrs(ratios: Tensor, lrs: Sequence[float], lr_scale: Tensor | None) -> Tensor:
     return (ratios.double() * _scaled(lrs, lr_scale, ratios)).to(ratios.dtype)
+
+
+def _times(grad: Tensor, inv_scale: Tensor | None) -> Tensor:
+    return grad if inv_scale is None else inv_scale.reshape(()).to(grad.dtype) * grad
+
+
+def _unscaled(squared_norms: Tensor, inv_scale: Tensor | None) -> Tensor:
+    """Return squared norms times inv_scale²; 0 where that is 0, also for infinities."""
+    if inv_scale is None:
+        return squared_norms
+    factor = inv_scale.double().reshape(()).square()
+    return torch.where(factor == 0, 0.0, factor * squared_norms)
 
 
 def compute_dtype(grad: torch.dtype, param: torch.dtype) -> torch.dtype:
@@ -282,7 +312,11 @@ def _real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor.resolve_conj()) if tensor.is_complex() else tensor
 
 
-def _write(tensor: Tensor, real: Tensor) -> None:
+def _write(tensor: Tensor, real: Tensor, inv_scale: Tensor | None = None) -> None:
+    """Write what was computed; what is there already where inv_scale is 0, as the host need not know that."""
+    if inv_scale is not None:
+        before = _real(tensor)
+        real = torch.where(inv_scale.reshape(()) == 0, before, real.to(before.dtype))
     tensor.copy_(torch.view_as_complex(real) if tensor.is_complex() else real)
 
 
@@ -438,6 +472,15 @@ def _check_lr_scale(op: str, lr_scale: Tensor | None, device: torch.device) -> N
         )
 
 
+def _check_inv_scale(op: str, inv_scale: Tensor | None, device: torch.device) -> None:
+    if inv_scale is not None:
+        _check(
+            inv_scale.numel() == 1 and inv_scale.dtype == torch.float32 and inv_scale.device == device,
+            f"{op}: expected inv_scale to be one float32 on {device} "
+            f"(got: shape {list(inv_scale.shape)}, {inv_scale.dtype}, {inv_scale.device})",
+        )
+
+
 def _check_sgd(
     op: str,
     params: Sequence[Tensor],
@@ -449,6 +492,7 @@ def _check_sgd(
     dampenings: Sequence[float],
     nesterov: bool,
     lr_scale: Tensor | None,
+    inv_scale: Tensor | None,
 ) -> None:
     _check_layers(op, grads, params, weight_decays, equal_shapes=True)
     _check_writable(op, "params", params)
@@ -485,6 +529,7 @@ def _check_sgd(
             )
         _check(not nesterov, f"{op}: expected momentum_buffers where nesterov is True")
     _check_lr_scale(op, lr_scale, params[0].device)
+    _check_inv_scale(op, inv_scale, params[0].device)
 
 
 def is_writable_in_place(tensor: Tensor) -> bool:

@@ -82,13 +82,13 @@ TORCHLARS_INLINE double join_lanes(const double* lanes) {
 
 template <bool kDecays, typename T, typename Compute>
 TORCHLARS_INLINE void adapt_loop(T* __restrict grad, const T* __restrict param, int64_t count, Compute weight_decay,
-                                 Compute ratio) {
+                                 Compute ratio, Compute inv_scale) {
   for (int64_t i = 0; i < count; ++i) {
     const auto value = static_cast<Compute>(grad[i]);
     if constexpr (kDecays) {
-      grad[i] = static_cast<T>(adapted_gradient(value, static_cast<Compute>(param[i]), weight_decay, ratio));
+      grad[i] = static_cast<T>(adapted_gradient(value, static_cast<Compute>(param[i]), weight_decay, ratio, inv_scale));
     } else {
-      grad[i] = static_cast<T>(adapted_gradient(value, ratio));
+      grad[i] = static_cast<T>(adapted_gradient(value, ratio, inv_scale));
     }
   }
 }
@@ -134,13 +134,14 @@ TORCHLARS_CLONES double join(const Lanes& lanes) { return join_lanes<Lanes::kCou
     scale_update_loop(param, old_param, count, ratio);                                             \
   }
 
-#define TORCHLARS_ADAPT(T, Compute)                                                                          \
-  TORCHLARS_CLONES void adapt(T* grad, const T* param, int64_t count, Compute weight_decay, Compute ratio) { \
-    if (param == nullptr) {                                                                                  \
-      adapt_loop<false>(grad, param, count, weight_decay, ratio);                                            \
-    } else {                                                                                                 \
-      adapt_loop<true>(grad, param, count, weight_decay, ratio);                                             \
-    }                                                                                                        \
+#define TORCHLARS_ADAPT(T, Compute)                                                                        \
+  TORCHLARS_CLONES void adapt(T* grad, const T* param, int64_t count, Compute weight_decay, Compute ratio, \
+                              Compute inv_scale) {                                                         \
+    if (param == nullptr) {                                                                                \
+      adapt_loop<false>(grad, param, count, weight_decay, ratio, inv_scale);                               \
+    } else {                                                                                               \
+      adapt_loop<true>(grad, param, count, weight_decay, ratio, inv_scale);                                \
+    }                                                                                                      \
   }
 
 #define TORCHLARS_SGD(T, M, Compute)                                                            \
@@ -225,7 +226,8 @@ inline void scale_update(c10::Half* param, const c10::Half* old_param, int64_t c
   }
 }
 
-inline void adapt(c10::Half* grad, const c10::Half* param, int64_t count, float weight_decay, float ratio) {
+inline void adapt(c10::Half* grad, const c10::Half* param, int64_t count, float weight_decay, float ratio,
+                  float inv_scale) {
   float grad_block[kBlock];
   float param_block[kBlock];
   for (int64_t i = 0; i < count; i += kBlock) {
@@ -234,7 +236,7 @@ inline void adapt(c10::Half* grad, const c10::Half* param, int64_t count, float 
     if (param != nullptr) {
       to_float(param + i, param_block, size);
     }
-    adapt(grad_block, param ? param_block : nullptr, size, weight_decay, ratio);
+    adapt(grad_block, param ? param_block : nullptr, size, weight_decay, ratio, inv_scale);
     to_half(grad_block, grad + i, size);
   }
 }

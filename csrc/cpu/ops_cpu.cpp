@@ -71,11 +71,12 @@ AddSquaresOfSums add_squares_of_sums_of(c10::ScalarType dtype) {
   return function;
 }
 
-// Squared norms of several lists of tensors of the same sizes, one vector a list; of the last one with its addends. A
-// thread takes a chunk of all lists, so that what it measures side by side it can later sweep side by side.
+// Squared norms of several lists of tensors of the same sizes, one vector a list; of the last one times inv_scale, and
+// then with its addends. A thread takes a chunk of all lists, so that what it measures side by side it can later sweep
+// side by side.
 template <size_t kLists>
 std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::array<at::TensorList, kLists>& lists,
-                                                const Addends& addends = {}) {
+                                                double inv_scale, const Addends& addends = {}) {
   constexpr size_t kLast = kLists - 1;
   const bool has_addends = !addends.scales.empty();
   std::array<std::vector<Swept>, kLists> swept;
@@ -111,7 +112,7 @@ std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::arr
       const Range part{begin, std::min(begin + turn, range.end)};
       for (size_t list = 0; list < kLists; ++list) {
         if (list == kLast && addend != nullptr) {
-          add_squares_of_sums(lanes[list], data[list], addend, part, addends.scales[tensor]);
+          add_squares_of_sums(lanes[list], data[list], addend, part, addends.scales[tensor] / inv_scale);
         } else {
           add_squares[list](lanes[list], data[list], part);
         }
@@ -126,7 +127,8 @@ std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::arr
     squared_norms[list].reserve(plan.numel.size());
     for (size_t tensor = 0; tensor < plan.numel.size(); ++tensor) {
       const auto first = partials[list].begin() + plan.first_chunk[tensor];
-      squared_norms[list].push_back(std::accumulate(first, first + num_chunks(plan.numel[tensor]), 0.0));
+      const double sum = std::accumulate(first, first + num_chunks(plan.numel[tensor]), 0.0);
+      squared_norms[list].push_back(list == kLast ? unscaled_squared_norm(sum, inv_scale) : sum);
     }
   }
   return squared_norms;
@@ -143,16 +145,21 @@ std::vector<double> values_of(const Lrs& given) {
   return lrs;
 }
 
-using Adapt = void (*)(void* grad, const void* param, Range range, double weight_decay, double ratio);
+double value_of(const std::optional<at::Tensor>& inv_scale) {
+  return inv_scale.has_value() ? *inv_scale->const_data_ptr<float>() : 1;
+}
+
+using Adapt = void (*)(void* grad, const void* param, Range range, double weight_decay, double ratio, double inv_scale);
 
 Adapt adapt_of(c10::ScalarType dtype) {
   Adapt function = nullptr;
   TORCHLARS_DISPATCH(dtype, "apply_trust_ratios_", [&] {
-    function = [](void* grad, const void* param, Range range, double weight_decay, double ratio) {
+    function = [](void* grad, const void* param, Range range, double weight_decay, double ratio, double inv_scale) {
       using compute_t = at::opmath_type<scalar_t>;
       cpu::adapt(static_cast<scalar_t*>(grad) + range.begin,
                  param ? static_cast<const scalar_t*>(param) + range.begin : nullptr, range.end - range.begin,
-                 static_cast<compute_t>(weight_decay), static_cast<compute_t>(ratio));
+                 static_cast<compute_t>(weight_decay), static_cast<compute_t>(ratio),
+                 static_cast<compute_t>(inv_scale));
     };
   });
   return function;
@@ -160,7 +167,10 @@ Adapt adapt_of(c10::ScalarType dtype) {
 
 // Adapts gradients in place, given their trust ratios; times their lrs, if there are any.
 void adapt(const Plan& plan, at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays,
-           at::ArrayRef<double> ratios, at::ArrayRef<double> lrs, bool maximize) {
+           at::ArrayRef<double> ratios, at::ArrayRef<double> lrs, bool maximize, double inv_scale) {
+  if (inv_scale == 0) {
+    return;
+  }
   std::vector<Pair> layers;
   layers.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
@@ -171,7 +181,7 @@ void adapt(const Plan& plan, at::TensorList grads, at::TensorList params, at::Ar
   for_chunks(plan, real_size(*layers[0].grad), Order::kBackwards, [&](int64_t i, int64_t, Range range) {
     const void* param = layers[i].param->defined() ? layers[i].param->const_data_ptr() : nullptr;
     const double factor = lrs.empty() ? ratios[i] : ratios[i] * lrs[i];
-    adapt_range(layers[i].grad->mutable_data_ptr(), param, range, sign * weight_decays[i], factor);
+    adapt_range(layers[i].grad->mutable_data_ptr(), param, range, sign * weight_decays[i], factor, inv_scale);
   });
   for (size_t i = 0; i < grads.size(); ++i) {
     write_back(layers[i].grad, grads[i]);
@@ -233,6 +243,10 @@ Sgd sgd_of(c10::ScalarType dtype, c10::ScalarType momentum_dtype) {
 // Steps of SGD for layers [begin, end), with their trust ratios or, where that is empty, without.
 void update(const Plan& plan, const SgdArguments& sgd, Range run, at::ArrayRef<double> ratios, bool lr_in_momentum,
             Order order) {
+  const double inv_scale = value_of(sgd.inv_scale);
+  if (inv_scale == 0) {
+    return;
+  }
   std::vector<Triple> layers;
   std::vector<SgdNumbers<double>> numbers;
   layers.reserve(run.end - run.begin);
@@ -241,7 +255,7 @@ void update(const Plan& plan, const SgdArguments& sgd, Range run, at::ArrayRef<d
   for (int64_t i = run.begin; i < run.end; ++i) {
     layers.emplace_back(sgd.params[i], sgd.grads[i], sgd.momentum_buffers.empty() ? nullptr : &sgd.momentum_buffers[i]);
     numbers.emplace_back(ratios.empty() ? 1 : ratios[i], sgd.weight_decays[i], sgd.lrs[i] * lr_scale, sgd.momentums[i],
-                         sgd.dampenings[i], sgd.maximize, lr_in_momentum);
+                         sgd.dampenings[i], sgd.maximize, lr_in_momentum, inv_scale);
   }
   const Triple& first = layers[0];
   const auto dtype = real_dtype(*first.param);
@@ -279,10 +293,10 @@ struct RatioNumbers {
   RatioOptions options;
 };
 
-// The trust ratios of all layers, measured in runs, gradients with what is added to them; each run is handed to
-// sweep(its plan, its layers, all ratios so far) while it is still in cache.
+// The trust ratios of all layers, measured in runs, gradients times inv_scale and with what is added to them; each run
+// is handed to sweep(its plan, its layers, all ratios so far) while it is still in cache.
 template <typename Sweep>
-at::Tensor measure_and_sweep(at::TensorList params, at::TensorList grads, const RatioNumbers& numbers,
+at::Tensor measure_and_sweep(at::TensorList params, at::TensorList grads, double inv_scale, const RatioNumbers& numbers,
                              at::ArrayRef<double> scales, Order order, const Sweep& sweep) {
   const auto dtype = compute_dtype(grads[0].scalar_type(), params[0].scalar_type());
   std::vector<int64_t> bytes;
@@ -300,7 +314,8 @@ at::Tensor measure_and_sweep(at::TensorList params, at::TensorList grads, const 
     const auto run_params = params.slice(run.begin, count);
     const Addends addends{run_params, scales.empty() ? scales : scales.slice(run.begin, count)};
     const Plan plan = plan_of(run_params);
-    const auto [param_norms, grad_norms] = measure<2>(plan, {run_params, grads.slice(run.begin, count)}, addends);
+    const auto [param_norms, grad_norms] =
+        measure<2>(plan, {run_params, grads.slice(run.begin, count)}, inv_scale, addends);
     for (size_t i = 0; i < count; ++i) {
       const double ratio = numbers.of(run.begin + i, param_norms[i], grad_norms[i]);
       ratios[run.begin + i] = dtype == c10::kDouble ? ratio : static_cast<float>(ratio);
@@ -310,16 +325,19 @@ at::Tensor measure_and_sweep(at::TensorList params, at::TensorList grads, const 
   return vector_of(ratios).to(dtype);
 }
 
-at::Tensor squared_norms(at::TensorList tensors) {
+at::Tensor squared_norms(at::TensorList tensors, const std::optional<at::Tensor>& inv_scale) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_tensors("squared_norms", "tensors", tensors);
-  return vector_of(measure<1>(plan_of(tensors), {tensors})[0]);
+  check_inv_scale("squared_norms", inv_scale, tensors[0].device());
+  return vector_of(measure<1>(plan_of(tensors), {tensors}, value_of(inv_scale))[0]);
 }
 
-at::Tensor squared_norms_of_sums(at::TensorList tensors, at::TensorList others, at::ArrayRef<double> scales) {
+at::Tensor squared_norms_of_sums(at::TensorList tensors, at::TensorList others, at::ArrayRef<double> scales,
+                                 const std::optional<at::Tensor>& inv_scale) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_sums("squared_norms_of_sums", tensors, others, scales);
-  return vector_of(measure<1>(plan_of(tensors), {tensors}, {others, scales})[0]);
+  check_inv_scale("squared_norms_of_sums", inv_scale, tensors[0].device());
+  return vector_of(measure<1>(plan_of(tensors), {tensors}, value_of(inv_scale), {others, scales})[0]);
 }
 
 at::Tensor trust_ratios(const at::Tensor& param_squared_norms, const at::Tensor& grad_squared_norms,
@@ -341,38 +359,42 @@ at::Tensor trust_ratios(const at::Tensor& param_squared_norms, const at::Tensor&
 
 void apply_trust_ratios_(at::TensorList grads, at::TensorList params, const at::Tensor& ratios,
                          at::ArrayRef<double> weight_decays, bool maximize, at::ArrayRef<double> lrs,
-                         const std::optional<at::Tensor>& lr_scale) {
+                         const std::optional<at::Tensor>& lr_scale, const std::optional<at::Tensor>& inv_scale) {
   const char* op = "apply_trust_ratios_";
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_layers(op, grads, params, weight_decays, /*equal_shapes=*/false);
   check_writable(op, "grads", grads);
   check_ratios(op, ratios, grads, params);
   check_lrs(op, grads.size(), "grads", {lrs, lr_scale}, grads[0].device(), /*are_needed=*/false);
+  check_inv_scale(op, inv_scale, grads[0].device());
   const at::Tensor values = ratios.to(c10::kDouble);
   adapt(plan_of(grads), grads, params, weight_decays, {values.const_data_ptr<double>(), grads.size()},
-        values_of({lrs, lr_scale}), maximize);
+        values_of({lrs, lr_scale}), maximize, value_of(inv_scale));
 }
 
 at::Tensor scale_by_trust_ratios_(at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays,
                                   at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps, bool maximize,
                                   at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_scale,
-                                  bool decayed_norm, bool clip, bool lr_in_momentum) {
+                                  bool decayed_norm, bool clip, bool lr_in_momentum,
+                                  const std::optional<at::Tensor>& inv_scale) {
   const char* op = "scale_by_trust_ratios_";
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_layers(op, grads, params, weight_decays, /*equal_shapes=*/true);
   check_writable(op, "grads", grads);
   check_hyper_parameters(op, grads.size(), "grads", weight_decays, trust_coefs, eps);
   check_lrs(op, grads.size(), "grads", {lrs, lr_scale}, grads[0].device(), clip || lr_in_momentum);
+  check_inv_scale(op, inv_scale, grads[0].device());
   const RatioOptions options{decayed_norm, clip};
   const RatioNumbers numbers{weight_decays, trust_coefs, eps, values_of({lrs, lr_scale}), options};
+  const double scale = value_of(inv_scale);
   const at::ArrayRef<double> factors = lr_in_momentum ? numbers.lrs : at::ArrayRef<double>();
   // From the last layer to the first: that is where a base optimizer begins, which then finds it in cache.
-  return measure_and_sweep(params, grads, numbers, scales_of(weight_decays, maximize, options), Order::kBackwards,
-                           [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
+  return measure_and_sweep(params, grads, scale, numbers, scales_of(weight_decays, maximize, options),
+                           Order::kBackwards, [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
                              const auto count = static_cast<size_t>(run.end - run.begin);
                              adapt(plan, grads.slice(run.begin, count), params.slice(run.begin, count),
                                    weight_decays.slice(run.begin, count), ratios.slice(run.begin, count),
-                                   factors.empty() ? factors : factors.slice(run.begin, count), maximize);
+                                   factors.empty() ? factors : factors.slice(run.begin, count), maximize, scale);
                            });
 }
 
@@ -396,7 +418,7 @@ at::Tensor scale_updates_by_trust_ratios_(at::TensorList params, at::TensorList 
   check_lrs(op, params.size(), "params", {lrs, lr_scale}, params[0].device(), /*are_needed=*/true);
   const RatioNumbers numbers{{}, trust_coefs, eps, values_of({lrs, lr_scale}), {false, clip, /*of_updates=*/true}};
   const std::vector<double> scales(params.size(), -1);
-  return measure_and_sweep(old_params, params, numbers, scales, Order::kBackwards,
+  return measure_and_sweep(old_params, params, /*inv_scale=*/1, numbers, scales, Order::kBackwards,
                            [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
                              const auto count = static_cast<size_t>(run.end - run.begin);
                              scale_updates(plan, params.slice(run.begin, count), old_params.slice(run.begin, count),
@@ -407,10 +429,10 @@ at::Tensor scale_updates_by_trust_ratios_(at::TensorList params, at::TensorList 
 void sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
           const std::optional<at::Tensor>& ratios, at::ArrayRef<double> weight_decays, at::ArrayRef<double> lrs,
           at::ArrayRef<double> momentums, at::ArrayRef<double> dampenings, bool nesterov, bool maximize,
-          const std::optional<at::Tensor>& lr_scale) {
+          const std::optional<at::Tensor>& lr_scale, const std::optional<at::Tensor>& inv_scale) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const SgdArguments sgd{params,    grads,      momentum_buffers, weight_decays, lrs,
-                         momentums, dampenings, nesterov,         maximize,      lr_scale};
+  const SgdArguments sgd{params,     grads,    momentum_buffers, weight_decays, lrs,      momentums,
+                         dampenings, nesterov, maximize,         lr_scale,      inv_scale};
   check_sgd("sgd_", sgd);
   const Range all{0, static_cast<int64_t>(params.size())};
   if (ratios.has_value()) {
@@ -426,17 +448,17 @@ at::Tensor lars_sgd_(at::TensorList params, at::TensorList grads, at::TensorList
                      at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
                      at::ArrayRef<double> lrs, at::ArrayRef<double> momentums, at::ArrayRef<double> dampenings,
                      bool nesterov, bool maximize, const std::optional<at::Tensor>& lr_scale, bool decayed_norm,
-                     bool clip, bool lr_in_momentum) {
+                     bool clip, bool lr_in_momentum, const std::optional<at::Tensor>& inv_scale) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const SgdArguments sgd{params,    grads,      momentum_buffers, weight_decays, lrs,
-                         momentums, dampenings, nesterov,         maximize,      lr_scale};
+  const SgdArguments sgd{params,     grads,    momentum_buffers, weight_decays, lrs,      momentums,
+                         dampenings, nesterov, maximize,         lr_scale,      inv_scale};
   check_sgd("lars_sgd_", sgd);
   check_hyper_parameters("lars_sgd_", grads.size(), "grads", weight_decays, trust_coefs, eps);
   const RatioOptions options{decayed_norm, clip};
   const RatioNumbers numbers{weight_decays, trust_coefs, eps, clip ? values_of({lrs, lr_scale}) : std::vector<double>(),
                              options};
-  return measure_and_sweep(params, grads, numbers, scales_of(weight_decays, maximize, options), Order::kForwards,
-                           [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
+  return measure_and_sweep(params, grads, value_of(inv_scale), numbers, scales_of(weight_decays, maximize, options),
+                           Order::kForwards, [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
                              update(plan, sgd, run, ratios, lr_in_momentum, Order::kBackwards);
                            });
 }

@@ -214,13 +214,14 @@ __device__ inline double sum_of_partials(const double* __restrict__ partials, in
 }
 
 template <typename T, typename Compute>
-__device__ inline T adapt_one(T grad, T param, Compute weight_decay, Compute ratio) {
-  return static_cast<T>(adapted_gradient(static_cast<Compute>(grad), static_cast<Compute>(param), weight_decay, ratio));
+__device__ inline T adapt_one(T grad, T param, Compute weight_decay, Compute ratio, Compute inv_scale) {
+  return static_cast<T>(
+      adapted_gradient(static_cast<Compute>(grad), static_cast<Compute>(param), weight_decay, ratio, inv_scale));
 }
 
 template <typename T, typename Compute>
-__device__ inline T adapt_one(T grad, Compute ratio) {
-  return static_cast<T>(adapted_gradient(static_cast<Compute>(grad), ratio));
+__device__ inline T adapt_one(T grad, Compute ratio, Compute inv_scale) {
+  return static_cast<T>(adapted_gradient(static_cast<Compute>(grad), ratio, inv_scale));
 }
 
 // Rewrites a range in place: each element of x becomes rewrite(itself, that of y). kReads: whether y is read.
@@ -273,6 +274,7 @@ struct LarsOptions {
   bool maximize = false;
   bool lr_in_momentum = false;
   const double* lr_scale = nullptr;  // null: 1
+  const float* inv_scale = nullptr;  // null: 1; where it is 0 nothing is written
 };
 
 template <typename AnyLayer, typename Options>
@@ -280,19 +282,26 @@ __device__ inline double lr_of(const AnyLayer& layer, const Options& options) {
   return options.lr_scale == nullptr ? layer.lr : layer.lr * *options.lr_scale;
 }
 
+__device__ inline float value_of(const float* inv_scale) { return inv_scale == nullptr ? 1 : *inv_scale; }
+
 // Adapts a chunk of a gradient, in place.
 template <typename T, typename Compute>
 __device__ void adapt_chunk(const Layer& layer, Range range, const LarsOptions& options, Compute ratio) {
+  const Compute inv_scale = value_of(options.inv_scale);
+  if (inv_scale == 0) {
+    return;
+  }
   T* grad = static_cast<T*>(layer.grad) + range.begin;
   const int64_t count = range.end - range.begin;
   const auto factor =
       options.lr_in_momentum ? static_cast<Compute>(static_cast<double>(ratio) * lr_of(layer, options)) : ratio;
   if (layer.param == nullptr) {
-    rewrite_range<false>(grad, static_cast<const T*>(nullptr), count, [&](T g) { return adapt_one(g, factor); });
+    rewrite_range<false>(grad, static_cast<const T*>(nullptr), count,
+                         [&](T g) { return adapt_one(g, factor, inv_scale); });
   } else {
     const T* param = static_cast<const T*>(layer.param) + range.begin;
     const auto weight_decay = static_cast<Compute>(options.maximize ? -layer.weight_decay : layer.weight_decay);
-    rewrite_range<true>(grad, param, count, [&](T g, T p) { return adapt_one(g, p, weight_decay, factor); });
+    rewrite_range<true>(grad, param, count, [&](T g, T p) { return adapt_one(g, p, weight_decay, factor, inv_scale); });
   }
 }
 
@@ -372,12 +381,17 @@ struct SgdOptions {
   const double* lr_scale;  // null: 1
   RatioOptions ratio;
   bool lr_in_momentum = false;
+  const float* inv_scale = nullptr;  // null: 1; where it is 0 nothing is written
 };
 
 template <typename T, typename M, typename Compute>
 __device__ void update_chunk(const SgdLayer& layer, Range range, const SgdOptions& options, Compute ratio) {
+  const float inv_scale = value_of(options.inv_scale);
+  if (inv_scale == 0) {
+    return;
+  }
   const SgdNumbers<Compute> numbers(ratio, layer.weight_decay, lr_of(layer, options), layer.momentum, layer.dampening,
-                                    options.maximize, options.lr_in_momentum);
+                                    options.maximize, options.lr_in_momentum, inv_scale);
   T* param = static_cast<T*>(layer.param) + range.begin;
   const T* grad = static_cast<const T*>(layer.grad) + range.begin;
   M* momentum = layer.momentum_buffer == nullptr ? nullptr : static_cast<M*>(layer.momentum_buffer) + range.begin;
@@ -409,7 +423,8 @@ __device__ inline Ratio decide_at(const Place& place, const Layers<AnyLayer>& la
   const int first = layers.first_chunk[place.layer];
   const int num_partials = layers.first_chunk[place.layer + 1] - first;
   const double param_squared_norm = sum_of_partials(param_partials + first, num_partials);
-  const double grad_squared_norm = sum_of_partials(grad_partials + first, num_partials);
+  const double grad_sum = sum_of_partials(grad_partials + first, num_partials);
+  const double grad_squared_norm = unscaled_squared_norm(grad_sum, value_of(options.inv_scale));
   const auto ratio = trust_ratio_of<Ratio>(layers.layer[place.layer], options, param_squared_norm, grad_squared_norm);
   if (place.chunk == first && threadIdx.x == 0) {
     ratios[place.layer] = ratio;
@@ -418,10 +433,12 @@ __device__ inline Ratio decide_at(const Place& place, const Layers<AnyLayer>& la
 }
 
 // Partial sums of squares of the parameters, or of the gradients with what is added to them, or of both. One block a
-// chunk.
+// chunk. Gradients are measured as they are, and what is added is scaled like them: whoever adds the partial sums
+// unscales both.
 template <typename T>
 __global__ void __launch_bounds__(kThreads)
-    measure(const __grid_constant__ Layers<MeasuredLayer> layers, double* param_partials, double* grad_partials) {
+    measure(const __grid_constant__ Layers<MeasuredLayer> layers, double* param_partials, double* grad_partials,
+            const float* inv_scale) {
   const Place place = place_of(layers, blockIdx.x);
   const MeasuredLayer& layer = layers.layer[place.layer];
   const int64_t count = place.range.end - place.range.begin;
@@ -438,7 +455,7 @@ __global__ void __launch_bounds__(kThreads)
       sum = sum_of_squares(grad, count);
     } else {
       const T* param = static_cast<const T*>(layer.param) + place.range.begin;
-      sum = sum_of_squares_of_sums(grad, param, count, layer.scale);
+      sum = sum_of_squares_of_sums(grad, param, count, layer.scale / value_of(inv_scale));
     }
     if (threadIdx.x == 0) {
       grad_partials[place.chunk] = sum;
@@ -448,12 +465,13 @@ __global__ void __launch_bounds__(kThreads)
 
 // Squared norms from partial sums. One block a layer.
 __global__ void __launch_bounds__(kThreads)
-    add_partials(const __grid_constant__ Layers<MeasuredLayer> layers, const double* partials, double* squared_norms) {
+    add_partials(const __grid_constant__ Layers<MeasuredLayer> layers, const double* partials, double* squared_norms,
+                 const float* inv_scale) {
   const int layer = blockIdx.x;
   const int first = layers.first_chunk[layer];
   const double sum = sum_of_partials(partials + first, layers.first_chunk[layer + 1] - first);
   if (threadIdx.x == 0) {
-    squared_norms[layer] = sum;
+    squared_norms[layer] = unscaled_squared_norm(sum, value_of(inv_scale));
   }
 }
 

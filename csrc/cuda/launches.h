@@ -50,21 +50,21 @@ int chunks_of(const Layers<AnyLayer>& layers) {
   return layers.first_chunk[layers.count];
 }
 
-// Partial sums of squares, count_chunks(layers) of each. Either pointer may be null.
+// Partial sums of squares, count_chunks(layers) of each. Any pointer may be null.
 template <typename T, typename Launch>
 void launch_measure(const Launch& launch, const std::vector<MeasuredLayer>& layers, double* param_partials,
-                    double* grad_partials) {
+                    double* grad_partials, const float* inv_scale) {
   for_launches(layers, [&](const Layers<MeasuredLayer>& arguments, int64_t, int64_t chunk) {
     launch(measure<T>, chunks_of(arguments), arguments, param_partials ? param_partials + chunk : nullptr,
-           grad_partials ? grad_partials + chunk : nullptr);
+           grad_partials ? grad_partials + chunk : nullptr, inv_scale);
   });
 }
 
 template <typename Launch>
 void launch_add_partials(const Launch& launch, const std::vector<MeasuredLayer>& layers, const double* partials,
-                         double* squared_norms) {
+                         double* squared_norms, const float* inv_scale) {
   for_launches(layers, [&](const Layers<MeasuredLayer>& arguments, int64_t layer, int64_t chunk) {
-    launch(add_partials, arguments.count, arguments, partials + chunk, squared_norms + layer);
+    launch(add_partials, arguments.count, arguments, partials + chunk, squared_norms + layer, inv_scale);
   });
 }
 

@@ -37,8 +37,14 @@ at::Tensor new_vector(const at::Tensor& like, int64_t size, c10::ScalarType dtyp
   return like.new_empty({size}, like.options().dtype(dtype));
 }
 
+template <typename T>
+const T* data_of(const std::optional<at::Tensor>& scale) {
+  return scale.has_value() ? scale->const_data_ptr<T>() : nullptr;
+}
+
 // Partial sums of squares of tensors, with what is added to them.
-at::Tensor measure_alone(const Launch& launch, at::TensorList tensors, const Addends& addends = {}) {
+at::Tensor measure_alone(const Launch& launch, at::TensorList tensors, const float* inv_scale = nullptr,
+                         const Addends& addends = {}) {
   std::vector<Pair> swept;
   std::vector<MeasuredLayer> layers;
   swept.reserve(tensors.size());
@@ -51,17 +57,18 @@ at::Tensor measure_alone(const Launch& launch, at::TensorList tensors, const Add
                       pair.grad->const_data_ptr(), scale});
   }
   const at::Tensor partials = new_vector(tensors[0], count_chunks(layers), c10::kDouble);
-  TORCHLARS_DISPATCH(real_dtype(*swept[0].grad), "squared_norms",
-                     [&] { launch_measure<scalar_t>(launch, layers, nullptr, partials.mutable_data_ptr<double>()); });
+  TORCHLARS_DISPATCH(real_dtype(*swept[0].grad), "squared_norms", [&] {
+    launch_measure<scalar_t>(launch, layers, nullptr, partials.mutable_data_ptr<double>(), inv_scale);
+  });
   return partials;
 }
 
 // Partial sums of squares of parameters and of gradients, with scales[i] * params[i] added to these unless scales is
 // empty; side by side if they are of one dtype.
 std::pair<at::Tensor, at::Tensor> measure_both(const Launch& launch, at::TensorList grads, at::TensorList params,
-                                               at::ArrayRef<double> scales = {}) {
+                                               const float* inv_scale, at::ArrayRef<double> scales) {
   if (grads[0].scalar_type() != params[0].scalar_type()) {
-    return {measure_alone(launch, params), measure_alone(launch, grads, {params, scales})};
+    return {measure_alone(launch, params), measure_alone(launch, grads, inv_scale, {params, scales})};
   }
   std::vector<Pair> swept;
   std::vector<MeasuredLayer> layers;
@@ -79,13 +86,9 @@ std::pair<at::Tensor, at::Tensor> measure_both(const Launch& launch, at::TensorL
   const at::Tensor grad_partials = new_vector(grads[0], count_chunks(layers), c10::kDouble);
   TORCHLARS_DISPATCH(real_dtype(grads[0]), "squared_norms", [&] {
     launch_measure<scalar_t>(launch, layers, param_partials.mutable_data_ptr<double>(),
-                             grad_partials.mutable_data_ptr<double>());
+                             grad_partials.mutable_data_ptr<double>(), inv_scale);
   });
   return {param_partials, grad_partials};
-}
-
-const double* data_of(const std::optional<at::Tensor>& lr_scale) {
-  return lr_scale.has_value() ? lr_scale->const_data_ptr<double>() : nullptr;
 }
 
 // Sets what a kernel that decides by itself takes of each layer. lrs: empty where none is needed.
@@ -128,7 +131,8 @@ struct Sweep {
 // The same for a step of SGD.
 struct SgdSweep {
   explicit SgdSweep(const SgdArguments& arguments)
-      : arguments(arguments), options{arguments.nesterov, arguments.maximize, data_of(arguments.lr_scale)} {
+      : arguments(arguments), options{arguments.nesterov, arguments.maximize, data_of<double>(arguments.lr_scale)} {
+    options.inv_scale = data_of<float>(arguments.inv_scale);
     triples.reserve(arguments.params.size());
     layers.reserve(arguments.params.size());
     const bool has_momentum = !arguments.momentum_buffers.empty();
@@ -177,29 +181,32 @@ struct SgdSweep {
   std::vector<SgdLayer> layers;
 };
 
-// Squared norms of tensors, with what is added to them.
-at::Tensor squared_norms_with(at::TensorList tensors, const Addends& addends) {
+// Squared norms of tensors times inv_scale, with what is added to them.
+at::Tensor squared_norms_with(at::TensorList tensors, const float* inv_scale, const Addends& addends) {
   const Launch launch(tensors[0]);
-  const at::Tensor partials = measure_alone(launch, tensors, addends);
+  const at::Tensor partials = measure_alone(launch, tensors, inv_scale, addends);
   std::vector<MeasuredLayer> layers;
   for (const at::Tensor& tensor : tensors) {
     layers.push_back({real_numel(tensor)});
   }
   const at::Tensor result = new_vector(tensors[0], static_cast<int64_t>(tensors.size()), c10::kDouble);
-  launch_add_partials(launch, layers, partials.const_data_ptr<double>(), result.mutable_data_ptr<double>());
+  launch_add_partials(launch, layers, partials.const_data_ptr<double>(), result.mutable_data_ptr<double>(), inv_scale);
   return result;
 }
 
-at::Tensor squared_norms(at::TensorList tensors) {
+at::Tensor squared_norms(at::TensorList tensors, const std::optional<at::Tensor>& inv_scale) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_tensors("squared_norms", "tensors", tensors);
-  return squared_norms_with(tensors, {});
+  check_inv_scale("squared_norms", inv_scale, tensors[0].device());
+  return squared_norms_with(tensors, data_of<float>(inv_scale), {});
 }
 
-at::Tensor squared_norms_of_sums(at::TensorList tensors, at::TensorList others, at::ArrayRef<double> scales) {
+at::Tensor squared_norms_of_sums(at::TensorList tensors, at::TensorList others, at::ArrayRef<double> scales,
+                                 const std::optional<at::Tensor>& inv_scale) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_sums("squared_norms_of_sums", tensors, others, scales);
-  return squared_norms_with(tensors, {others, scales});
+  check_inv_scale("squared_norms_of_sums", inv_scale, tensors[0].device());
+  return squared_norms_with(tensors, data_of<float>(inv_scale), {others, scales});
 }
 
 at::Tensor trust_ratios(const at::Tensor& param_squared_norms, const at::Tensor& grad_squared_norms,
@@ -216,7 +223,7 @@ at::Tensor trust_ratios(const at::Tensor& param_squared_norms, const at::Tensor&
   }
   set_numbers(layers, trust_coefs, eps, lrs);
   LarsOptions options{{/*decayed_norm=*/false, clip, of_updates}};
-  options.lr_scale = data_of(lr_scale);
+  options.lr_scale = data_of<double>(lr_scale);
   const at::Tensor ratios = new_vector(param_squared_norms, static_cast<int64_t>(layers.size()), dtype);
   AT_DISPATCH_FLOATING_TYPES(dtype, "trust_ratios", [&] {
     launch_decide<scalar_t>(launch, layers, param_squared_norms.const_data_ptr<double>(),
@@ -227,19 +234,21 @@ at::Tensor trust_ratios(const at::Tensor& param_squared_norms, const at::Tensor&
 
 void apply_trust_ratios_(at::TensorList grads, at::TensorList params, const at::Tensor& ratios,
                          at::ArrayRef<double> weight_decays, bool maximize, at::ArrayRef<double> lrs,
-                         const std::optional<at::Tensor>& lr_scale) {
+                         const std::optional<at::Tensor>& lr_scale, const std::optional<at::Tensor>& inv_scale) {
   const char* op = "apply_trust_ratios_";
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_layers(op, grads, params, weight_decays, /*equal_shapes=*/false);
   check_writable(op, "grads", grads);
   check_ratios(op, ratios, grads, params);
   check_lrs(op, grads.size(), "grads", {lrs, lr_scale}, grads[0].device(), /*are_needed=*/false);
+  check_inv_scale(op, inv_scale, grads[0].device());
   const Launch launch(grads[0]);
   Sweep sweep(grads, params, weight_decays);
   for (size_t i = 0; i < lrs.size(); ++i) {
     sweep.layers[i].lr = lrs[i];
   }
-  const LarsOptions options{{}, maximize, /*lr_in_momentum=*/!lrs.empty(), data_of(lr_scale)};
+  const LarsOptions options{
+      {}, maximize, /*lr_in_momentum=*/!lrs.empty(), data_of<double>(lr_scale), data_of<float>(inv_scale)};
   TORCHLARS_DISPATCH(sweep.dtype(), "apply_trust_ratios_", [&] {
     launch_apply<scalar_t>(launch, sweep.layers, ratios.const_data_ptr<compute_type<scalar_t>>(), options);
   });
@@ -249,17 +258,20 @@ void apply_trust_ratios_(at::TensorList grads, at::TensorList params, const at::
 at::Tensor scale_by_trust_ratios_(at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays,
                                   at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps, bool maximize,
                                   at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_scale,
-                                  bool decayed_norm, bool clip, bool lr_in_momentum) {
+                                  bool decayed_norm, bool clip, bool lr_in_momentum,
+                                  const std::optional<at::Tensor>& inv_scale) {
   const char* op = "scale_by_trust_ratios_";
   at::AutoDispatchBelowADInplaceOrView no_autograd;
   check_layers(op, grads, params, weight_decays, /*equal_shapes=*/true);
   check_writable(op, "grads", grads);
   check_hyper_parameters(op, grads.size(), "grads", weight_decays, trust_coefs, eps);
   check_lrs(op, grads.size(), "grads", {lrs, lr_scale}, grads[0].device(), clip || lr_in_momentum);
+  check_inv_scale(op, inv_scale, grads[0].device());
   const Launch launch(grads[0]);
-  const LarsOptions options{{decayed_norm, clip}, maximize, lr_in_momentum, data_of(lr_scale)};
+  const LarsOptions options{
+      {decayed_norm, clip}, maximize, lr_in_momentum, data_of<double>(lr_scale), data_of<float>(inv_scale)};
   const auto [param_partials, grad_partials] =
-      measure_both(launch, grads, params, scales_of(weight_decays, maximize, options.ratio));
+      measure_both(launch, grads, params, options.inv_scale, scales_of(weight_decays, maximize, options.ratio));
   Sweep sweep(grads, params, weight_decays);
   set_numbers(sweep.layers, trust_coefs, eps, lrs);
   const at::Tensor ratios = new_vector(grads[0], static_cast<int64_t>(grads.size()),
@@ -298,14 +310,14 @@ at::Tensor scale_updates_by_trust_ratios_(at::TensorList params, at::TensorList 
   check_lrs(op, params.size(), "params", {lrs, lr_scale}, params[0].device(), /*are_needed=*/true);
   const Launch launch(params[0]);
   const auto [old_partials, update_partials] =
-      measure_both(launch, params, old_params, std::vector<double>(params.size(), -1));
+      measure_both(launch, params, old_params, /*inv_scale=*/nullptr, std::vector<double>(params.size(), -1));
   Sweep sweep(params, old_params, std::vector<double>(params.size(), 1));
   for (Layer& layer : sweep.layers) {
     layer.weight_decay = 0;
   }
   set_numbers(sweep.layers, trust_coefs, eps, lrs);
   LarsOptions options{{/*decayed_norm=*/false, clip, /*of_updates=*/true}};
-  options.lr_scale = data_of(lr_scale);
+  options.lr_scale = data_of<double>(lr_scale);
   const at::Tensor ratios = new_vector(params[0], static_cast<int64_t>(params.size()),
                                        compute_dtype(params[0].scalar_type(), old_params[0].scalar_type()));
   const auto* old_sums = old_partials.const_data_ptr<double>();
@@ -321,10 +333,10 @@ at::Tensor scale_updates_by_trust_ratios_(at::TensorList params, at::TensorList 
 void sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
           const std::optional<at::Tensor>& ratios, at::ArrayRef<double> weight_decays, at::ArrayRef<double> lrs,
           at::ArrayRef<double> momentums, at::ArrayRef<double> dampenings, bool nesterov, bool maximize,
-          const std::optional<at::Tensor>& lr_scale) {
+          const std::optional<at::Tensor>& lr_scale, const std::optional<at::Tensor>& inv_scale) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const SgdArguments sgd{params,    grads,      momentum_buffers, weight_decays, lrs,
-                         momentums, dampenings, nesterov,         maximize,      lr_scale};
+  const SgdArguments sgd{params,     grads,    momentum_buffers, weight_decays, lrs,      momentums,
+                         dampenings, nesterov, maximize,         lr_scale,      inv_scale};
   check_sgd("sgd_", sgd);
   if (ratios.has_value()) {
     check_ratios("sgd_", *ratios, grads, params);
@@ -344,10 +356,10 @@ at::Tensor lars_sgd_(at::TensorList params, at::TensorList grads, at::TensorList
                      at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
                      at::ArrayRef<double> lrs, at::ArrayRef<double> momentums, at::ArrayRef<double> dampenings,
                      bool nesterov, bool maximize, const std::optional<at::Tensor>& lr_scale, bool decayed_norm,
-                     bool clip, bool lr_in_momentum) {
+                     bool clip, bool lr_in_momentum, const std::optional<at::Tensor>& inv_scale) {
   at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const SgdArguments sgd{params,    grads,      momentum_buffers, weight_decays, lrs,
-                         momentums, dampenings, nesterov,         maximize,      lr_scale};
+  const SgdArguments sgd{params,     grads,    momentum_buffers, weight_decays, lrs,      momentums,
+                         dampenings, nesterov, maximize,         lr_scale,      inv_scale};
   check_sgd("lars_sgd_", sgd);
   check_hyper_parameters("lars_sgd_", grads.size(), "grads", weight_decays, trust_coefs, eps);
   const Launch launch(params[0]);
@@ -355,8 +367,8 @@ at::Tensor lars_sgd_(at::TensorList params, at::TensorList grads, at::TensorList
   sweep.options.ratio = {decayed_norm, clip};
   sweep.options.lr_in_momentum = lr_in_momentum;
   set_numbers(sweep.layers, trust_coefs, eps, {});
-  const auto [param_partials, grad_partials] =
-      measure_both(launch, grads, params, scales_of(weight_decays, maximize, sweep.options.ratio));
+  const auto [param_partials, grad_partials] = measure_both(launch, grads, params, sweep.options.inv_scale,
+                                                            scales_of(weight_decays, maximize, sweep.options.ratio));
   const at::Tensor ratios = new_vector(grads[0], static_cast<int64_t>(grads.size()),
                                        compute_dtype(grads[0].scalar_type(), params[0].scalar_type()));
   const auto* param_sums = param_partials.const_data_ptr<double>();
