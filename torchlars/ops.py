@@ -24,6 +24,7 @@ __all__ = [
     "apply_trust_ratios_",
     "apply_trust_ratios_to_updates_",
     "compute_dtype",
+    "inv_scale",
     "is_writable_in_place",
     "lars_sgd_",
     "lr_scale",
@@ -89,6 +90,33 @@ def times_lr(ratios: Tensor, lr: float | Tensor) -> Tensor:
     """Return trust ratios times a learning rate, rounded once."""
     factor = lr_scale(lr, ratios.device) if isinstance(lr, Tensor) else lr
     return (ratios.double() * factor).to(ratios.dtype).reshape(ratios.shape)
+
+
+@torch.no_grad()
+def inv_scale(grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device) -> Tensor:
+    """Return what a :class:`torch.amp.GradScaler` hands to an optimizer as ops take it: ``inv_scale`` σ.
+
+    σ = 1 / grad_scale, with the bits of ``GradScaler.unscale_``, and 0 where found_inf ≠ 0. The host waits for neither
+    value. No finite float32 has the reciprocal 0; an infinite scale has, and skips the step, as all gradients have
+    overflown then.
+
+    Args:
+        grad_scale: by what the loss was multiplied, one float32; None is 1.
+        found_inf: not 0 where a gradient is infinite or NaN, one element; None is 0.
+        device: the layers'.
+
+    Returns:
+        A float32 tensor without dimensions, on that device.
+    """
+    scale, found = (
+        None if value is None else value.reshape(()).to(device, non_blocking=device.type != "cpu")
+        for value in (grad_scale, found_inf)
+    )
+    inverse = torch.ones((), dtype=torch.float32, device=device) if scale is None else scale.double().reciprocal()
+    inverse = inverse.float()
+    if found is not None:  # filled, as a product would be NaN for a scale of 0
+        inverse.masked_fill_(found != 0, 0.0)
+    return inverse
 
 
 @torch.no_grad()
