@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import CASES, COMPLEX_DTYPES, DTYPES, REAL_DTYPES, Case, Layer, misaligned, sizes
+from cases import CASES, COMPLEX_DTYPES, DTYPES, REAL_DTYPES, Case, Layer, misaligned, sizes, sliced
 from closeness import assert_within_ulps
 
 from torchlars import ops, reference
@@ -90,14 +90,14 @@ def dialects_of(case):
     return DIALECTS[-1:] if case.name in ("many", "large_norms", "chunk_borders") else DIALECTS
 
 
-def measured_and_decided(grads, params, hyper, maximize, lrs, decayed_norm, clip, module=ops):
+def measured_and_decided(grads, params, hyper, maximize, lrs, decayed_norm, clip, inv_scale=None, module=ops):
     """The trust ratios, op by op."""
     weight_decays, *others = hyper
     if decayed_norm:
         scales = [-weight_decay if maximize else weight_decay for weight_decay in weight_decays]
-        grad_norms, weight_decays = module.squared_norms_of_sums(grads, params, scales), [0.0] * len(grads)
+        grad_norms, weight_decays = module.squared_norms_of_sums(grads, params, scales, inv_scale), [0.0] * len(grads)
     else:
-        grad_norms = module.squared_norms(grads)
+        grad_norms = module.squared_norms(grads, inv_scale)
     dtype = ops.compute_dtype(grads[0].dtype, params[0].dtype)
     return module.trust_ratios(module.squared_norms(params), grad_norms, weight_decays, *others, dtype, *lrs, clip)
 
@@ -204,6 +204,220 @@ def test_clipped_ratios_by_hand(backend, clip):
     assert of_updates.tolist() == pytest.approx([0.5, 0.125, 1.0, float("nan")], nan_ok=True)
 
 
+# Scaled gradients, which are multiplied by inv_scale before anything else; where that is 0 the step is skipped.
+
+inverses = pytest.mark.parametrize("inverse", [0.25, 1 / 3], ids=["quarter", "third"])
+
+
+def unscaled(tensors, inv_scale):
+    """The same, multiplied by inv_scale beforehand; what has 16 bits becomes float32, in which ops compute."""
+    return [x.to(torch.promote_types(x.dtype, torch.float32)) * inv_scale for x in tensors]
+
+
+def assert_as_if_unscaled(actual, beforehand, inverse, dtype, ulps, message=""):
+    """Powers of two change no bit of a mantissa, and so none of what is computed from it."""
+    is_exact = inverse == 0.25 and dtype.itemsize > 2
+    assert_within_ulps(actual, beforehand.to(actual.dtype), 0 if is_exact else ulps, message)
+
+
+@inverses
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(CASES)
+def test_scaled_gradients_are_adapted_as_if_unscaled_beforehand(extension, device, case, dtype, inverse):
+    is_wide, inv_scale = dtype in (torch.float64, torch.complex128), torch.tensor(inverse, device=device)
+    for decayed_norm, clip, lr_in_momentum, in_tensor in [(False,) * 4, *dialects_of(case)]:
+        arguments = case.make(dtype, device)
+        lrs, dialect = lrs_of(len(arguments[0]), in_tensor, device), (decayed_norm, clip, lr_in_momentum)
+        expected, actual, apart = copies(arguments), copies(arguments), copies(arguments)
+        ratios = ops.scale_by_trust_ratios_(*actual, *lrs, *dialect, inv_scale)
+        expected_ratios = reference.scale_by_trust_ratios_(*expected, *lrs, *dialect, inv_scale)
+        assert_within_ulps(ratios, expected_ratios, 4 if is_wide else 1, "ratios")
+        grads, params, *hyper, maximize = apart
+        ratios_apart = measured_and_decided(grads, params, hyper, maximize, lrs, decayed_norm, clip, inv_scale)
+        factors = lrs if lr_in_momentum else ((), None)
+        ops.apply_trust_ratios_(grads, params, ratios_apart, hyper[0], maximize, *factors, inv_scale)
+        assert torch.equal(ratios, ratios_apart)
+        beforehand = (unscaled(arguments[0], inv_scale), *arguments[1:])
+        ratios_beforehand = ops.scale_by_trust_ratios_(*beforehand, *lrs, *dialect)
+        ulps = 8 if is_wide or decayed_norm else 2  # where a sum cancels, what was rounded beforehand counts for more
+        assert_as_if_unscaled(ratios, ratios_beforehand, inverse, dtype, ulps, "ratios")
+        for i, (a, e, b, before) in enumerate(zip(actual[0], expected[0], apart[0], beforehand[0], strict=True)):
+            assert torch.equal(a, b), i
+            assert_within_ulps(a, e, 8 if is_wide else 2, f"gradient of layer {i}")
+            assert_as_if_unscaled(a, before, inverse, dtype, ulps, f"gradient of layer {i}")
+
+
+@inverses
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(CASES)
+def test_squared_norms_of_scaled_tensors(extension, device, case, dtype, inverse):
+    tensors, others, *_ = case.make(dtype, device)
+    inv_scale = torch.tensor([inverse], device=device)
+    beforehand = [x.to(torch.promote_types(x.dtype, torch.float64)) * inv_scale[0].double() for x in tensors]
+    scales = [(-1.0, 0.25, 0.0, -0.1)[i % 4] for i in range(len(tensors))]
+    for op, *more in (("squared_norms",), ("squared_norms_of_sums", others, scales)):
+        actual, expected = (getattr(module, op)(tensors, *more, inv_scale) for module in (ops, reference))
+        assert_within_ulps(actual, expected, 8, op)
+        norms = getattr(ops, op)(beforehand, *more)
+        if inverse == 0.25:
+            assert torch.equal(actual, norms)
+        else:  # a sum of one element may cancel, and magnify what was rounded
+            torch.testing.assert_close(actual, norms, rtol=1e-10, atol=0)
+    zeros = ops.squared_norms_of_sums(tensors, others, [0.0] * len(tensors), inv_scale)
+    assert torch.equal(zeros, ops.squared_norms(tensors, inv_scale))
+
+
+def memory(tensors):
+    """What memory holds, to the bit, of tensors and around them."""
+    empty = torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
+    return [empty.new_empty(0).set_(tensor.untyped_storage()).clone() for tensor in tensors]
+
+
+def overflown(grads, values=(float("inf"), float("nan"), -float("inf"))):
+    """The same gradients, of which every layer's first element is infinite or NaN."""
+    for i, grad in enumerate(grads):
+        if grad.numel() > 0:
+            grad[(0,) * grad.dim()] = values[i % len(values)]
+    return grads
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(CASES)
+def test_a_skipped_step_writes_nothing(backend, device, case, dtype):
+    for decayed_norm, clip, lr_in_momentum, in_tensor in [(False,) * 4, *dialects_of(case)]:
+        grads, params, *hyper, maximize = copies(case.make(dtype, device))
+        before, skip = memory(overflown(grads)), torch.zeros((), device=device)
+        _, lr_scale = lrs_of(0, in_tensor, device)
+        lrs = [(0.25, 2.0, 4.0)[i % 3] * (2 if in_tensor else 1) for i in range(len(grads))], lr_scale
+        dialect = (decayed_norm, clip, lr_in_momentum)
+        ratios = ops.scale_by_trust_ratios_(grads, params, *hyper, maximize, *lrs, *dialect, skip)
+        assert ratios.tolist() == [(1.0, 0.5, 0.25)[i % 3] if clip else 1.0 for i in range(len(grads))]
+        assert torch.equal(ratios, measured_and_decided(grads, params, hyper, maximize, lrs, decayed_norm, clip, skip))
+        factors = lrs if lr_in_momentum else ((), None)
+        ops.apply_trust_ratios_(grads, params, 0.5 * ratios, hyper[0], maximize, *factors, skip)
+        assert all(torch.equal(a, b) for a, b in zip(memory(grads), before, strict=True))
+
+
+@pytest.mark.parametrize("grad_dtype", REAL_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+def test_a_skipped_step_writes_nothing_to_gradients_of_another_dtype(backend, device, dtype, grad_dtype):
+    case = Case("mixed_dtypes", "", [*sizes(5, 70, 17000), Layer((6, 4), grad_layout=sliced), Layer((0,))])
+    grads, *others = case.make(dtype, device, grad_dtype)
+    before, skip = memory(overflown(grads, [float("inf")])), torch.zeros(1, device=device)
+    ratios = ops.scale_by_trust_ratios_(grads, *others, inv_scale=skip)
+    assert ratios.tolist() == [1.0] * 5
+    assert all(torch.equal(a, b) for a, b in zip(memory(grads), before, strict=True))
+
+
+def test_a_nan_in_a_parameter_shows_in_a_skipped_step_too(backend, device):
+    grads, params = ([torch.tensor([1.0, x], device=device)] for x in (float("inf"), float("nan")))
+    ratios = ops.scale_by_trust_ratios_(
+        grads, params, [0.1], [1.0], [0.0], False, inv_scale=torch.zeros(1, device=device)
+    )
+    assert ratios.isnan().all()
+    assert grads[0].tolist() == [1.0, float("inf")]
+
+
+@pytest.mark.parametrize("grad_dtype", REAL_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+def test_scaled_gradients_may_have_another_dtype_than_parameters(extension, device, dtype, grad_dtype):
+    case = Case("mixed_dtypes", "", [*sizes(5, 70, 17000), Layer((3, 4), weight_decay=0.0), Layer((0,))])
+    arguments, inv_scale = case.make(dtype, device, grad_dtype), torch.tensor(0.3, device=device)
+    for options in ({}, {"decayed_norm": True}):
+        actual, expected = copies(arguments), copies(arguments)
+        ratios = ops.scale_by_trust_ratios_(*actual, **options, inv_scale=inv_scale)
+        expected_ratios = reference.scale_by_trust_ratios_(*expected, **options, inv_scale=inv_scale)
+        assert_within_ulps(ratios, expected_ratios, 4 if ratios.dtype == torch.float64 else 1)
+        for a, e in zip(actual[0], expected[0], strict=True):
+            assert_within_ulps(a, e, 8 if grad_dtype == torch.float64 else 2)
+
+
+def test_unscaled_gradients_are_not_rounded_in_between(backend):
+    # 2⁻¹² · 1.5 · 2⁻¹⁵ is less than float16 can hold, but r = 2¹⁵ times that is not.
+    grad, param = torch.tensor([2.0**-15 * 1.5]).half(), torch.tensor([1.0]).half()
+    ops.apply_trust_ratios_([grad], [param], torch.tensor([2.0**15]), [0.0], False, [], None, torch.tensor(2.0**-12))
+    assert grad.item() == 2.0**-12 * 1.5
+
+
+@pytest.mark.parametrize("grad_scale", [65536.0, 3.0, 1e-3, 1e30])
+def test_scaled_gradients_have_the_bits_that_a_grad_scaler_gives_them(backend, device, grad_scale):
+    grad_scale = torch.tensor(grad_scale, device=device)
+    scaled = grad_scale * torch.randn(1000, device=device)
+    grad, unscaled_by_torch, found_inf = scaled.clone(), scaled.clone(), torch.zeros(1, device=device)
+    inv_scale = ops.inv_scale(grad_scale, None, device)
+    torch._amp_foreach_non_finite_check_and_unscale_([unscaled_by_torch], found_inf, inv_scale)
+    param, one = torch.zeros(1000, device=device), torch.ones(1, device=device)
+    ops.apply_trust_ratios_([grad], [param], one, [0.1], False, [], None, inv_scale)
+    assert torch.equal(grad, unscaled_by_torch)
+    assert ops.squared_norms([scaled], inv_scale).item() == pytest.approx(grad.double().square().sum().item(), rel=1e-6)
+
+
+largest, smallest = torch.finfo(torch.float32).max, 2.0**-149
+
+
+@pytest.mark.parametrize(
+    ("grad_scale", "found_inf", "expected"),
+    [
+        (None, None, 1.0),
+        (65536.0, None, 2.0**-16),
+        (65536.0, 0.0, 2.0**-16),
+        (10.0, 0.0, torch.tensor(10.0).double().reciprocal().float().item()),
+        (largest, 0.0, 2.0**-128),
+        (2.0**127, None, 2.0**-127),
+        (smallest, 0.0, float("inf")),
+        (0.0, None, float("inf")),
+        (float("inf"), 0.0, 0.0),
+        (None, 0.0, 1.0),
+        (None, 1.0, 0.0),
+        (None, 2.0, 0.0),
+        (65536.0, 1.0, 0.0),
+        (65536.0, smallest, 0.0),
+        (65536.0, float("nan"), 0.0),
+        (0.0, 1.0, 0.0),
+        (float("nan"), 0.0, float("nan")),
+    ],
+)
+def test_inv_scale_of_a_grad_scaler(device, grad_scale, found_inf, expected):
+    for shape in ((), (1,)):
+        scale, found = (None if x is None else torch.full(shape, x, device=device) for x in (grad_scale, found_inf))
+        inv_scale = ops.inv_scale(scale, found, device)
+        assert inv_scale.item() == pytest.approx(expected, rel=0, abs=0, nan_ok=True)
+        assert (inv_scale.dtype, inv_scale.shape, inv_scale.device) == (torch.float32, (), device)
+        assert scale is None or scale.item() == pytest.approx(grad_scale, rel=0, abs=0, nan_ok=True)
+        assert found is None or found.item() == pytest.approx(found_inf, rel=0, abs=0, nan_ok=True)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it compiles
+def test_one_graph_steps_and_skips(backend):
+    from torch._dynamo.testing import CompileCounterWithBackend
+
+    def step(grads, params, momenta, grad_scale, found_inf):
+        inv_scale = ops.inv_scale(grad_scale, found_inf, params[0].device)
+        hyper = [0.1], [0.5], [0.0]
+        sgd = [0.1], [0.9], [0.0], True, False
+        ratios = ops.lars_sgd_(params, grads, momenta, *hyper, *sgd, inv_scale=inv_scale)
+        return ratios, ops.scale_by_trust_ratios_(grads, params, *hyper, False, inv_scale=inv_scale)
+
+    torch._dynamo.reset()
+    compiles = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(step, backend=compiles, fullgraph=True)
+    grad, param, momentum = (torch.randn(7) for _ in range(3))
+    for grad_scale, found_inf in ((8.0, 0.0), (2.0, 1.0), (3.0, 0.0)):
+        scaled = grad_scale * grad
+        if found_inf:
+            scaled[3] = float("inf")
+        scaler = torch.tensor(grad_scale), torch.tensor([found_inf])
+        ours, expected = (([x.clone()] for x in (scaled, param, momentum)) for _ in range(2))
+        ours, expected = tuple(ours), tuple(expected)
+        for ratio, expected_ratio in zip(compiled(*ours, *scaler), step(*expected, *scaler), strict=True):
+            assert torch.equal(ratio, expected_ratio)
+        for (one,), (other,) in zip(ours, expected, strict=True):
+            assert torch.equal(one, other)
+        assert torch.equal(ours[1][0], param) == bool(found_inf)
+    assert compiles.frame_count == 1
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize("grad_dtype", REAL_DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
 @pytest.mark.parametrize("route", ROUTES)
@@ -272,10 +486,12 @@ def test_infinities_follow_the_formula(backend, device, route):
     assert grads[0][1].isnan()
 
 
-def test_infinities_of_a_complex_layer_stay_in_their_part(backend):
+@pytest.mark.parametrize("inverse", [None, 0.5])
+def test_infinities_of_a_complex_layer_stay_in_their_part(backend, inverse):
     grads, params = [torch.tensor([complex(float("inf"), 1), 1 + 1j])], [torch.zeros(2, dtype=torch.complex64)]
-    ops.scale_by_trust_ratios_(grads, params, [0.0], [0.001], [1e-8], False)
-    assert torch.view_as_real(grads[0]).tolist() == [[float("inf"), 1.0], [1.0, 1.0]]
+    inv_scale, one = (None, 1.0) if inverse is None else (torch.tensor(inverse), inverse)
+    ops.scale_by_trust_ratios_(grads, params, [0.0], [0.001], [1e-8], False, inv_scale=inv_scale)
+    assert torch.view_as_real(grads[0]).tolist() == [[float("inf"), one], [one, one]]
 
 
 @named(CASES)
@@ -307,9 +523,15 @@ def test_leaves_that_require_gradients_stay_leaves(backend):
     assert not ops.squared_norms([param]).requires_grad
 
 
+TAKE_NO_INV_SCALE = ("trust_ratios", "apply_trust_ratios_to_updates_", "scale_updates_by_trust_ratios_")
+
+
+@pytest.mark.parametrize("inverse", [None, 0.5, 0.0])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 @pytest.mark.parametrize("op", ops.OPS)
-def test_opcheck(extension, device, op, dtype):
+def test_opcheck(extension, device, op, dtype, inverse):
+    if inverse is not None and op in TAKE_NO_INV_SCALE:
+        pytest.skip("takes none")
     case = Case("opcheck", "", [Layer((3, 4)), Layer((5,), weight_decay=0.01), Layer((0,))])
     grads, params, weight_decays, trust_coefs, eps, maximize = case.make(dtype, device)
     squares = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64, device=device)
@@ -326,6 +548,8 @@ def test_opcheck(extension, device, op, dtype):
         "sgd_": (params, grads, momenta, squares.float(), weight_decays, *sgd, maximize, squares[0]),
         "lars_sgd_": (params, grads, momenta, *hyper, *sgd, maximize, squares[0], True, True, True),
     }[op]
+    if inverse is not None:
+        arguments += (torch.tensor(inverse, device=device),)
     torch.library.opcheck(getattr(torch.ops.torchlars, op).default, arguments)
 
 
@@ -481,6 +705,21 @@ BAD_CALLS |= {
 }
 
 
+without_inv_scale = {
+    "squared_norms": ([x],),
+    "squared_norms_of_sums": ([x], [x], [1.0]),
+    "apply_trust_ratios_": ([x], [x], d[:1].float(), [0.1], False, [], None),
+    "scale_by_trust_ratios_": (*fused_call, [], None, False, False, False),
+}
+for op, arguments in without_inv_scale.items():
+    got = r"expected inv_scale to be one float32 on cpu \(got: shape "
+    BAD_CALLS |= {
+        f"inv_scale in float64, {op}": (op, (*arguments, d[0]), got + r"\[\], .*([Dd]ouble|float64), cpu\)"),
+        f"two inv_scales, {op}": (op, (*arguments, d.float()), got + r"\[2\], .*[Ff]loat.*, cpu\)"),
+        f"inv_scale elsewhere, {op}": (op, (*arguments, d[0].float().to("meta")), got + r"\[\], .*, meta\)"),
+    }
+
+
 @pytest.mark.parametrize("bad", BAD_CALLS)
 def test_bad_calls_are_refused_and_change_nothing(backend, bad):
     op, arguments, message = BAD_CALLS[bad]
@@ -517,6 +756,10 @@ def test_sparse_values_may_be_fewer_than_a_parameter_that_does_not_decay(backend
     values, param = torch.tensor([3.0, 4.0]), torch.randn(10, 2)
     ops.apply_trust_ratios_([values], [param], torch.tensor([0.5]), [0.0], False)
     assert values.tolist() == [1.5, 2.0]
+    ops.apply_trust_ratios_([values], [param], torch.tensor([0.5]), [0.0], False, inv_scale=torch.tensor(4.0))
+    assert values.tolist() == [3.0, 4.0]
+    ops.apply_trust_ratios_([values], [param], torch.tensor([0.5]), [0.0], False, inv_scale=torch.tensor(0.0))
+    assert values.tolist() == [3.0, 4.0]
 
 
 def test_misaligned_is_misaligned():

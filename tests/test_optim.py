@@ -826,6 +826,52 @@ def test_buckets_are_of_one_dtype_and_direction(extension, door):
     assert taken(layers) == [[id(a), id(c), id(f)], [id(b), id(d)], [id(e)]]
 
 
+@pytest.mark.parametrize("inverse", [None, 0.25, 1 / 3, 0.0])
+@doors
+def test_a_bucket_takes_the_inv_scale_of_scaled_gradients(extension, door, inverse):
+    layers, inv_scale = getattr(extension, door)(), None if inverse is None else torch.tensor([inverse])
+    params = [with_gradient(parameter(3, 4, scale=2.0)), with_gradient(parameter(5))]
+    values, grads = [param.detach().clone() for param in params], [param.grad.clone() for param in params]
+    assert DOORS[door](layers, params) == []
+    hyper = [0.1] * 2, [0.3] * 2, [0.05] * 2
+    if door == "LarsLayers":
+        ratios = layers.buckets[0].adapt(inv_scale)
+        expected = ops.scale_by_trust_ratios_(grads, values, *hyper, False, inv_scale=inv_scale)
+    else:
+        ratios = layers.buckets[0].update(inv_scale=inv_scale)
+        sgd = [0.5] * 2, [0.0] * 2, [0.0] * 2, False, False
+        expected = ops.lars_sgd_(values, grads, [], *hyper, *sgd, inv_scale=inv_scale)
+    assert torch.equal(ratios, expected)
+    assert (ratios == 1).all() == (inverse == 0.0)
+    for param, value, grad in zip(params, values, grads, strict=True):
+        assert torch.equal(param, value)
+        assert torch.equal(param.grad, grad)
+
+
+def test_a_bucket_of_plain_sgd_takes_an_inv_scale(extension):
+    param = with_gradient(parameter(5))
+    value, momentum = param.detach().clone(), torch.rand(5)
+    for inverse in (0.3, 0.0):
+        layers, buffer, inv_scale = extension.SgdLayers(), momentum.clone(), torch.tensor(inverse)
+        state = {param: {"momentum_buffer": buffer}}
+        assert add_to_sgd(layers, [param], state, momentum=0.9, trust_coef=None, eps=None) == []
+        assert layers.buckets[0].update(inv_scale) is None
+        ops.sgd_([value], [param.grad], [momentum], None, [0.1], [0.5], [0.9], [0.0], False, False, None, inv_scale)
+        assert torch.equal(param, value)
+        assert torch.equal(buffer, momentum)
+
+
+@doors
+def test_a_bucket_refuses_an_inv_scale_of_another_dtype(extension, door):
+    layers = getattr(extension, door)()
+    assert DOORS[door](layers, [with_gradient(parameter(3))]) == []
+    step = getattr(layers.buckets[0], {"LarsLayers": "adapt", "SgdLayers": "update"}[door])
+    with pytest.raises(
+        RuntimeError, match=r"expected inv_scale to be one float32 on cpu \(got: shape \[\], Double, cpu\)"
+    ):
+        step(torch.tensor(0.5, dtype=torch.float64))
+
+
 def test_buckets_of_sgd_are_of_one_kind_of_step(extension):
     layers, params = extension.SgdLayers(), [with_gradient(parameter(n)) for n in range(1, 10)]
     state = {param: {"momentum_buffer": torch.ones_like(param, requires_grad=False)} for param in params}
@@ -1981,6 +2027,102 @@ def test_dialects_of_lars_sgd_have_the_bits_of_measure_decide_and_update(extensi
         assert_same_results(actual, call("sgd_", arguments, reference, **inside))
 
 
+def with_unscaled_gradients(arguments, inv_scale):
+    """The same arguments, with gradients unscaled beforehand; what has 16 bits becomes float32, the arithmetic's type."""
+    grads = [x.to(torch.promote_types(x.dtype, torch.float32)) * inv_scale for x in arguments["grads"]]
+    return {**arguments, "grads": grads}
+
+
+inverses = pytest.mark.parametrize("inverse", [0.25, 1 / 3], ids=["quarter", "third"])
+
+
+@inverses
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(CASES)
+def test_sgd_of_scaled_gradients_gives_the_bits_of_the_reference_and_of_unscaled_ones(extension, case, dtype, inverse):
+    inv_scale = torch.tensor(inverse)
+    for kind in steps_of(case, dtype):
+        arguments = arguments_of(case, dtype, kind)
+        actual = call("sgd_", arguments, inv_scale=inv_scale)
+        assert_same_results(actual, call("sgd_", arguments, reference, inv_scale=inv_scale))
+        assert_same_results(actual, call("sgd_", with_unscaled_gradients(arguments, inv_scale)))
+
+
+@inverses
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(CASES)
+def test_lars_sgd_of_scaled_gradients_has_the_bits_of_measure_decide_and_update(extension, case, dtype, inverse):
+    is_wide, inv_scale = dtype in (torch.float64, torch.complex128), torch.tensor(inverse)
+    for i, kind in enumerate(steps_of(case, dtype)[::2]):
+        arguments = arguments_of(case, dtype, kind)
+        grads, params, decays = arguments["grads"], arguments["params"], arguments["weight_decays"]
+        decayed_norm, clip = i % 2 == 0, i % 3 == 0
+        actual = call("lars_sgd_", arguments, decayed_norm=decayed_norm, clip=clip, inv_scale=inv_scale)
+        for module in (ops, reference):
+            norms, hyper = module.squared_norms(grads, inv_scale), (decays, arguments["trust_coefs"], arguments["eps"])
+            if decayed_norm:
+                scales = [-decay if arguments["maximize"] else decay for decay in decays]
+                norms = module.squared_norms_of_sums(grads, params, scales, inv_scale)
+                hyper = [0.0] * len(decays), *hyper[1:]
+            lrs = arguments["lrs"], arguments["lr_scale"]
+            ratios = module.trust_ratios(module.squared_norms(params), norms, *hyper, actual[2].dtype, *lrs, clip)
+            assert_within_ulps(actual[2], ratios, 0 if module is ops else 4 if is_wide else 1, "ratios")
+            assert_same_results(actual, call("sgd_", arguments, module, ratios=actual[2], inv_scale=inv_scale))
+        beforehand = with_unscaled_gradients(arguments, inv_scale)
+        if inverse == 0.25:  # which changes no bit of any mantissa
+            assert_same_results(actual, call("lars_sgd_", beforehand, decayed_norm=decayed_norm, clip=clip))
+        assert_same_results(actual, call("sgd_", beforehand, ratios=actual[2]))
+
+
+def memory(tensors):
+    """What memory holds, to the bit, of tensors and around them."""
+    return [torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).clone() for tensor in tensors]
+
+
+def overflown(grads, values=(math.inf, math.nan, -math.inf)):
+    """Gradients of which every layer's first element is infinite or NaN."""
+    for i, grad in enumerate(grads):
+        if grad.numel() > 0:
+            grad[(0,) * grad.dim()] = values[i % len(values)]
+    return grads
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(CASES)
+def test_a_skipped_step_writes_neither_parameters_nor_momentum(backend, case, dtype, op):
+    for i, kind in enumerate(steps_of(case, dtype)):
+        arguments = arguments_of(case, dtype, kind)
+        arguments["grads"] = overflown([copied(grad) for grad in arguments["grads"]])
+        tensors = [*arguments["params"], *arguments["momentum_buffers"], *arguments["grads"]]
+        before, skip, dialect = memory(tensors), torch.zeros(()), {}
+        if op == "lars_sgd_":
+            dialect = {"decayed_norm": i % 2 == 1, "clip": i % 3 == 0, "lr_in_momentum": i % 3 == 1}
+            arguments["lrs"] = [2.0 * (1 + i % 4) for i in range(len(arguments["lrs"]))]
+        foreign = {"sgd_": {"trust_coefs", "eps"}, "lars_sgd_": {"ratios"}}[op]
+        taken = {name: value for name, value in arguments.items() if name not in foreign}
+        ratios = getattr(ops, op)(**taken, **dialect, inv_scale=skip)
+        assert all(torch.equal(a, b) for a, b in zip(memory(tensors), before, strict=True))
+        if op == "lars_sgd_":
+            lr_scale = 1.0 if kind[3] is False else 0.37
+            expected = [min(1 / (lr * lr_scale), 1.0) if dialect["clip"] else 1.0 for lr in arguments["lrs"]]
+            assert_within_ulps(ratios, torch.tensor(expected, dtype=ratios.dtype), 1, "ratios")
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("grad_dtype", REAL_DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+def test_scaled_gradients_may_have_another_dtype_than_parameters(extension, dtype, grad_dtype, op):
+    case = Case("mixed_dtypes", "", [*sizes(5, 70, 17000), Layer((3, 4), weight_decay=0.0), Layer((0,))])
+    for kind, inverse in itertools.product(steps_of(case, dtype), (0.3, 0.0)):
+        arguments, inv_scale = arguments_of(case, dtype, kind, grad_dtype), torch.tensor(inverse)
+        actual = call(op, arguments, inv_scale=inv_scale)
+        ratios = arguments["ratios"] if op == "sgd_" else actual[2]
+        assert_same_results(actual, call("sgd_", arguments, reference, ratios=ratios, inv_scale=inv_scale))
+        if inverse == 0.0:
+            assert_same_results(actual, (arguments["params"], arguments["momentum_buffers"]))
+
+
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("grad_dtype", REAL_DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
@@ -2044,6 +2186,7 @@ def test_layers_that_require_gradients_stay_leaves(backend, op):
 
 x, y = torch.ones(3), torch.ones(4)
 bad_lr_scale = r"lr_scale to be one float64 on cpu \(got: shape "
+bad_inv_scale = r"inv_scale to be one float32 on cpu \(got: shape "
 BAD_CALLS = {
     "no params": ({"params": [], "grads": []}, r"at least one tensor \(got: grads is empty\)"),
     "more params": ({"params": [x, x, x]}, r"one length \(grads: 2, params: 3\)"),
@@ -2106,6 +2249,12 @@ BAD_CALLS = {
         {"lr_scale": torch.ones((), dtype=torch.float64, device="meta")},
         bad_lr_scale + r"\[\], .*meta",
     ),
+    "inv_scale in float64": (
+        {"inv_scale": torch.tensor(0.5, dtype=torch.float64)},
+        bad_inv_scale + r"\[\], .*([Dd]ouble|float64)",
+    ),
+    "inv_scale of two": ({"inv_scale": torch.ones(2)}, bad_inv_scale + r"\[2\]"),
+    "inv_scale elsewhere": ({"inv_scale": torch.ones(1, device="meta")}, bad_inv_scale + r"\[1\], .*meta"),
 }
 BAD_CALLS_OF_ONE = {
     "sgd_": {
