@@ -16,7 +16,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 
@@ -119,10 +119,10 @@ class Case:
 
     def grad_squared_norms(self, way: Way) -> Tensor:
         if not (way.decayed_norm or way.of_updates):
-            return reference.squared_norms(self.grads)
+            return reference.squared_norms(self.grads, way.inv_scale)
         sign = -1 if way.maximize else 1
         scales = [-1.0 if way.of_updates else sign * weight_decay for weight_decay in self.weight_decays]
-        return reference.squared_norms_of_sums(self.grads, self.params, scales)
+        return reference.squared_norms_of_sums(self.grads, self.params, scales, way.inv_scale)
 
     def ratios(self, way: Way) -> Tensor:
         squared_norms = reference.squared_norms(self.params), self.grad_squared_norms(way)
@@ -187,11 +187,17 @@ class Way:
     clip: bool = False
     lr_in_momentum: bool = False
     of_updates: bool = False  # the case's parameters are those before a step, and its gradients those after it
+    inverse: float | None = None  # of the gradients' scale; 0: the step is skipped
 
     @property
-    def decides(self) -> tuple[bool, ...]:
+    def inv_scale(self) -> Tensor | None:
+        return None if self.inverse is None else torch.tensor([self.inverse])
+
+    @property
+    def decides(self) -> tuple[float | None, ...]:
         """What trust ratios depend on: ways that have it in common must have the same bits."""
-        return (self.has_lr_scale and self.clip, self.decayed_norm and self.maximize, self.decayed_norm, self.clip)
+        dialect = (self.has_lr_scale and self.clip, self.decayed_norm and self.maximize, self.decayed_norm, self.clip)
+        return (*dialect, self.inverse)
 
 
 PLAIN = [Way(op, order, maximize=order == SHUFFLED) for order in ORDERS for op in (SCALE, SCALE_IN_THREE_OPS)]
@@ -209,7 +215,14 @@ OF_UPDATES = [
     for i in range(2)
     for op in (SCALE, SCALE_IN_THREE_OPS)
 ]
-WAYS = {"plain": PLAIN, "in dialects": IN_DIALECTS, "of updates": OF_UPDATES}
+QUARTER, THIRD, SKIP = 0.25, 1 / 3, 0.0
+OF_SCALED = [
+    Way(op, ORDERS[(i + j) % 3], **dialect, inverse=inverse)
+    for i, inverse in enumerate((QUARTER, THIRD, SKIP))
+    for j, dialect in enumerate([{"maximize": i == 1}, DIALECTS[(0, 3, 3)[i]]])
+    for op in (SCALE, SCALE_IN_THREE_OPS)
+]
+WAYS = {"plain": PLAIN, "in dialects": IN_DIALECTS, "of updates": OF_UPDATES, "of scaled gradients": OF_SCALED}
 
 
 def sgd_ways(dtype: torch.dtype) -> list[Way]:
@@ -231,6 +244,15 @@ def sgd_ways(dtype: torch.dtype) -> list[Way]:
         for i, (momentum, nesterov) in enumerate(momenta)
         for j, (op, has_ratios) in enumerate([(SGD, False), (SGD, True), (LARS_SGD, False)])
     ]
+
+
+def scaled_sgd_ways(dtype: torch.dtype) -> list[Way]:
+    """Return the same of scaled gradients: each op with every inverse."""
+    inverses = (QUARTER, THIRD, SKIP)
+    return [replace(way, inverse=inverses[(i // 3 + i) % 3]) for i, way in enumerate(sgd_ways(dtype))]
+
+
+SGD_WAYS = {"plain": sgd_ways, "of scaled gradients": scaled_sgd_ways}
 
 
 @dataclass
@@ -280,7 +302,7 @@ def momenta_of(case: Case, way: Way) -> list[Tensor]:
 def to_input(case: Case, way: Way) -> bytes:
     momentum_dtype = -1 if way.momentum is None else DTYPES.index(way.momentum)
     header = [DTYPES.index(case.dtype), way.op, way.maximize, way.order, len(case.layers)]
-    header += [momentum_dtype, way.nesterov, way.has_ratios, way.has_lr_scale]
+    header += [momentum_dtype, way.nesterov, way.has_ratios, way.has_lr_scale, way.inverse is not None]
     header += [way.decayed_norm, way.clip, way.lr_in_momentum, way.of_updates]
     per_layer = (case.weight_decays, case.trust_coefs, case.eps, case.lrs, case.momentums, case.dampenings)
     numbers = [(layer.numel, *layer.offsets, *others) for layer, *others in zip(case.layers, *per_layer, strict=True)]
@@ -291,6 +313,7 @@ def to_input(case: Case, way: Way) -> bytes:
         + to_bytes(momenta_of(case, way))
         + to_bytes([case.ratios(way)] if way.has_ratios else [])
         + to_bytes([case.lr_scale] if way.has_lr_scale else [])
+        + to_bytes([way.inv_scale] if way.inv_scale is not None else [])
     )
 
 
@@ -321,6 +344,9 @@ def execute(driver: Path, case: Case, ways: list[Way]) -> list[Result]:
             )
         else:
             assert to_bytes(params) == to_bytes(case.params), f"{name}: a parameter was written"
+        if way.inverse == SKIP:
+            written = (grads, case.grads), (params, case.params), (momenta, momenta_of(case, way))
+            assert all(to_bytes(a) == to_bytes(b) for a, b in written), f"{name}: a skipped step was written"
         results.append(result)
     assert position == len(output)
     return results
@@ -340,7 +366,7 @@ def ratio_rtol(dtype: torch.dtype) -> float:
 
 def check(case: Case, ways: list[Way], results: list[Result]) -> None:
     """Compare scaled gradients, or updates, with the reference. Ways that decide alike must have the same bits."""
-    told: dict[tuple[bool, ...], Tensor] = {}
+    told: dict[tuple[float | None, ...], Tensor] = {}
     for way, result in zip(ways, results, strict=True):
         if way.op == SCALE_IN_THREE_OPS:
             squared_norms = reference.squared_norms(case.params), case.grad_squared_norms(way)
@@ -355,7 +381,8 @@ def check(case: Case, ways: list[Way], results: list[Result]) -> None:
         else:
             lrs = case.lrs if way.lr_in_momentum else []
             lr_scale = case.lr_scale if way.has_lr_scale else None
-            reference.apply_trust_ratios_(grads, case.params, ratios, case.weight_decays, way.maximize, lrs, lr_scale)
+            others = case.weight_decays, way.maximize, lrs, lr_scale, way.inv_scale
+            reference.apply_trust_ratios_(grads, case.params, ratios, *others)
         compare("gradients", case, way, torch.cat(result.grads), torch.cat(grads), rtol=0)
 
 
@@ -381,6 +408,7 @@ def check_sgd(case: Case, ways: list[Way], results: list[Result]) -> None:
             way.nesterov,
             way.maximize,
             lr_scale,
+            way.inv_scale,
         )
         compare("parameters", case, way, torch.cat(result.params), torch.cat(params), rtol=0)
         if momenta:
@@ -515,6 +543,37 @@ BUGS = {
     ),
     "lr stays outside of the momentum of SGD": Bug("lr_in_momentum ? lr : 1", "1", "differ", file="sgd.h", sgd=True),
     "lr is applied twice": Bug("lr_in_momentum ? 1 : lr", "lr", "differ", file="sgd.h", sgd=True),
+    "a skipped step is taken": Bug(
+        "if (inv_scale == 0) {\n    return;",
+        "if (inv_scale != inv_scale) {\n    return;",
+        "a skipped step was written",
+        kind="of scaled gradients",
+        case="NaN and infinity",
+    ),
+    "a skipped step has infinite gradients": Bug(
+        "inv_scale == 0 ? 0 :",
+        "",
+        "ratios differ",
+        file="trust_ratio.h",
+        kind="of scaled gradients",
+        case="NaN and infinity",
+    ),
+    "sums of scaled gradients are taken for those of gradients": Bug(
+        "unscaled_squared_norm(grad_sum, value_of(options.inv_scale))",
+        "grad_sum",
+        "ratios differ",
+        kind="of scaled gradients",
+    ),
+    "what is added to scaled gradients is not scaled": Bug(
+        "layer.scale / value_of(inv_scale)", "layer.scale", "ratios differ", kind="of scaled gradients"
+    ),
+    "the decay is unscaled too": Bug(
+        "(inv_scale * grad + weight_decay * param)",
+        "(inv_scale * (grad + weight_decay * param))",
+        "gradients differ",
+        file="trust_ratio.h",
+        kind="of scaled gradients",
+    ),
     "a second launch reads the first one's sums": Bug(
         "param_partials + chunk,",
         "param_partials,",
@@ -568,6 +627,21 @@ BUGS = {
     ),
     "an update takes its ratio from another block": Bug(
         "options, ratio)", "options, ratios == nullptr ? Ratio(1) : ratios[place.layer])", "differ", sgd=True
+    ),
+    "a skipped step of SGD is taken": Bug(
+        "if (inv_scale == 0) {\n    return;",
+        "if (inv_scale != inv_scale) {\n    return;",
+        "a skipped step was written",
+        sgd=True,
+        kind="of scaled gradients",
+    ),
+    "SGD takes scaled gradients for unscaled ones": Bug(
+        "inv_scale(static_cast<T>(inv_scale))",
+        "inv_scale(1)",
+        "parameters differ",
+        file="sgd.h",
+        sgd=True,
+        kind="of scaled gradients",
     ),
     "a second launch takes the first one's ratios": Bug(
         "ratios ? ratios + layer : nullptr",
@@ -654,12 +728,13 @@ def test_kernels_equal_the_reference(
 
 
 @pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize("kind", SGD_WAYS)
 @pytest.mark.parametrize(("name", "dtype"), CASES_IN_DTYPES, ids=str)
 def test_sgd_equals_the_reference(
-    name: str, dtype: torch.dtype, build: str, drivers: dict[str, Future[Path]], sanitizers: bool
+    name: str, dtype: torch.dtype, kind: str, build: str, drivers: dict[str, Future[Path]], sanitizers: bool
 ) -> None:
     skip_without(sanitizers, build)
-    case, ways = new_case(name, dtype), sgd_ways(dtype)
+    case, ways = new_case(name, dtype), SGD_WAYS[kind](dtype)
     if build == "sanitized":
         ways = [way for way in ways if way.op == LARS_SGD]
     if name == SEVERAL_LAUNCHES:
@@ -672,7 +747,7 @@ def test_a_planted_bug_is_caught(name: str, drivers: dict[str, Future[Path]], sa
     bug = BUGS[name]
     skip_without(sanitizers, bug.build)
     case = new_case(bug.case, bug.dtype)
-    ways = sgd_ways(bug.dtype)[::-1] if bug.sgd else WAYS[bug.kind]
+    ways = SGD_WAYS[bug.kind](bug.dtype)[::-1] if bug.sgd else WAYS[bug.kind]
     if not bug.sgd and bug.kind == "plain":
         ways = [ways[0], ways[-1]]
     if bug.case == SEVERAL_LAUNCHES:

@@ -15,12 +15,12 @@ using torchlars::RatioOptions;
 
 enum Op : int64_t { kScale, kScaleInThreeOps, kSgd, kLarsSgd };
 
-// What stdin holds: a Case, its Numbers, all parameters, all gradients, then all momentum buffers, the ratios and the
-// lr_scale if there are any; and the next case. What an op does not take is 0.
+// What stdin holds: a Case, its Numbers, all parameters, all gradients, then all momentum buffers, the ratios, the
+// lr_scale and the inv_scale if there are any; and the next case. What an op does not take is 0.
 struct Case {
   int64_t dtype, op, maximize, order, layers;
   int64_t momentum_dtype;  // -1: no momentum
-  int64_t nesterov, has_ratios, has_lr_scale;
+  int64_t nesterov, has_ratios, has_lr_scale, has_inv_scale;
   int64_t decayed_norm, clip, lr_in_momentum;
   int64_t of_updates;  // parameters before a step for parameters, after it for gradients
 };
@@ -137,21 +137,32 @@ struct Tensors {
   Buffer<double> param_norms, grad_norms;
 };
 
-Buffer<double> read_lr_scale(const Case& header) {
-  Buffer<double> lr_scale(1);
-  if (header.has_lr_scale) {
-    lr_scale.read();
+// What lies on the device for all layers of an op, each in memory of its own.
+struct Scales {
+  explicit Scales(const Case& header) : header(header) {
+    if (header.has_lr_scale) {
+      lr_scale.read();
+    }
+    if (header.has_inv_scale) {
+      inv_scale.read();
+    }
   }
-  return lr_scale;
-}
+
+  const double* lr() const { return header.has_lr_scale ? lr_scale.data() : nullptr; }
+  const float* inv() const { return header.has_inv_scale ? inv_scale.data() : nullptr; }
+
+  const Case& header;
+  Buffer<double> lr_scale{1};
+  Buffer<float> inv_scale{1};
+};
 
 template <typename T>
 void scale(const Case& header) {
   const Tensors<T> x(header);
   const auto& [numbers, params, grads, param_norms, grad_norms] = x;
-  const Buffer<double> lr_scale = read_lr_scale(header);
-  const LarsOptions options{ratio_options(header), header.maximize != 0, header.lr_in_momentum != 0,
-                            header.has_lr_scale ? lr_scale.data() : nullptr};
+  const Scales scales(header);
+  const LarsOptions options{ratio_options(header), header.maximize != 0, header.lr_in_momentum != 0, scales.lr(),
+                            scales.inv()};
   const std::vector<MeasuredLayer> both = x.measured(header);
   std::vector<MeasuredLayer> only_params, only_grads, sizes;
   std::vector<Layer> decided, swept;
@@ -173,10 +184,10 @@ void scale(const Case& header) {
   const Buffer<double> param_partials(count_chunks(both)), grad_partials(count_chunks(both));
   const Buffer<compute_type<T>> ratios(header.layers);
   if (header.op == kScaleInThreeOps) {
-    launch_measure<T>(launch, only_params, param_partials.data(), nullptr);
-    launch_add_partials(launch, sizes, param_partials.data(), param_norms.data());
-    launch_measure<T>(launch, only_grads, nullptr, grad_partials.data());
-    launch_add_partials(launch, sizes, grad_partials.data(), grad_norms.data());
+    launch_measure<T>(launch, only_params, param_partials.data(), nullptr, nullptr);
+    launch_add_partials(launch, sizes, param_partials.data(), param_norms.data(), nullptr);
+    launch_measure<T>(launch, only_grads, nullptr, grad_partials.data(), scales.inv());
+    launch_add_partials(launch, sizes, grad_partials.data(), grad_norms.data(), scales.inv());
     launch_decide(launch, decided, param_norms.data(), grad_norms.data(), ratios.data(), options);
     if (header.of_updates) {
       launch_apply_to_updates<T>(launch, swept, ratios.data());
@@ -184,7 +195,7 @@ void scale(const Case& header) {
       launch_apply<T>(launch, swept, ratios.data(), options);
     }
   } else {
-    launch_measure<T>(launch, both, param_partials.data(), grad_partials.data());
+    launch_measure<T>(launch, both, param_partials.data(), grad_partials.data(), scales.inv());
     if (header.of_updates) {
       launch_decide_and_apply_to_updates<T>(launch, swept, param_partials.data(), grad_partials.data(), ratios.data(),
                                             options);
@@ -207,7 +218,7 @@ void update_by_sgd(const Case& header) {
   if (header.has_ratios) {
     ratios.read();
   }
-  const Buffer<double> lr_scale = read_lr_scale(header);
+  const Scales scales(header);
   std::vector<SgdLayer> layers;
   for (size_t i = 0; i < x.numbers.size(); ++i) {
     const Numbers& n = x.numbers[i];
@@ -220,12 +231,12 @@ void update_by_sgd(const Case& header) {
     }
   }
 
-  const SgdOptions options{header.nesterov != 0, header.maximize != 0, header.has_lr_scale ? lr_scale.data() : nullptr,
-                           ratio_options(header), header.lr_in_momentum != 0};
+  const SgdOptions options{header.nesterov != 0,  header.maximize != 0,       scales.lr(),
+                           ratio_options(header), header.lr_in_momentum != 0, scales.inv()};
   if (header.op == kLarsSgd) {
     const std::vector<MeasuredLayer> measured = x.measured(header);
     const Buffer<double> param_partials(count_chunks(measured)), grad_partials(count_chunks(measured));
-    launch_measure<T>(launch, measured, param_partials.data(), grad_partials.data());
+    launch_measure<T>(launch, measured, param_partials.data(), grad_partials.data(), scales.inv());
     launch_decide_and_update<T, M>(launch, layers, param_partials.data(), grad_partials.data(), ratios.data(), options);
   } else {
     launch_update<T, M>(launch, layers, header.has_ratios ? ratios.data() : nullptr, options);
