@@ -202,6 +202,95 @@ def test_sgd_never_waits_for_the_device(op, dtype, momentum_dtype):
     assert_stepped(arguments, expected)
 
 
+INVERSES = pytest.mark.parametrize("found_inf", [0.0, 1.0], ids=["scaled", "skipped"])
+
+
+def scaler_values(found_inf):
+    """Return what a GradScaler hands over: the scale, and whether gradients overflowed."""
+    return torch.tensor(8.0, device="cuda"), torch.tensor([found_inf], device="cuda")
+
+
+def overflow(grads, found_inf):
+    for grad in grads:
+        grad.mul_(8.0)
+    if found_inf:
+        grads[0][0, 0] = float("inf")
+
+
+@SGD
+@DTYPES
+@INVERSES
+def test_sgd_of_scaled_gradients_never_waits_for_the_device(op, dtype, momentum_dtype, found_inf):
+    arguments = sgd_arguments(op, dtype, momentum_dtype)
+    overflow(arguments["grads"], found_inf)
+    scaler, device = scaler_values(found_inf), torch.device("cuda", torch.cuda.current_device())
+    expected = reference_step(op, {**arguments, "inv_scale": ops.inv_scale(*scaler, device)})
+    before = cloned(arguments)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        getattr(ops, op)(**arguments, inv_scale=ops.inv_scale(*scaler, device))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_stepped(arguments, expected)
+    for name in ("params", "momentum_buffers") if found_inf else ():
+        assert all(torch.equal(a, b) for a, b in zip(arguments[name], before[name], strict=True))
+
+
+@INVERSES
+@pytest.mark.parametrize("decayed_norm", [False, True])
+def test_scaled_gradients_are_adapted_without_waiting_for_the_device(decayed_norm, found_inf):
+    params = make()
+    grads, values = [param.grad for param in params], [param.detach() for param in params]
+    overflow(grads, found_inf)
+    scaler, device = scaler_values(found_inf), torch.device("cuda", torch.cuda.current_device())
+    numbers = [0.1] * 3, [0.5] * 3, [1e-8] * 3, False
+    expected = [grad.clone() for grad in grads]
+    inv_scale = ops.inv_scale(*scaler, device)
+    reference.scale_by_trust_ratios_(expected, values, *numbers, decayed_norm=decayed_norm, inv_scale=inv_scale)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        inv_scale = ops.inv_scale(*scaler, device)
+        ratios = ops.scale_by_trust_ratios_(grads, values, *numbers, decayed_norm=decayed_norm, inv_scale=inv_scale)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert (ratios == 1).all() == bool(found_inf)
+    for grad, wanted in zip(grads, expected, strict=True):
+        torch.testing.assert_close(grad, wanted)
+
+
+def test_one_graph_steps_and_skips():
+    """What a CUDA graph replays is decided by values on the device alone."""
+    params = make()
+    grads, values = [param.grad for param in params], [param.detach() for param in params]
+    scale, found_inf = scaler_values(0.0)
+    device = torch.device("cuda", torch.cuda.current_device())
+    numbers = *([x] * 3 for x in (0.1, 0.5, 1e-8, 0.1, 0.0, 0.0)), False, False
+
+    def step(module=ops, params=values):
+        inv_scale = ops.inv_scale(scale, found_inf, device)
+        module.lars_sgd_(params, grads, [], *numbers, inv_scale=inv_scale)
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    for skips in (True, False):
+        found_inf.fill_(float(skips))
+        before = [value.clone() for value in values]
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(values[0], before[0]) == skips
+        step(reference, before)
+        for value, wanted in zip(values, before, strict=True):
+            torch.testing.assert_close(value, wanted)
+
+
 @SGD
 def test_sgd_goes_to_the_current_stream(op):
     arguments = sgd_arguments(op, torch.float32, torch.float32)
@@ -282,17 +371,22 @@ def test_two_launches_a_bucket():
 
 
 @DTYPES
+@pytest.mark.parametrize("inverse", [None, 0.5, 0.0])
 @pytest.mark.parametrize(("op", "launches"), [("sgd_", 1), ("lars_sgd_", 2)])
-def test_launches_of_sgd(op, launches, dtype, momentum_dtype):
-    assert count_launches(getattr(ops, op), **sgd_arguments(op, dtype, momentum_dtype)) == launches
+def test_launches_of_sgd(op, launches, inverse, dtype, momentum_dtype):
+    inv_scale = None if inverse is None else torch.tensor(inverse, device="cuda")
+    arguments = {**sgd_arguments(op, dtype, momentum_dtype), "inv_scale": inv_scale}
+    assert count_launches(getattr(ops, op), **arguments) == launches
 
 
+@pytest.mark.parametrize("inverse", [None, 0.5, 0.0])
 @pytest.mark.parametrize("options", [{}, {"decayed_norm": True, "clip": True, "lr_in_momentum": True}], ids=["", "all"])
-def test_no_dialect_launches_more(options):
+def test_no_dialect_and_no_scale_launches_more(options, inverse):
     params = make()
     grads, values = [p.grad for p in params], [p.detach() for p in params]
     arguments = (grads, values, [0.1] * 3, [1.0] * 3, [0.0] * 3, False, [0.1] * 3)
-    assert count_launches(ops.scale_by_trust_ratios_, *arguments, **options) == 2
+    inv_scale = None if inverse is None else torch.tensor(inverse, device="cuda")
+    assert count_launches(ops.scale_by_trust_ratios_, *arguments, **options, inv_scale=inv_scale) == 2
 
 
 def test_two_launches_scale_a_bucket_of_updates():
