@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -301,3 +302,332 @@ def test_a_sharded_run_has_the_numbers_of_the_unsharded_one(workers, setup, arm)
             assert collectives == [of_bare + setup.process_groups for of_bare in of_base]
         else:  # leaves nothing for the base to do
             assert collectives == [setup.partial + setup.process_groups] * STEPS
+
+
+FEW = [arm for arm in ARMS if arm.name in ("LARS(SGD)", "LARS(torchlars SGD)", "LAMB(AdamW)")]
+
+
+@pytest.mark.parametrize("arm", FEW, ids=str)
+@pytest.mark.parametrize("setup", SETUPS, ids=str)
+def test_a_sharded_run_has_the_numbers_of_the_unsharded_one_in_float32(workers, setup, arm):
+    for found, *_ in workers(setup.world, train, setup, arm, torch.float32):
+        assert max(found.values()) <= TOLERANCE[torch.float32], found
+
+
+def ratios_of_shards(setup: Setup, arm: Arm) -> tuple[float, list[list[float]]]:
+    """Step with norms of what is here only. Return how far off that is, and every rank's ratios."""
+    from torchlars import sharding
+
+    complete, sharding.complete = sharding.complete, lambda squared_norms: list(squared_norms) and None
+    try:
+        found, *_ = train(setup, arm, torch.float64)
+    finally:
+        sharding.complete = complete
+    return max(value for key, value in found.items() if key.startswith("ratio"))
+
+
+@pytest.mark.parametrize("arm", FEW, ids=str)
+@pytest.mark.parametrize("setup", [setup for setup in SETUPS if setup.process_groups], ids=str)
+def test_these_tests_would_see_norms_of_shards(workers, setup, arm):
+    assert max(workers(setup.world, ratios_of_shards, setup, arm)) > 1e-3
+
+
+def train_in_mixed_precision(arm: Arm, world: int) -> dict[str, float]:
+    """FSDP2 that computes in bfloat16 and reduces in float32; the unsharded twin gets its gradients."""
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    model, whole = network(torch.float32), network(torch.float32)
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    fully_shard(model, mesh=mesh_of(world), mp_policy=policy)
+    optimizer, expected = arm(model), arm(whole)
+    for step in range(STEPS):
+        inputs, targets = (share(tensor, world, dist.get_rank()) for tensor in batch(step, torch.float32))
+        loss_of(model, inputs, targets).backward()
+        for param, other in zip(model.parameters(), whole.parameters(), strict=True):
+            assert param.grad.dtype == torch.float32
+            other.grad = full(param.grad).clone()
+        optimizer.step()
+        expected.step()
+        optimizer.zero_grad()
+    return differences(model, optimizer, whole, expected)
+
+
+@pytest.mark.parametrize("arm", FEW, ids=str)
+def test_fsdp2_with_a_mixed_precision_policy(workers, arm):
+    for found in workers(4, train_in_mixed_precision, arm, 4):
+        assert max(found.values()) <= 2e-6, found
+
+
+def train_with_a_scaler(arm: Arm, world: int, setup: Setup) -> tuple[dict[str, float], list[float], int]:
+    """In the second step, a gradient overflows in one shard."""
+    model, whole = network(torch.float32), network(torch.float32)
+    setup.apply(model, world)
+    optimizer, expected = arm(model), arm(whole)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    waits = 0
+
+    def maybe_opt_step(*args: Any, **kwargs: Any) -> Any:
+        nonlocal waits
+        waits += 1
+        return type(scaler)._maybe_opt_step(scaler, *args, **kwargs)
+
+    scaler._maybe_opt_step = maybe_opt_step
+    scales = []
+    for step in range(STEPS):
+        inputs, targets = batch(step, torch.float32)
+        scaler.scale(loss_of(model, setup.share(inputs), setup.share(targets))).backward()
+        grad = model.first.weight.grad
+        if step == 1 and grad.device_mesh.get_coordinate()[-1] == 0:  # in one shard, and all replicas of it
+            grad.to_local()[0, 0] = torch.inf
+        loss_of(whole, inputs, targets).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        if step != 1:
+            expected.step()
+        for one in (optimizer, expected):
+            one.zero_grad()
+        scales.append(scaler.get_scale())
+    return differences(model, optimizer, whole, expected), scales, waits
+
+
+@pytest.mark.parametrize("setup", [SETUPS[1], SETUPS[2]], ids=str)
+@pytest.mark.parametrize("arm", FEW, ids=str)
+def test_a_scaler_skips_the_step_of_all_ranks(workers, arm, setup):
+    for found, scales, waits in workers(setup.world, train_with_a_scaler, arm, setup.world, setup):
+        assert max(found.values()) <= TOLERANCE[torch.float32], found
+        assert scales == [2.0**10] + [2.0**9] * (STEPS - 1)
+        assert waits == (0 if "torchlars" in arm.name else STEPS)
+
+
+def train_compiled(setup: Setup, arm: Arm) -> dict[str, float]:
+    import torch._dynamo
+
+    torch._dynamo.reset()
+    model, whole = network(torch.float64), network(torch.float64)
+    setup.apply(model, setup.world)
+    optimizer, expected = arm(model), arm(whole)
+    step_compiled = torch.compile(optimizer.step, backend="aot_eager")
+    for step in range(STEPS):
+        inputs, targets = batch(step, torch.float64)
+        loss_of(model, setup.share(inputs), setup.share(targets)).backward()
+        loss_of(whole, inputs, targets).backward()
+        step_compiled()
+        expected.step()
+        for one in (optimizer, expected):
+            one.zero_grad()
+    return differences(model, optimizer, whole, expected)
+
+
+# Adam's bias correction is in float32 where it is compiled.
+@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm.name in ("LARS(SGD)", "LAMB(torchlars SGD)")], ids=str)
+def test_a_compiled_step_of_shards(workers, arm):
+    for found in workers(2, train_compiled, SETUPS[0], arm):
+        assert max(found.values()) <= TOLERANCE[torch.float64], found
+
+
+# --- DistributedDataParallel and ZeroRedundancyOptimizer ---------------------------------------------------------------
+
+
+def train_replicas(arm: Arm, kind: str, is_bucket_view: bool, micro_steps: int) -> dict[str, float]:
+    """Every rank has the whole model and a share of the batch; ``kind`` says who is inside of whom."""
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+    from torch.nn.parallel import DistributedDataParallel
+
+    world, rank = dist.get_world_size(), dist.get_rank()
+    model, whole = network(torch.float64), network(torch.float64)
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=is_bucket_view)
+    options = {"trust_coef": 0.3, "eps": 0.05, **arm.options}
+    base = type(arm.base(groups_of(network(torch.float64))))
+    numbers = {"lr": 0.05, "weight_decay": 0.1, **({"momentum": 0.9} if base.__name__ == "SGD" else {})}
+    expected = arm.wrapper(base(whole.parameters(), **numbers), **options)
+    if kind == "DDP":
+        optimizer = arm.wrapper(base(model.parameters(), **numbers), **options)
+    elif kind == "ZeRO inside":
+        optimizer = arm.wrapper(ZeroRedundancyOptimizer(model.parameters(), optimizer_class=base, **numbers), **options)
+    else:
+        made = arm.wrapper.over(base, **options)
+        optimizer = ZeroRedundancyOptimizer(model.parameters(), optimizer_class=made, **numbers)
+    for step in range(STEPS):
+        optimizer.zero_grad(set_to_none=not is_bucket_view)
+        expected.zero_grad()
+        for micro_step in range(micro_steps):
+            inputs, targets = batch(10 * step + micro_step, torch.float64)
+            with parallel.no_sync() if micro_step + 1 < micro_steps else nullcontext():
+                loss_of(parallel, share(inputs, world, rank), share(targets, world, rank)).backward()
+            loss_of(whole, inputs, targets).backward()
+        grads = [(param.grad, param.grad.data_ptr()) for param in model.parameters()]
+        optimizer.step()
+        expected.step()
+        for param, (grad, address) in zip(model.parameters(), grads, strict=True):
+            assert param.grad is grad
+            assert grad.data_ptr() == address
+    return {name: difference(p, q) for (name, p), q in zip(model.named_parameters(), whole.parameters(), strict=True)}
+
+
+@pytest.mark.parametrize("micro_steps", [1, 3])
+@pytest.mark.parametrize("is_bucket_view", [False, True], ids=["", "bucket view"])
+@pytest.mark.parametrize("arm", FEW, ids=str)
+def test_ddp_has_the_numbers_of_one_process(workers, arm, is_bucket_view, micro_steps):
+    for found in workers(4, train_replicas, arm, "DDP", is_bucket_view, micro_steps):
+        assert max(found.values()) <= 1e-12, found
+
+
+@pytest.mark.parametrize("kind", ["ZeRO inside", "ZeRO around"])
+@pytest.mark.parametrize("arm", FEW, ids=str)
+def test_zero_redundancy_optimizer_has_the_numbers_of_one_process(workers, arm, kind):
+    for found in workers(2, train_replicas, arm, kind, True, 1):
+        assert max(found.values()) <= 1e-12, found
+
+
+# --- Checkpoints ------------------------------------------------------------------------------------------------------
+
+
+def advance(setup: Setup | None, model: nn.Module, optimizer: Any, steps: range) -> None:
+    for step in steps:
+        inputs, targets = batch(step, torch.float64)
+        if setup is not None:
+            inputs, targets = setup.share(inputs), setup.share(targets)
+        loss_of(model, inputs, targets).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def save(setup: Setup, arm: Arm, folder: str, options: dict[str, bool]) -> None:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as dcp_state_dict
+
+    model = network(torch.float64)
+    setup.apply(model, setup.world)
+    optimizer = arm(model)
+    advance(setup, model, optimizer, range(STEPS))
+    options = dcp_state_dict.StateDictOptions(**options)
+    weights, state = dcp_state_dict.get_state_dict(model, optimizer, options=options)
+    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=folder)
+
+
+def load(setup: Setup, arm: Arm, folder: str, options: dict[str, bool]) -> dict[str, float]:
+    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint import state_dict as dcp_state_dict
+
+    whole = network(torch.float64)
+    expected = arm(whole)
+    advance(None, whole, expected, range(2 * STEPS))
+
+    model = network(torch.float64)
+    with torch.no_grad():
+        for param in model.parameters():
+            param.zero_()
+    setup.apply(model, setup.world)
+    optimizer = arm(model)
+    options = dcp_state_dict.StateDictOptions(**options)
+    weights, state = dcp_state_dict.get_state_dict(model, optimizer, options=options)
+    dcp.load({"model": weights, "optimizer": state}, checkpoint_id=folder)
+    dcp_state_dict.set_state_dict(model, optimizer, model_state_dict=weights, optim_state_dict=state, options=options)
+    advance(setup, model, optimizer, range(STEPS, 2 * STEPS))
+    return differences(model, optimizer, whole, expected)
+
+
+@pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
+@pytest.mark.parametrize("arm", FEW, ids=str)
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [(SETUPS[1], SETUPS[0]), (SETUPS[0], SETUPS[2]), (SETUPS[4], SETUPS[3])],
+    ids=lambda setup: str(setup),
+)
+def test_a_checkpoint_is_resumed_by_other_shards(workers, tmp_path, before, after, arm, flatten):
+    options = {"flatten_optimizer_state_dict": flatten}
+    workers(before.world, save, before, arm, str(tmp_path), options)
+    for found in workers(after.world, load, after, arm, str(tmp_path), options):
+        assert max(found.values()) <= TOLERANCE[torch.float64], found
+
+
+# --- What is refused --------------------------------------------------------------------------------------------------
+
+
+def message_of(call: Callable[[], Any]) -> str:
+    try:
+        call()
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing was raised"
+
+
+@pytest.mark.parametrize("wrapper", [LARS, LAMB])
+def test_fsdp1_is_refused(wrapper):
+    """It runs on accelerators only. What marks its parameters is the same everywhere."""
+    from torch.distributed.fsdp import _common_utils
+
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    _common_utils._set_fsdp_flattened(param)
+    message = message_of(wrapper(torch.optim.SGD([param], lr=0.5, weight_decay=0.1)).step)
+    assert message == (
+        "RuntimeError: parameters must be whole layers, but FSDP1 flattens and splits them; use fully_shard (FSDP2) from "
+        "torch.distributed.fsdp (group: 0, parameter: 0, shape: (3,))"
+    )
+    assert torch.equal(param, torch.ones(3))
+
+
+def steps_that_are_refused() -> dict[str, str]:
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+
+    mesh, twin_mesh = mesh_of(2), mesh_of(2, 1)
+    values = torch.randn(4, 3)
+
+    def step(param: Tensor, grad: Tensor, base: Any = torch.optim.SGD, **state: Tensor) -> str:
+        optimizer = LARS(base([nn.Parameter(param)], lr=0.5, weight_decay=0.1, momentum=0.9))
+        optimizer.param_groups[0]["params"][0].grad = grad
+        if state:
+            optimizer.state[optimizer.param_groups[0]["params"][0]] = state
+        return message_of(optimizer.step)
+
+    sharded = distribute_tensor(values, mesh, [Shard(0)])
+    ours = torchlars.optim.SGD
+    return {
+        "a sum": step(DTensor.from_local(values, mesh, [Partial()]), DTensor.from_local(values, mesh, [Partial()])),
+        "whole gradient": step(sharded, values),
+        "whole gradient, ours": step(sharded, values, ours),
+        "sharded gradient": step(values, sharded),
+        "another mesh": step(sharded, distribute_tensor(values, twin_mesh, [Shard(0), Replicate()])),
+        "whole momentum": step(sharded, sharded, ours, momentum_buffer=values),
+    }
+
+
+def test_what_is_distributed_in_two_ways_is_refused(workers):
+    where = " (group: 0, parameter: 0, shape: (4, 3))"
+    for messages in workers(2, steps_that_are_refused):
+        assert messages["a sum"].startswith("RuntimeError: parameters must be sharded or replicated (placements: ")
+        as_they_are = "RuntimeError: gradients must be distributed as their parameters are "
+        for name in ("whole gradient", "whole gradient, ours"):
+            assert messages[name] == f"{as_they_are}(parameter: a DTensor, gradient: a whole tensor){where}"
+        assert messages["sharded gradient"] == f"{as_they_are}(parameter: a whole tensor, gradient: a DTensor){where}"
+        assert messages["another mesh"].startswith("RuntimeError: gradients must be on their parameter's device mesh (")
+        momentum = "RuntimeError: momentum must be distributed as its parameter is (momentum_buffer: a whole tensor)"
+        assert messages["whole momentum"] == f"{momentum}{where}"
+
+
+class Measures(torch.optim.SGD):
+    """A base that takes trust ratios of all layers of a group in one call, however they are sharded."""
+
+    takes_trust_ratios = True
+
+    def step(self, closure=None, *, trust_ratios=None):
+        for index, group in enumerate(self.param_groups):
+            trust_ratios.measure(index, group["params"])
+
+
+def step_of_mixed_shards() -> str:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = mesh_of(2)
+    params = [nn.Parameter(distribute_tensor(torch.ones(4), mesh, [place])) for place in (Shard(0), Replicate())]
+    for param in params:
+        param.grad = param.detach().clone()
+    return message_of(LARS(Measures(params, lr=0.5)).step)
+
+
+def test_a_base_asks_for_layers_that_are_sharded_alike(workers):
+    for message in workers(2, step_of_mixed_shards):
+        assert message == (
+            "ValueError: params must be sharded over the same ranks (group: 0, parameter: 1, shape: (4,))"
+        )

@@ -13,6 +13,7 @@ from by_hand import EPS, TRUST_COEF, WRAPPERS, ByHand
 from torch.distributed.checkpoint import state_dict as dcp_state_dict
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
+import torchlars
 from torchlars import LARS
 
 
@@ -941,6 +942,37 @@ def test_a_compiled_step_that_raises_gives_hyper_parameters_back(wrap, backend, 
     with pytest.raises(ZeroDivisionError, match="in the base"):
         torch.compile(optimizer.step, backend=compiler(graphs))()
     assert optimizer.param_groups[0]["weight_decay"] == 0.25
+
+
+def breaks_of(optimizer, model, graphs):
+    """Return why graphs broke in three compiled steps."""
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
+    step = torch.compile(optimizer.step, backend=compiler(graphs))
+    for number in range(3):
+        optimizer.zero_grad()
+        loss_of(model, number).backward()
+        step()
+    return {reason.splitlines()[0] for reason in counters["graph_break"]}
+
+
+@compiles
+@pytest.mark.parametrize("base", [torch.optim.SGD, torchlars.optim.SGD], ids=["torch", "torchlars"])
+@compiled_for(("LARS", "extension"), ("LAMB", "extension"), ("LARS-update", "extension"))
+def test_a_graph_breaks_only_where_the_base_breaks_it(wrap, base, backend, graphs):
+    def make(model):
+        return base(model.parameters(), lr=0.1, momentum=0.9, weight_decay=0.1)
+
+    of_base, ours = [], []
+    model = network()
+    reasons = breaks_of(make(model), model, of_base)
+    model = network()
+    assert breaks_of(wrap(make(model)), model, ours) == reasons
+    if base is torchlars.optim.SGD:  # nothing breaks: LARS and the base in one graph, of the first step and of others
+        assert reasons == set()
+        assert len(ours) == len(of_base) == 2
 
 
 @compiles

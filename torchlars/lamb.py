@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchlars import ops, sharding
+from torchlars.amp import GradScale
 from torchlars.layers import TrustRatioWrapper, check_update, check_update_is_scalable, copies
 from torchlars.wrapper import learning_rate, non_negative_number, positive_number, true_or_false
 
@@ -112,7 +113,7 @@ class LAMB(TrustRatioWrapper):
         def gather() -> None:
             buckets[:] = self._gather(gradients_may_come=closure is not None)
             for bucket in buckets:
-                old_params.update(copies(param for param in bucket.layers if param not in old_params))
+                old_params.update(copies([param for param in bucket.layers if param not in old_params]))
 
         def evaluate() -> Any:
             with torch.enable_grad():
@@ -125,7 +126,12 @@ class LAMB(TrustRatioWrapper):
             args = (evaluate, *args)
         elif args:  # they keep their places
             args = (None, *args)
-        loss = self.optim.step(*args, **kwargs)
+        grad_scale = GradScale.of(self)  # for the base, whose gradients these are; a step that it skips is no update
+        try:
+            grad_scale.hand_to(self.optim)
+            loss = self.optim.step(*args, **kwargs)
+        finally:
+            grad_scale.take_from(self.optim)
         self._last_step[:] = _scale_updates(buckets, old_params)
         return loss
 

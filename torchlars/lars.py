@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchlars import ops, sharding
+from torchlars.amp import GradScale
 from torchlars.groups import ZeroLayers
 from torchlars.layers import TrustRatioWrapper, check_param, check_update, check_update_is_scalable, copies
 from torchlars.wrapper import (
@@ -214,7 +215,7 @@ class LARS(TrustRatioWrapper):
             closure = zero_layers.before_step(self, closure)
 
         def adapted_closure() -> Any:
-            this.hidden.restore()
+            this.restore()
             with torch.enable_grad():
                 loss = closure()  # type: ignore[misc]
             this.read_groups()
@@ -234,7 +235,7 @@ class LARS(TrustRatioWrapper):
             this.hide()
             loss = self.optim.step(*args, **kwargs)
         finally:
-            this.hidden.restore()
+            this.restore()
         this.scale_updates()
         self._last_step[:] = this.reported
         return loss
@@ -333,6 +334,11 @@ class Adaptation:
         """Whether gradients are multiplied by trust ratios."""
         return self.trust_coef is not None and self.apply_to == "gradient"
 
+    @classmethod
+    def to_unscale(cls, group: dict[str, Any]) -> Adaptation:
+        """Return how to adapt a group whose gradients are to be unscaled, and nothing else."""
+        return cls(group, None, 0.0, False, "raw", False, "gradient", 0.0, False, False, None)
+
     def for_kernels(self) -> dict[str, Any]:
         """Return what one pass needs to measure, decide and apply."""
         return {
@@ -357,7 +363,8 @@ class Step:
     def __init__(self, lars: LARS, gradients_may_come: bool) -> None:
         self._lars = lars
         self.base_takes = bool(getattr(lars.optim, "takes_trust_ratios", False))
-        self.hidden = HiddenHyperParameters()
+        self._hidden = HiddenHyperParameters()
+        self._grad_scale = GradScale.of(lars)
         self.reported: list[tuple[Sequence[Tensor], Tensor]] = []
         self._scaled_later: list[tuple[Sequence[Tensor], Tensor]] = []
         self._gradients_may_come = gradients_may_come
@@ -368,32 +375,42 @@ class Step:
         """Read from the groups how they are adapted. Raise what can be told from them."""
         hows = {index: self._lars.adaptation(index) for index in range(len(self._lars.param_groups))}
         self._adaptations = {index: how for index, how in hows.items() if how is not None}
-        self._old_params.update(copies(param for param in self._to_be_updated() if param not in self._old_params))
+        self._old_params.update(copies([param for param in self._to_be_updated() if param not in self._old_params]))
+        # What is written here is unscaled here, and then so is all the rest: the base has one scale for all groups.
+        self._unscales = self._grad_scale.is_given and any(map(self._is_written, self._adaptations.values()))
+        self._scale_for_base = self._grad_scale.once_unscaled() if self._unscales else self._grad_scale
 
-    def _to_be_updated(self) -> Iterable[Tensor]:
+    def _is_written(self, how: Adaptation) -> bool:
+        """Tell whether gradients are written here."""
+        return how.apply_to == "gradient" and not self._is_for_base(how)
+
+    def _to_be_updated(self) -> Sequence[Tensor]:
         """Return all parameters whose updates may have to be scaled."""
+        params: list[Tensor] = []
         for index, how in self._adaptations.items():
             if how.apply_to == "update":
                 for position, param in enumerate(how.group["params"]):
                     if param.grad is not None or (self._gradients_may_come and param.requires_grad):
                         check_update(index, position, param)
-                        yield param
+                        params.append(param)
+        return params
 
-    @torch.no_grad()
     def adapt(self) -> None:
         """Measure, complete, decide, apply; all but what the base does by itself."""
-        self.reported.clear()
-        self._scaled_later.clear()
-        plain_buckets, buckets = self._gather()
-        for plain_bucket in plain_buckets:
-            self.report(plain_bucket.params, plain_bucket.adapt())
-        _measure(bucket for bucket in buckets if bucket.how.trust_coef is not None and not bucket.is_swept_at_once)
-        for bucket in buckets:
-            ratios = bucket.adapt()
-            if ratios is not None:
-                self.report(bucket.params, ratios)
-                if bucket.how.apply_to == "update":
-                    self._scaled_later.append((bucket.params, ratios))
+        with torch.no_grad():
+            self.reported.clear()
+            self._scaled_later.clear()
+            plain_buckets, buckets = self._gather()
+            for plain_bucket in plain_buckets:
+                inv_scale = self._grad_scale.inv_scale(plain_bucket.params[0].device)
+                self.report(plain_bucket.params, plain_bucket.adapt(inv_scale))
+            _measure([bucket for bucket in buckets if bucket.is_measured_apart])
+            for bucket in buckets:
+                ratios = bucket.adapt()
+                if ratios is not None:
+                    self.report(bucket.params, ratios)
+                    if bucket.how.apply_to == "update":
+                        self._scaled_later.append((bucket.params, ratios))
 
     def _gather(self) -> tuple[Sequence[Any], Sequence[Bucket]]:
         """Return all layers to adapt, in buckets: the plain ones, and the others.
@@ -403,11 +420,14 @@ class Step:
         plain_layers = ops.plain_layers("LarsLayers")
         buckets: dict[Any, Bucket] = {}
         seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
-        for index, how in self._adaptations.items():
-            params = how.group["params"]
+        for index, group in enumerate(self._lars.param_groups):
+            how = self._adaptations.get(index)
+            if how is None or self._is_for_base(how):
+                if not self._unscales:
+                    continue
+                how = Adaptation.to_unscale(group)
+            params = group["params"]
             positions: Iterable[int] = range(len(params))
-            if self._is_for_base(how):
-                continue
             if how.is_of_gradients:
                 positions = plain_layers.add(params, how.weight_decay, how.maximize, **how.for_kernels())
             for position in positions:
@@ -415,29 +435,39 @@ class Step:
                 if param.grad is None or param in seen:
                     continue
                 seen.add(param)
-                _check_layer(index, position, param, how.weight_decay)
+                if index in self._adaptations:
+                    _check_layer(index, position, param, how.weight_decay)
                 groups = sharding.process_groups(param)
                 key = (param.device, param.dtype, param.grad.dtype, param.grad.is_sparse, groups, how.kind())
-                buckets.setdefault(key, Bucket(how, groups)).add(param, how, is_written=how.apply_to == "gradient")
+                if key not in buckets:
+                    is_written = how.apply_to == "gradient" or self._unscales
+                    buckets[key] = Bucket(how, groups, is_written, self._grad_scale.inv_scale(param.device))
+                buckets[key].add(param, how)
         return plain_layers.buckets, list(buckets.values())
 
     def hide(self) -> None:
-        """Hide what the gradients hold already: weight decay, and lr where it is in the momentum."""
+        """Hide what the gradients hold already: weight decay, lr where it is in the momentum, and the loss's scale."""
+        self._scale_for_base.hand_to(self._lars.optim)
         for how in self._adaptations.values():
             if how.apply_to == "update":
                 continue
             if how.weight_decay != 0 and not self._is_for_base(how):
-                self.hidden.hide(how.group, "weight_decay", 0.0)
+                self._hidden.hide(how.group, "weight_decay", 0.0)
             if how.lr_in_momentum:
-                self.hidden.hide(how.group, "lr", 1.0)
+                self._hidden.hide(how.group, "lr", 1.0)
 
-    @torch.no_grad()
+    def restore(self) -> None:
+        """Put back what was hidden."""
+        self._hidden.restore()
+        self._scale_for_base.take_from(self._lars.optim)
+
     def scale_updates(self) -> None:
         """Apply the trust ratios of gradients to updates."""
-        for params, ratios in self._scaled_later:
-            old_params = [self._old_params[param] for param in params]
-            ops.apply_trust_ratios_to_updates_([sharding.local(param) for param in params], old_params, ratios)
-            sharding.note_writes(params)
+        with torch.no_grad():
+            for params, ratios in self._scaled_later:
+                old_params = [self._old_params[param] for param in params]
+                ops.apply_trust_ratios_to_updates_([sharding.local(param) for param in params], old_params, ratios)
+                sharding.note_writes(params)
 
     # To a base that takes trust ratios.
 
@@ -454,12 +484,12 @@ class Step:
         """Return what the gradients of some parameters of a group are to be multiplied by, or None for nothing."""
         return self.measure_all([(index, params)])[0]
 
-    @torch.no_grad()
     def measure_all(self, layers: Iterable[tuple[int, Sequence[Tensor]]]) -> list[Tensor | None]:
         """Do so for parameters of several groups at once, whose shards are completed together."""
-        buckets = [self._bucket_for_base(index, params) for index, params in layers]
-        _measure(bucket for bucket in buckets if bucket is not None and bucket.params)
-        return [None if bucket is None else self._decide_for_base(bucket) for bucket in buckets]
+        with torch.no_grad():
+            buckets = [self._bucket_for_base(index, params) for index, params in layers]
+            _measure([bucket for bucket in buckets if bucket is not None and bucket.params])
+            return [None if bucket is None else self._decide_for_base(bucket) for bucket in buckets]
 
     def _bucket_for_base(self, index: int, params: Sequence[Tensor]) -> Bucket | None:
         """Return layers that the base asks for, or None if it is to take their gradients as they are."""
@@ -467,7 +497,10 @@ class Step:
         if how is None or not self._is_for_base(how):
             return None
         positions = {param: position for position, param in enumerate(how.group["params"])}
-        bucket = Bucket(how, sharding.process_groups(params[0]) if params else ())
+        if not params:
+            return Bucket(how)
+        inv_scale = self._scale_for_base.inv_scale(params[0].device)
+        bucket = Bucket(how, sharding.process_groups(params[0]), inv_scale=inv_scale)
         for param in params:
             position = positions.get(param)
             if position is None:
@@ -485,7 +518,7 @@ class Step:
                     f"params must be sharded over the same ranks (group: {index}, parameter: {position}, "
                     f"shape: {tuple(param.shape)})"
                 )
-            bucket.add(param, how, is_written=False)
+            bucket.add(param, how)
         return bucket
 
     def _decide_for_base(self, bucket: Bucket) -> Tensor:
@@ -503,9 +536,17 @@ class Step:
 class Bucket:
     """Layers that one call can adapt: of one device and one dtype, sharded and adapted in one way."""
 
-    def __init__(self, how: Adaptation, process_groups: Sequence[Any] = ()) -> None:
+    def __init__(
+        self,
+        how: Adaptation,
+        process_groups: Sequence[Any] = (),
+        is_written: bool = False,
+        inv_scale: Tensor | None = None,
+    ) -> None:
         self.how = how  # but for the numbers, which each layer has of its own
         self.process_groups = process_groups
+        self.is_written = is_written  # gradients are, if only to be unscaled
+        self.inv_scale = inv_scale
         self.is_sparse = False
         self.params: list[Tensor] = []
         self.local_params: list[Tensor] = []  # what is here of each
@@ -525,13 +566,18 @@ class Bucket:
         """
         return self.how.is_of_gradients and not self.is_sparse and not self.process_groups
 
-    def add(self, param: Tensor, how: Adaptation, is_written: bool = True) -> None:
+    @property
+    def is_measured_apart(self) -> bool:
+        """Whether norms are measured, and completed, before the gradients are swept."""
+        return self.how.trust_coef is not None and not self.is_swept_at_once
+
+    def add(self, param: Tensor, how: Adaptation) -> None:
         """Add one layer."""
         assert param.grad is not None
         self.is_sparse = param.grad.is_sparse
         self.params.append(param)
         self.local_params.append(sharding.local(param))
-        self.grads.append(_writable_gradient(param) if is_written else _readable_gradient(param))
+        self.grads.append(_writable_gradient(param) if self.is_written else _readable_gradient(param))
         self.weight_decays.append(how.weight_decay)
         if how.trust_coef is not None:
             self.trust_coefs.append(how.trust_coef)
@@ -546,9 +592,9 @@ class Bucket:
         """Measure what is here."""
         if self.how.norm == "decayed":
             scales = [-weight_decay if self.how.maximize else weight_decay for weight_decay in self.weight_decays]
-            grad_squared_norms = ops.squared_norms_of_sums(self.grads, self.local_params, scales)
+            grad_squared_norms = ops.squared_norms_of_sums(self.grads, self.local_params, scales, self.inv_scale)
         else:
-            grad_squared_norms = ops.squared_norms(self.grads)
+            grad_squared_norms = ops.squared_norms(self.grads, self.inv_scale)
         self.squared_norms = torch.cat([ops.squared_norms(self.local_params), grad_squared_norms])
         return self.squared_norms
 
@@ -585,13 +631,20 @@ class Bucket:
                 how.norm == "decayed",
                 how.clip,
                 how.lr_in_momentum,
+                self.inv_scale,
             )
         ratios = None if how.trust_coef is None else self.decide()
-        if how.apply_to == "gradient":
-            factors = self._ones() if ratios is None else ratios
-            lrs = self.lrs if how.lr_in_momentum else []
+        if self.is_written:
+            is_of_updates = how.apply_to == "update"
             ops.apply_trust_ratios_(
-                self.grads, self.local_params, factors, self.weight_decays, how.maximize, lrs, self._lr_scale()
+                self.grads,
+                self.local_params,
+                self._ones() if ratios is None or is_of_updates else ratios,
+                [0.0] * len(self.grads) if is_of_updates else self.weight_decays,
+                how.maximize,
+                self.lrs if how.lr_in_momentum else [],
+                self._lr_scale(),
+                self.inv_scale,
             )
         return ratios
 
@@ -600,7 +653,7 @@ class Bucket:
         return torch.ones(len(self.grads), dtype=dtype, device=self.grads[0].device)
 
 
-def _measure(buckets: Iterable[Bucket]) -> None:
+def _measure(buckets: Sequence[Bucket]) -> None:
     """Measure and complete."""
     sharding.complete([(bucket.process_groups, bucket.measure()) for bucket in buckets])
 

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from torchlars import amp
+
 if TYPE_CHECKING:
     from typing_extensions import Self
 
@@ -133,6 +135,11 @@ class OptimizerWrapper(Optimizer):
     def defaults(self, defaults: Group) -> None:
         self.optim.defaults = defaults
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves it to :meth:`step` to unscale gradients and to skip it: if the base can do so."""
+        return amp.step_supports_scaling(self.optim)
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients, as the base does."""
         self.optim.zero_grad(set_to_none=set_to_none)
@@ -188,8 +195,17 @@ class OptimizerWrapper(Optimizer):
         return {
             name: group[name]
             for name in self.options
-            if name in group and name not in self.defaults and name not in self.wrapper_only
+            if name in group and not self._is_of_base(name) and name not in self.wrapper_only
         }
+
+    def _is_of_base(self, name: str) -> bool:
+        """Tell whether a key of a group is the base's own, or that of a base which the base is wrapped around."""
+        base: Any = self.optim
+        while isinstance(base, Optimizer):
+            if name in base.defaults:
+                return True
+            base = getattr(base, "optim", None)  # as ZeroRedundancyOptimizer has it, whose own defaults are empty
+        return False
 
     def check_options(self, of_group: str, options: Group) -> None:
         """Raise if options do not go together, or not with the base; ``of_group`` says whose they are."""
@@ -346,8 +362,20 @@ def learning_rate(optim: Optimizer, index: int, group: Group) -> float | Tensor:
             raise ValueError(
                 f"lr of parameter group {index} must be a number or a tensor of one element (got: {tuple(lr.shape)})"
             )
+        check_can_be_captured(lr)
         return lr
     return non_negative_number(f"lr of parameter group {index}", lr)
+
+
+def check_can_be_captured(lr: Tensor) -> None:
+    """Raise if a learning rate would be copied into a CUDA graph from memory of the host that is gone at its replay."""
+    if torch.compiler.is_compiling() or lr.device.type != "cpu" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        return
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"lr must be on the parameters' device while a CUDA graph is captured (got: a tensor on {lr.device}); "
+            "a number is kept as it is at the capture"
+        )
 
 
 def true_or_false(name: str, value: Any) -> bool:

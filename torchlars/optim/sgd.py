@@ -11,8 +11,9 @@ from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from torchlars import ops, sharding
-from torchlars.wrapper import finite_number, non_negative_number
+from torchlars import amp, ops, sharding
+from torchlars.amp import GradScale
+from torchlars.wrapper import check_can_be_captured, finite_number, non_negative_number
 
 if TYPE_CHECKING:
     from torchlars.optim import TrustRatios
@@ -90,6 +91,20 @@ class SGD(torch.optim.SGD):
             _hyper_parameters(f" of parameter group {len(self.param_groups)}", {**self.defaults, **param_group})
         super().add_param_group(param_group)
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
+        """Whether a GradScaler leaves it to :meth:`step` to unscale gradients and to skip it.
+
+        If the first step is skipped, the momentum begins with zeros, as good as none. But not if it is dampened, which
+        its first step is not; nor where torch's own functions take the step.
+        """
+        dampened = [group for group in self.param_groups if group["dampening"] != 0]
+        return not amp.begins_momentum(self, dampened) and not any(
+            param.grad is not None and _is_for_torch(param, param.grad)
+            for group in self.param_groups
+            for param in group["params"]
+        )
+
     def step(self, closure: Callable[[], Any] | None = None, *, trust_ratios: TrustRatios | None = None) -> Any:
         """Take one step.
 
@@ -114,13 +129,14 @@ class SGD(torch.optim.SGD):
     @torch.no_grad()
     def _step(self, trust_ratios: TrustRatios | None) -> None:
         """Gather, then update: what there is to raise is raised before anything changes."""
+        grad_scale = GradScale.of(self)
         plain_buckets, other_buckets = self._gather(trust_ratios)
         for plain_bucket in plain_buckets:
-            ratios = plain_bucket.update()
+            ratios = plain_bucket.update(grad_scale.inv_scale(plain_bucket.params[0].device))
             if trust_ratios is not None and ratios is not None:
                 trust_ratios.report(plain_bucket.params, ratios)
         for bucket in other_buckets:
-            bucket.update()
+            bucket.update(grad_scale.inv_scale(bucket.params[0].device))
 
     def _gather(self, trust_ratios: TrustRatios | None) -> tuple[Sequence[Any], list[Bucket]]:
         """Return all layers to update in buckets: the plain ones, and the others with their trust ratios."""
@@ -197,8 +213,8 @@ class Bucket:
     grads: list[Tensor] = field(default_factory=list)
     ratios: Tensor | None = None
 
-    def update(self) -> None:
-        """Take the step."""
+    def update(self, inv_scale: Tensor | None) -> None:
+        """Take the step, unless ``inv_scale`` is 0."""
         if _is_for_torch(self.params[0], self.grads[0]):
             self._update_by_torch()
             return
@@ -227,6 +243,7 @@ class Bucket:
             self.nesterov,
             self.maximize,
             lr_scale,
+            inv_scale,
         )
         for param, buffer in zip(self.params, buffers, strict=self.momentum != 0):
             self.state[param]["momentum_buffer"] = buffer
@@ -297,6 +314,7 @@ def _hyper_parameters(of_group: str, group: dict[str, Any]) -> dict[str, Any]:
     if isinstance(lr, Tensor):
         if lr.numel() != 1:
             raise ValueError(f"lr{of_group} must be a number or a tensor of one element (got: {tuple(lr.shape)})")
+        check_can_be_captured(lr)
     else:
         lr = non_negative_number(f"lr{of_group}", lr)
     if group.get("differentiable", False):
