@@ -1,15 +1,20 @@
 """The examples run, for a few epochs, and show what they say. What they need comes with `pip install .[examples]`."""
 
 import importlib
+import os
+import re
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from torchlars import LAMB, LARC, LARS
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+needs_gloo = pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch has no gloo")
 
 
 @pytest.fixture
@@ -124,3 +129,69 @@ def test_trust_ratios_refuses_less_than_one(example, digits, option, monkeypatch
     with pytest.raises(SystemExit):
         example("trust_ratios").main()
     assert f"{option} must be a positive number (got: 0)" in capsys.readouterr().err
+
+
+@pytest.fixture
+def distributed(digits):
+    """Run a script on two processes, as torchrun does; returns its exit status, what it printed and its errors."""
+
+    def distributed(script, *args):
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        done = subprocess.run(
+            [*launcher, str(script), *args],
+            capture_output=True,
+            text=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        )
+        return done.returncode, done.stdout.splitlines(), done.stderr
+
+    return distributed
+
+
+@needs_gloo
+def test_distributed_has_equal_losses_under_ddp_and_fsdp2_and_after_resuming(distributed, tmp_path):
+    status, printed, errors = distributed(
+        EXAMPLES / "distributed.py", "--epochs", "2", "--out", str(tmp_path / "saved")
+    )
+    assert status == 0, errors
+    assert "Warning" not in errors
+    assert len(list((tmp_path / "saved").glob("*.distcp"))) == 2, "each of two ranks saves its shards"
+    title, _, head, first, second, _, verdict = printed
+    assert title == "Mean losses in torch.float64 on cpu, processes: 2"
+    assert re.split("  +", head) == ["epoch", "one process", "DDP", "FSDP2", "FSDP2, resumed"]
+    for epoch, row, runs in ((1, first, 3), (2, second, 4)):
+        number, *losses = row.split()
+        assert number == str(epoch)
+        assert len(losses) == runs
+        assert len(set(losses)) == 1
+    assert float(second.split()[1]) < float(first.split()[1])
+    assert re.fullmatch(r"Equal: largest relative difference \d\.\de[-+]\d\d, allowed 1e-12", verdict)
+
+
+@needs_gloo
+def test_distributed_fails_where_ratios_are_those_of_shards(distributed, tmp_path):
+    script = tmp_path / "without_communication.py"
+    script.write_text(
+        "import runpy, sys\n"
+        "from torchlars import sharding\n"
+        "sharding.complete = lambda squared_norms: None\n"
+        f"sys.path.insert(0, {str(EXAMPLES)!r})\n"
+        f"runpy.run_path({str(EXAMPLES / 'distributed.py')!r}, run_name='__main__')\n",
+        encoding="utf-8",
+    )
+    status, printed, errors = distributed(script, "--epochs", "2")
+    assert status == 1, errors
+    (_, alone, ddp, fsdp2), (_, *at_last) = (row.split() for row in printed[3:5])
+    assert ddp == alone
+    assert fsdp2 != alone
+    assert at_last[2] == at_last[3], "it resumes from what it has saved, whatever that is"
+    assert printed[-1].startswith("NOT EQUAL: largest relative difference ")
+
+
+@needs_gloo
+def test_distributed_refuses_a_training_without_a_middle(example, digits, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["distributed.py", "--epochs", "1"])
+    with pytest.raises(SystemExit):
+        example("distributed").main()
+    assert "--epochs must be at least 2, so that there is a middle (got: 1)" in capsys.readouterr().err
