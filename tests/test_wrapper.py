@@ -664,6 +664,30 @@ def test_distributed_checkpoint_saves_and_loads_and_training_goes_on(wrap, flatt
     assert_same(model, other)
 
 
+def test_distributed_checkpoint_keeps_all_keys_of_groups_but_not_the_options_of_the_constructor(
+    wrap, process_group, tmp_path
+):
+    """An opt-out (None) or a value of one group comes back; eps and trust_coef of the wrapper stay the resumed one's."""
+
+    def state(model, optimizer):
+        return dict(zip(("model", "optimizer"), dcp_state_dict.get_state_dict(model, optimizer), strict=True))
+
+    model, optimizer = trained(wrap)
+    optimizer.param_groups[0]["trust_coef"], optimizer.param_groups[1]["trust_coef"] = None, 0.25
+    dcp.save(state(model, optimizer), checkpoint_id=tmp_path)
+    other = network(seed=1)
+    resumed = wrap.cls(sgd(other), eps=0.5, trust_coef=0.75)
+    for group in resumed.param_groups:
+        group["trust_coef"] = 0.125
+    loaded = state(other, resumed)
+    dcp.load(loaded, checkpoint_id=tmp_path)
+    dcp_state_dict.set_state_dict(
+        other, resumed, model_state_dict=loaded["model"], optim_state_dict=loaded["optimizer"]
+    )
+    assert [group["trust_coef"] for group in resumed.param_groups] == [None, 0.25]
+    assert (resumed.eps, resumed.trust_coef) == (0.5, 0.75)
+
+
 def test_distributed_checkpoint_takes_the_optimizer_itself_with_its_options(wrap, process_group, tmp_path):
     model, optimizer = trained(wrap)
     dcp.save({"optimizer": optimizer}, checkpoint_id=tmp_path)
