@@ -35,7 +35,7 @@ def step_time(module, tmp_path):
     return run
 
 
-@pytest.mark.parametrize("name", ["step_time.main", "host_time.main"])
+@pytest.mark.parametrize("name", ["step_time.main", "host_time.main", "scaling.main"])
 def test_the_reference_is_not_timed_in_the_name_of_torchlars(module, name, monkeypatch, capsys):
     main = module(name).main
     monkeypatch.setattr(module("common")._extension, "extension", None)
