@@ -141,7 +141,8 @@ def ratios_that_may_differ(layers: int, ranks: int) -> float:
 
     Two sums of N numbers ≥ 0 in float64 are within 2 (N − 1) u of each other, u = 2⁻⁵³. Square roots halve that for
     each norm, two norms add up, and seven roundings on either side are at most 14 u more. Neighbours in float32 are
-    more than 2⁻²⁴ apart, both relative to the ratio: a bound between them lies within one of (N + 6) 2⁻²⁸.
+    more than 2⁻²⁴ apart, both relative to the ratio. So (N + 6) 2⁻²⁸ of ratios may be rounded to another one, if they
+    lie evenly between neighbours.
     """
     return layers * (ranks + 6) * 2.0**-28
 
