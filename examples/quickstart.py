@@ -2,7 +2,7 @@
 
   python3 examples/quickstart.py              set up, then run examples/digits.py
   python3 examples/quickstart.py --seeds 5    the same; every other argument goes to the example
-  python3 examples/quickstart.py --test -x    set up, then run the tests; every other argument goes to pytest
+  python3 examples/quickstart.py --test -n 2  set up, then run the tests; every other argument goes to pytest
 
 The set-up uses the Python that runs this script if torch can be imported there. Otherwise it uses the virtual
 environment .venv in the repository, which it makes at the first run, and installs torch into it. Then it
@@ -30,7 +30,7 @@ VENV_PYTHON = ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bi
 TESTED_TORCH = "torch==2.13.0"
 BUILD_PACKAGES = ["setuptools>=77", "wheel", "ninja"]
 EXAMPLE_PACKAGES = ["numpy", "scikit-learn", "matplotlib", "tqdm"]
-TEST_PACKAGES = ["pytest", "numpy"]
+TEST_PACKAGES = ["pytest", "pytest-xdist", "numpy"]
 
 IMPORT_TORCH = "import torch; print(torch.__version__)"
 LIST_INSTALLED = """\

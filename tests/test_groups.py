@@ -94,7 +94,6 @@ def test_lrs_may_be_tensors():
         ({"frozen.*", "body.?.weight"}, {"frozen.weight", "body.0.weight"}),
         ((pattern for pattern in ["embedding.*", "frozen.*"]), {"embedding.weight", "frozen.weight"}),
     ],
-    ids=str,
 )
 def test_names_and_patterns_are_excluded_as_well(exclude, more):
     model = Net()

@@ -37,7 +37,8 @@ class LAMB(TrustRatioWrapper):
     Adafactor), over which :class:`torchlars.LARS` does almost nothing. Over SGD with momentum it is a LARS that scales
     the momentum, too.
 
-    **Gradients** stay as they were. Each parameter is copied for the duration of a step.
+    **Gradients** stay as they were. Each parameter is copied for the duration of a step; of a sharded one
+    (``DTensor``), what is here. Norms are those of whole layers, as in :class:`torchlars.LARS`.
 
     **Precision.** An update is the difference of two values of the parameter's dtype, each of which was rounded. So it
     must not be much smaller than the parameter: in float32 it is good to 1 % where ‖γu‖ is above 1e-5 · ‖w‖, which

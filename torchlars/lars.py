@@ -78,6 +78,14 @@ class LARS(TrustRatioWrapper):
 
     The README's table says which combination gives which implementation.
 
+    **Sharded layers** (``DTensor``, as FSDP2 and tensor parallelism make them) have the trust ratios of whole layers.
+    All ranks must take the step, with gradients of the same layers: one all-reduce for each process group over which
+    layers are split sums their squared norms. FSDP1 is refused.
+
+    **Mixed precision.** Over a base that unscales gradients itself (``fused=True``, :class:`torchlars.optim.SGD`), a
+    :class:`torch.amp.GradScaler` leaves that to :meth:`step`, which reads neither scale nor overflow on the host.
+    Gradients are unscaled as they are adapted; where they overflowed, nothing is written.
+
     Parameters, groups, state and hyper-parameters are the base's, and whatever drives a torch optimizer drives this
     one. A group may hold all options but ``weight_decay`` (which is the base's there) as keys of its own, and
     ``trust_coef=None`` to be left to the base as it is, weight decay included. (With ``lr_in_momentum=True`` beside it,
@@ -315,29 +323,24 @@ class LARC(LARS):
 
 @dataclass
 class Adaptation:
-    """How one step adapts the layers of one group."""
+    """How one step adapts the layers of one group; by default, not at all."""
 
     group: dict[str, Any]
-    trust_coef: float | None  # None: no trust ratio, but lr in the momentum
-    eps: float
-    clip: bool
-    norm: str
-    lr_in_momentum: bool
-    apply_to: str
-    weight_decay: float  # the coupled one
-    is_decoupled: bool  # whether the base's is not
-    maximize: bool
-    lr: float | Tensor | None  # None: nothing here needs it
+    trust_coef: float | None = None  # None: no trust ratio, but lr in the momentum, or gradients to be unscaled
+    eps: float = 0.0
+    clip: bool = False
+    norm: str = "raw"
+    lr_in_momentum: bool = False
+    apply_to: str = "gradient"
+    weight_decay: float = 0.0  # the coupled one
+    is_decoupled: bool = False  # whether the base's is not
+    maximize: bool = False
+    lr: float | Tensor | None = None  # None: nothing here needs it
 
     @property
     def is_of_gradients(self) -> bool:
         """Whether gradients are multiplied by trust ratios."""
         return self.trust_coef is not None and self.apply_to == "gradient"
-
-    @classmethod
-    def to_unscale(cls, group: dict[str, Any]) -> Adaptation:
-        """Return how to adapt a group whose gradients are to be unscaled, and nothing else."""
-        return cls(group, None, 0.0, False, "raw", False, "gradient", 0.0, False, False, None)
 
     def for_kernels(self) -> dict[str, Any]:
         """Return what one pass needs to measure, decide and apply."""
@@ -425,7 +428,7 @@ class Step:
             if how is None or self._is_for_base(how):
                 if not self._unscales:
                     continue
-                how = Adaptation.to_unscale(group)
+                how = Adaptation(group)  # only unscaled
             params = group["params"]
             positions: Iterable[int] = range(len(params))
             if how.is_of_gradients:

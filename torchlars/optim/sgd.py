@@ -166,9 +166,11 @@ class SGD(torch.optim.SGD):
             grad = _gradient(index, position, param, numbers, self.state.get(param, {}).get("momentum_buffer"))
             kind = (type(param), sharding.process_groups(param), _is_for_torch(param, grad))
             key = (param.device, param.dtype, grad.dtype, grad.layout, *kind)
-            bucket = buckets.setdefault(key, Bucket(index, self.state, **numbers))
-            bucket.params.append(param)
-            bucket.grads.append(grad)
+            if key not in buckets:
+                buckets[key] = Bucket(index, self.state, **numbers)
+            buckets[key].params.append(param)
+            buckets[key].local_params.append(sharding.local(param))
+            buckets[key].grads.append(sharding.local(grad))
         return buckets.values()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -210,7 +212,8 @@ class Bucket:
     maximize: bool
     momentum_in_float32: bool
     params: list[Tensor] = field(default_factory=list)
-    grads: list[Tensor] = field(default_factory=list)
+    local_params: list[Tensor] = field(default_factory=list)  # what is here of each
+    grads: list[Tensor] = field(default_factory=list)  # likewise
     ratios: Tensor | None = None
 
     def update(self, inv_scale: Tensor | None) -> None:
@@ -222,18 +225,18 @@ class Bucket:
         dampenings = [self.dampening] * layers
         buffers = []
         if self.momentum != 0:
-            for i, param in enumerate(self.params):
+            for i, (param, local_param) in enumerate(zip(self.params, self.local_params, strict=True)):
                 buffer = self.state[param].get("momentum_buffer")
                 if buffer is None:
                     dampenings[i] = 0.0  # m ← d: from zeros, undampened
-                buffers.append(self._buffer_like(param, buffer))
+                buffers.append(self._buffer_like(param, local_param, buffer))
         lr, lr_scale = self.lr, None
         if isinstance(lr, Tensor):
             lr_scale = ops.lr_scale(lr, self.params[0].device)
             lr = 1.0
         ops.sgd_(
-            [sharding.local(param) for param in self.params],
-            [sharding.local(grad) for grad in self.grads],
+            self.local_params,
+            self.grads,
             [sharding.local(buffer) for buffer in buffers],
             self.ratios,
             [self.weight_decay] * layers,
@@ -250,15 +253,18 @@ class Bucket:
         if sharding.is_distributed(self.params[0]):
             sharding.note_writes(self.params + buffers)
 
-    def _buffer_like(self, param: Tensor, buffer: Tensor | None) -> Tensor:
+    def _buffer_like(self, param: Tensor, local_param: Tensor, buffer: Tensor | None) -> Tensor:
         """Return a momentum buffer in the parameter's memory order, so that the two can be swept side by side."""
         dtype = momentum_dtype_of(param, torch.float32 if self.momentum_in_float32 else None)
         if buffer is not None and buffer.is_sparse:  # of a gradient that was sparse, as torch begins it
             buffer = buffer.to_dense()
-        buffer = None if buffer is None else sharding.placed_like(param, buffer)
-        strides = torch.empty_like(sharding.local(param), device="meta").stride()  # in its gaps there is no momentum
-        if buffer is not None and buffer.dtype == dtype and sharding.local(buffer).stride() == strides:
-            return buffer
+        if buffer is not None:
+            buffer = sharding.placed_like(param, buffer)
+            strides = local_param.stride()
+            if not local_param.is_contiguous():  # in gaps of a parameter there is no momentum
+                strides = torch.empty_like(local_param, device="meta").stride()
+            if buffer.dtype == dtype and sharding.local(buffer).stride() == strides:
+                return buffer
         ordered = torch.zeros_like(param, dtype=dtype, requires_grad=False)
         return ordered if buffer is None else ordered.copy_(buffer)
 
