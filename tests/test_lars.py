@@ -580,3 +580,30 @@ def test_lars_over_a_base_without_lr_says_so_where_it_needs_one():
     with pytest.raises(TypeError, match=r"optimizer must have a learning rate \(got: Stepless, without lr in"):
         LARS(base, clip=True)
     LARS(base)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda lr, params: LARS(torch.optim.SGD(params, lr=lr), clip=True),
+        lambda lr, params: LARS(torchlars.optim.SGD(params, lr=lr)),
+        lambda lr, params: torchlars.LAMB(torch.optim.SGD(params, lr=lr)),
+    ],
+    ids=["LARS, clipped", "LARS(torchlars SGD)", "LAMB"],
+)
+def test_an_lr_of_the_host_is_refused_while_a_cuda_graph_is_captured(make, monkeypatch):
+    """The graph would copy it, at every replay, from memory that has long been something else."""
+    param = torch.nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    lr = torch.tensor(0.5)
+    optimizer = make(lr, [param])
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    message = r"^lr must be on the parameters' device while a CUDA graph is captured \(got: a tensor on cpu\); a number is kept"
+    with pytest.raises(RuntimeError, match=message):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(3))
+    assert torch.equal(param.grad, torch.ones(3))
+    monkeypatch.undo()
+    optimizer.step()
+    assert not torch.equal(param, torch.ones(3))

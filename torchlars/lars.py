@@ -13,7 +13,15 @@ from torch.optim import Optimizer
 from torchlars import ops, sharding
 from torchlars.amp import GradScale
 from torchlars.groups import ZeroLayers
-from torchlars.layers import TrustRatioWrapper, check_param, check_update, check_update_is_scalable, copies
+from torchlars.layers import (
+    TrustRatioWrapper,
+    check_layer,
+    check_update,
+    check_update_is_scalable,
+    copies,
+    readable_gradient,
+    writable_gradient,
+)
 from torchlars.wrapper import (
     HiddenHyperParameters,
     decouples,
@@ -439,7 +447,7 @@ class Step:
                     continue
                 seen.add(param)
                 if index in self._adaptations:
-                    _check_layer(index, position, param, how.weight_decay)
+                    check_layer(index, position, param, how.weight_decay)
                 groups = sharding.process_groups(param)
                 key = (param.device, param.dtype, param.grad.dtype, param.grad.is_sparse, groups, how.kind())
                 if key not in buckets:
@@ -510,7 +518,7 @@ class Step:
                 raise ValueError(f"params must be of the group (group: {index}, got one of shape {tuple(param.shape)})")
             if param.grad is None:
                 raise ValueError(f"params must have gradients (group: {index}, parameter: {position})")
-            _check_layer(index, position, param, how.weight_decay)
+            check_layer(index, position, param, how.weight_decay)
             if (param.device, param.dtype) != (params[0].device, params[0].dtype):
                 raise ValueError(
                     f"params must be of one device and dtype (group: {index}, parameter: {position}, {param.dtype} on "
@@ -580,7 +588,7 @@ class Bucket:
         self.is_sparse = param.grad.is_sparse
         self.params.append(param)
         self.local_params.append(sharding.local(param))
-        self.grads.append(_writable_gradient(param) if self.is_written else _readable_gradient(param))
+        self.grads.append(writable_gradient(param) if self.is_written else readable_gradient(param))
         self.weight_decays.append(how.weight_decay)
         if how.trust_coef is not None:
             self.trust_coefs.append(how.trust_coef)
@@ -659,64 +667,3 @@ class Bucket:
 def _measure(buckets: Sequence[Bucket]) -> None:
     """Measure and complete."""
     sharding.complete([(bucket.process_groups, bucket.measure()) for bucket in buckets])
-
-
-def _check_layer(group: int, position: int, param: Tensor, weight_decay: float) -> None:
-    """Raise if a parameter with its gradient cannot be adapted."""
-    check_param(group, position, param)
-    problem = _problem_of_gradient(param, weight_decay)
-    if problem is not None:
-        raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
-
-
-def _problem_of_gradient(param: Tensor, weight_decay: float) -> str | None:
-    """Return why a gradient cannot be adapted, or None."""
-    grad = param.grad
-    assert grad is not None
-    if grad.layout not in (torch.strided, torch.sparse_coo):
-        return f"gradients must be strided or sparse COO (layout: {grad.layout})"
-    if grad.is_sparse and weight_decay != 0:
-        return f"sparse gradients need weight_decay=0 (weight_decay: {weight_decay})"
-    if grad.shape != param.shape:
-        return f"gradients must have their parameter's shape (gradient: {tuple(grad.shape)})"
-    if grad.device != param.device:
-        return f"gradients must be on their parameter's device (parameter: {param.device}, gradient: {grad.device})"
-    if grad.dtype not in ops.DTYPES or grad.is_complex() != param.is_complex():
-        return f"gradients must be of their parameter's kind (parameter: {param.dtype}, gradient: {grad.dtype})"
-    return sharding.problem_of_gradient(param)
-
-
-def _writable_gradient(param: Tensor) -> Tensor:
-    """Return what of a gradient can be written in place: itself or what is here of it, or the values of a sparse one.
-
-    A gradient that is a view of itself (expanded, overlapping, lazily conjugated or negated) or was made in inference
-    mode is replaced by its values first, an uncoalesced sparse one by its sum, and one that is distributed otherwise
-    than its parameter by what a collective makes of it.
-    """
-    assert param.grad is not None
-    grad = sharding.placed_like(param, param.grad)
-    here = sharding.local(grad)
-    is_inference = not torch.compiler.is_compiling() and here.is_inference()  # to ask would break a graph
-    if grad.is_sparse:
-        grad = grad.coalesce()
-        if not ops.is_writable_in_place(grad._values()):
-            values = grad._values().clone()
-            grad = torch.sparse_coo_tensor(
-                grad._indices(), values, grad.shape, is_coalesced=True, check_invariants=False
-            )
-    elif is_inference or not (here.is_contiguous() or ops.is_writable_in_place(here)):
-        grad = grad.clone()
-    elif not sharding.is_distributed(grad):
-        grad = grad.resolve_conj().resolve_neg()
-    if grad is not param.grad:
-        param.grad = grad
-    return grad._values() if grad.is_sparse else sharding.local(grad)
-
-
-def _readable_gradient(param: Tensor) -> Tensor:
-    """Return what is here of a gradient, distributed as its parameter is, or the values of a sparse one."""
-    assert param.grad is not None
-    grad = sharding.placed_like(param, param.grad)
-    if grad is not param.grad:
-        param.grad = grad  # for the base, so that it need not do the same again
-    return grad.coalesce()._values() if grad.is_sparse else sharding.local(grad)

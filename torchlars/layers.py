@@ -1,4 +1,4 @@
-"""What LARS and LAMB have in common: layers that can be adapted, and the trust ratios of the last step."""
+"""What LARS and LAMB ask of layers and their gradients, and the trust ratios of the last step."""
 
 from __future__ import annotations
 
@@ -55,6 +55,67 @@ def check_param(group: int, position: int, param: Tensor) -> None:
         )
     if problem is not None:
         raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
+
+
+def check_layer(group: int, position: int, param: Tensor, weight_decay: float) -> None:
+    """Raise if a parameter with its gradient cannot be adapted."""
+    check_param(group, position, param)
+    problem = _problem_of_gradient(param, weight_decay)
+    if problem is not None:
+        raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
+
+
+def _problem_of_gradient(param: Tensor, weight_decay: float) -> str | None:
+    """Return why a gradient cannot be adapted, or None."""
+    grad = param.grad
+    assert grad is not None
+    if grad.layout not in (torch.strided, torch.sparse_coo):
+        return f"gradients must be strided or sparse COO (layout: {grad.layout})"
+    if grad.is_sparse and weight_decay != 0:
+        return f"sparse gradients need weight_decay=0 (weight_decay: {weight_decay})"
+    if grad.shape != param.shape:
+        return f"gradients must have their parameter's shape (gradient: {tuple(grad.shape)})"
+    if grad.device != param.device:
+        return f"gradients must be on their parameter's device (parameter: {param.device}, gradient: {grad.device})"
+    if grad.dtype not in ops.DTYPES or grad.is_complex() != param.is_complex():
+        return f"gradients must be of their parameter's kind (parameter: {param.dtype}, gradient: {grad.dtype})"
+    return sharding.problem_of_gradient(param)
+
+
+def writable_gradient(param: Tensor) -> Tensor:
+    """Return what of a gradient can be written in place: itself or what is here of it, or the values of a sparse one.
+
+    A gradient that is a view of itself (expanded, overlapping, lazily conjugated or negated) or was made in inference
+    mode is replaced by its values first, an uncoalesced sparse one by its sum, and one that is distributed otherwise
+    than its parameter by what a collective makes of it.
+    """
+    assert param.grad is not None
+    grad = sharding.placed_like(param, param.grad)
+    here = sharding.local(grad)
+    is_inference = not torch.compiler.is_compiling() and here.is_inference()  # to ask would break a graph
+    if grad.is_sparse:
+        grad = grad.coalesce()
+        if not ops.is_writable_in_place(grad._values()):
+            values = grad._values().clone()
+            grad = torch.sparse_coo_tensor(
+                grad._indices(), values, grad.shape, is_coalesced=True, check_invariants=False
+            )
+    elif is_inference or not (here.is_contiguous() or ops.is_writable_in_place(here)):
+        grad = grad.clone()
+    elif not sharding.is_distributed(grad):
+        grad = grad.resolve_conj().resolve_neg()
+    if grad is not param.grad:
+        param.grad = grad
+    return grad._values() if grad.is_sparse else sharding.local(grad)
+
+
+def readable_gradient(param: Tensor) -> Tensor:
+    """Return what is here of a gradient, distributed as its parameter is, or the values of a sparse one."""
+    assert param.grad is not None
+    grad = sharding.placed_like(param, param.grad)
+    if grad is not param.grad:
+        param.grad = grad  # for the base, so that it need not do the same again
+    return grad.coalesce()._values() if grad.is_sparse else sharding.local(grad)
 
 
 def check_update(group: int, position: int, param: Tensor) -> None:
