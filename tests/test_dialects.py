@@ -637,21 +637,25 @@ def test_lr_in_momentum_needs_a_base_that_is_linear_in_lr(base):
 
 
 @sgds
-@pytest.mark.parametrize("apply_to", ["gradient", "update"])
-def test_clip_with_lr_0_is_refused_at_the_step_and_nothing_changes(apply_to, sgd, backend):
-    optimizer = LARS(sgd(groups(), lr=0.5, momentum=0.9), clip=True, apply_to=apply_to)
-    give_gradients([optimizer], 0)
-    optimizer.step()
-    give_gradients([optimizer], 1)
-    optimizer.param_groups[4]["lr"] = 0.0
-    before = snapshot(optimizer)
-    message = r"clip needs an lr above 0 \(parameter group 4, got: 0.0\): .* begin a warm-up above 0"
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("lr_is_tensor", [False, True])
+def test_clip_at_lr_0_moves_nothing_and_momentum_takes_whole_gradients(lr_is_tensor, sgd, backend):
+    """Warm-ups begin so, and torch.distributed.checkpoint, where it makes a state to load into: min(r / 0, 1) is 1."""
+    param = torch.nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
+    lr = torch.tensor(0.0, dtype=torch.float64) if lr_is_tensor else 0.0
+    optimizer = LARS(sgd([param], lr=lr, momentum=0.9, weight_decay=0.1), eps=0, trust_coef=0.01, clip=True)
+    for momentum in ([2.3, 0.4], [0.9 * 2.3 + 2.3, 0.9 * 0.4 + 0.4]):
+        param.grad = torch.tensor([2.0, 0.0], dtype=torch.float64)
         optimizer.step()
-    assert_unchanged(optimizer, before)
-    optimizer.param_groups[4]["clip"] = False
-    optimizer.param_groups[2]["lr"] = 0.0  # not adapted, so not clipped
+        assert param.tolist() == [3.0, 4.0]
+        assert optimizer.trust_ratios()[param] == 1
+        assert optimizer.state[param]["momentum_buffer"].tolist() == pytest.approx(momentum, rel=1e-14)
+    optimizer.param_groups[0]["lr"] = 0.5
+    param.grad = torch.tensor([2.0, 0.0], dtype=torch.float64)
     optimizer.step()
+    ratio = 0.01 * 5.0 / (2.0 + 0.1 * 5.0) / 0.5
+    assert optimizer.trust_ratios()[param].item() == pytest.approx(ratio, rel=1e-14)
+    moved = [0.5 * (0.9 * 1.9 * whole + ratio * whole) for whole in (2.3, 0.4)]
+    assert param.tolist() == pytest.approx([3.0 - moved[0], 4.0 - moved[1]], rel=1e-14)
 
 
 class WithoutLr(torch.optim.Optimizer):

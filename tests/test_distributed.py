@@ -547,7 +547,7 @@ def load(setup: Setup, arm: Arm, folder: str, options: dict[str, bool]) -> dict[
 
 
 @pytest.mark.parametrize("flatten", [False, True], ids=["nested", "flattened"])
-@pytest.mark.parametrize("arm", FEW, ids=str)
+@pytest.mark.parametrize("arm", [*FEW, *(arm for arm in ARMS if arm.options is DECAYED)], ids=str)
 @pytest.mark.parametrize(
     ("before", "after"),
     [(SETUPS[1], SETUPS[0]), (SETUPS[0], SETUPS[2]), (SETUPS[4], SETUPS[3])],

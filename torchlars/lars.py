@@ -75,7 +75,8 @@ class LARS(TrustRatioWrapper):
 
     **Dialects.** Other implementations of LARS differ in four places, with γ for the group's lr at this step:
 
-    - ``clip=True``: *r* ← min(*r* / γ, 1), so that *r* is a layer's learning rate and γ its upper bound.
+    - ``clip=True``: *r* ← min(*r* / γ, 1), so that *r* is a layer's learning rate and γ its upper bound. Where γ is 0,
+      as in the first step of some warm-ups, that is 1: nothing moves, but momentum takes whole gradients.
     - ``norm="decayed"``: ‖g + λw‖ in the place of ‖g‖ + λ‖w‖.
     - ``lr_in_momentum=True``: the gradient becomes γ · r · (g + λw), and the base steps with an lr of 1, so that
       momentum keeps the lr of the steps in which it was collected. While the base steps, its own hooks read that 1, and
@@ -263,13 +264,7 @@ class LARS(TrustRatioWrapper):
 
     def adaptation(self, index: int) -> Adaptation | None:
         """Return how the layers of the ``index``-th group are adapted now, or None if they are left to the base."""
-        how = self._adaptation(index, self.param_groups[index])
-        if how is None or not how.clip or isinstance(how.lr, Tensor) or how.lr != 0:
-            return how
-        raise ValueError(
-            f"clip needs an lr above 0 (parameter group {index}, got: {how.lr}): it divides by lr, and whole gradients "
-            "would enter the momentum; begin a warm-up above 0"
-        )
+        return self._adaptation(index, self.param_groups[index])
 
     def _adaptation(self, index: int, group: dict[str, Any]) -> Adaptation | None:
         options = super().group_options(index, group) or self._options_of_unadapted(index, group)
@@ -316,7 +311,7 @@ class LARC(LARS):
         eps: ε ≥ 0, in units of a gradient's norm.
 
     Raises:
-        TypeError, ValueError: as :class:`LARS` does. With ``clip``, :meth:`step` also raises where lr is 0.
+        TypeError, ValueError: as :class:`LARS` does.
 
     Source: ``apex.parallel.LARC``. There a layer whose weights or gradient are all zero takes no weight decay, and the
     whole of γ where that is above 1; here its ratio is 1 before it is clipped.
