@@ -390,13 +390,20 @@ def train_with_a_scaler(arm: Arm, world: int, setup: Setup) -> tuple[dict[str, f
     return differences(model, optimizer, whole, expected), scales, waits
 
 
+def fused_adam(groups: Any) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=0.01, fused=True)
+
+
+OVER_FUSED = [Arm("LARS(AdamW fused)", LARS, fused_adam), Arm("LAMB(AdamW fused)", LAMB, fused_adam)]
+
+
 @pytest.mark.parametrize("setup", [SETUPS[1], SETUPS[2]], ids=str)
-@pytest.mark.parametrize("arm", FEW, ids=str)
+@pytest.mark.parametrize("arm", [*FEW, *OVER_FUSED], ids=str)
 def test_a_scaler_skips_the_step_of_all_ranks(workers, arm, setup):
     for found, scales, waits in workers(setup.world, train_with_a_scaler, arm, setup.world, setup):
         assert max(found.values()) <= TOLERANCE[torch.float32], found
         assert scales == [2.0**10] + [2.0**9] * (STEPS - 1)
-        assert waits == (0 if "torchlars" in arm.name else STEPS)
+        assert waits == (0 if "torchlars" in arm.name or "fused" in arm.name else STEPS)
 
 
 def train_compiled(setup: Setup, arm: Arm) -> dict[str, float]:
