@@ -130,6 +130,19 @@ def test_sets_have_the_sizes_of_their_models(module):
     assert sizes["llama_7b_bf16"] == (291, 6_738_415_616)
 
 
+def test_a_large_set_is_skipped_for_the_memory_of_those_who_take_part(module, monkeypatch):
+    main, sets, contestants = (module(f"step_time.{name}") for name in ("main", "sets", "contestants"))
+    everyone = contestants.contestants("fused")
+    two = [each for each in everyone if each.name in ("SGD fused", "LARS(torchlars.optim.SGD)")]
+    assert main.number_of_states(everyone, False) == 5  # SGD, 0.1.2, and three of torchlars
+    assert main.number_of_states(two, True) == 2
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (78 * 2**30, 80 * 2**30))
+    llama, device = sets.SETS["llama_7b_bf16"], torch.device("cuda")
+    assert "needs 102 GiB" in main.reason_to_skip(llama, device, torch.float32, 5)
+    assert main.reason_to_skip(llama, device, torch.float32, 2) is None
+    assert main.reason_to_skip(llama, torch.device("cpu"), torch.float32, 2) == "it is for GPUs"
+
+
 def test_targets_and_floors(module):
     targets = module("step_time.targets")
     cpu = targets.target("wrapper", "cpu", "resnet50", 2, "float32")

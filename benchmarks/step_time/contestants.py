@@ -118,8 +118,11 @@ def contestants(base: str) -> list[Contestant]:
             cacheable=2,
             is_core=True,
         ),
-        Contestant("Adam fused", "Adam", lambda params, hyper: adam(params, hyper).step),
-        Contestant("LARS(Adam fused)", "LARS-Adam", lambda params, hyper: lars(adam(params, hyper), hyper)),
+        *(
+            Contestant(f"Adam {form}", "Adam", lambda params, hyper, form=form: adam(params, hyper, form).step)
+            for form in ("foreach", "fused")
+        ),
+        Contestant("LARS(Adam fused)", "LARS-Adam", lambda params, hyper: lars(adam(params, hyper, "fused"), hyper)),
         Contestant("timm Lars", "LARS-SGD", timm_lars, form="other", is_foreign=True),
         Contestant(
             "pytorch_optimizer LARS",
@@ -182,10 +185,16 @@ def torchlars_sgd(params: list[Parameter], hyper: Hyper) -> Optimizer:
     return optim.SGD(params, lr=hyper.lr, momentum=hyper.momentum, weight_decay=hyper.weight_decay)
 
 
-def adam(params: list[Parameter], hyper: Hyper) -> Optimizer:
-    """Build torch's fused Adam."""
-    is_capturable = params[0].is_cuda  # by a CUDA graph
-    return torch.optim.Adam(params, lr=hyper.lr, weight_decay=hyper.weight_decay, fused=True, capturable=is_capturable)
+def adam(params: list[Parameter], hyper: Hyper, form: str) -> Optimizer:
+    """Build torch's Adam in one of its forms."""
+    return torch.optim.Adam(
+        params,
+        lr=hyper.lr,
+        weight_decay=hyper.weight_decay,
+        foreach=form == "foreach",
+        fused=form == "fused",
+        capturable=params[0].is_cuda,  # by a CUDA graph
+    )
 
 
 class NoOp(Optimizer):

@@ -52,19 +52,20 @@ def capture(step: Step) -> Step:
     return graph.replay
 
 
-def launches(step: Step) -> int:
-    """Return the number of kernels that one step launches."""
+def kernels(step: Step) -> list[str]:
+    """Return the names of the kernels that one step launches."""
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     torch.cuda.synchronize()
     with torch.profiler.profile(activities=activities) as profile:
         step()
         torch.cuda.synchronize()
-    return sum(
-        event.device_type == DeviceType.CUDA
+    return [
+        event.name
+        for event in profile.events()
+        if event.device_type == DeviceType.CUDA
         and not event.is_user_annotation  # torch marks every optimizer's step
         and not event.name.startswith(("Memcpy", "Memset"))
-        for event in profile.events()
-    )
+    ]
 
 
 def copy_bandwidth(device: torch.device, gigabytes: int = 1, repeats: int = 20) -> float:

@@ -79,7 +79,7 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, comm
         print(f"a copy within the device moves {report['copy_bandwidth'] / 1e9:.0f} GB/s, read and written", flush=True)
     for name in args.sets:
         layers = SETS[name]
-        reason = reason_to_skip(layers, device, dtype)
+        reason = reason_to_skip(layers, device, dtype, number_of_states(entrants, bool(args.contestants)))
         if reason:
             print(f"\n{name} is skipped: {reason}")
             continue
@@ -145,14 +145,19 @@ def wanted(args: argparse.Namespace, entrant: Contestant) -> bool:
     return not args.contestants or entrant.name in args.contestants
 
 
-def reason_to_skip(layers: LayerSet, device: torch.device, dtype: torch.dtype) -> str | None:
+def number_of_states(entrants: list[Contestant], all_of_them: bool) -> int:
+    """Return how many contestants have a momentum of their own on a large set."""
+    return sum((entrant.is_core or all_of_them) and entrant.name not in (PART, OLD_PART) for entrant in entrants)
+
+
+def reason_to_skip(layers: LayerSet, device: torch.device, dtype: torch.dtype, states: int) -> str | None:
     """Return why a set cannot be timed here, if so."""
     if not layers.is_large:
         return None
     if device.type != "cuda":
         return "it is for GPUs"
-    # Weights, gradients and their master copy; momentum of the floor, two forms of torchlars and 0.1.2; some room.
-    needed = 8 * layers.elements() * torch.empty((), dtype=layers.dtype or dtype).element_size()
+    # Weights, gradients and their master copy; a momentum each; some room.
+    needed = int((3 + states + 0.1) * layers.elements() * (layers.dtype or dtype).itemsize)
     free, _ = torch.cuda.mem_get_info(device)
     if free < needed:
         return f"it needs {needed / 2**30:.0f} GiB of GPU memory, and {free / 2**30:.0f} are free"
@@ -196,7 +201,7 @@ def time_set(
             timed[entrant_name]["clocks"][clock] = {**common.summary(times), "rounds": times}
     for entrant_name, entry in entries.items():
         if device.type == "cuda":  # after all timing, which a profiler may slow down
-            entry.facts["launches"] = cuda.launches(entry.step)
+            entry.facts["launches"] = len(cuda.kernels(entry.step))
         timed[entrant_name] |= entry.facts | {"formula": entry.contestant.formula, "form": entry.contestant.form}
         if entry.contestant.accesses is not None and (layers.reuse is not None or entry.contestant.form == "wrapper"):
             timed[entrant_name] |= {
