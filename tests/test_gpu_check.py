@@ -497,11 +497,12 @@ def test_cases_take_in_what_sanitizers_are_to_see(module):
             assert {case.inverse for case in of_op} == set(cases.INVERSES)
     tensors = cases.arguments(every[0])["tensors"]
     assert {tensor.storage_offset() for tensor in tensors} == {0, 1}
-    copies = cases.copied(tensors, torch.device("cpu"))
+    copies = cases.copied(tensors, torch.device("cpu"), {})
     for tensor, copy in zip(tensors, copies, strict=True):
         assert torch.equal(tensor, copy)
         assert tensor.storage_offset() == copy.storage_offset()
         assert not tensor.numel() or tensor.data_ptr() != copy.data_ptr()
+    assert len({tensor.untyped_storage().data_ptr() for tensor in copies}) == len(copies)
 
 
 def test_a_case_that_disagrees_stops_everything(module, extension, monkeypatch):

@@ -110,11 +110,15 @@ class Layers:
 
     def tensors(self, scale: float, kind: str, dtype: torch.dtype | None = None) -> list[Tensor]:
         """Return a tensor a layer, each of a scale of its own."""
+        dtype = dtype or self.case.dtype
+        if self.case.sizes is MANY:  # out of one: under a sanitizer an allocation takes longer than a layer's step
+            whole = scale * torch.randn(sum(MANY), generator=self.random, dtype=torch.float64)
+            return list(whole.to(dtype).split(list(MANY)))
         found = []
         for i, numel in enumerate(self.case.sizes):
             values = scale * (1 + i % 7) * torch.randn(numel + 1, generator=self.random, dtype=torch.float64)
             first = int(kind in MISALIGNED[i % len(MISALIGNED)])
-            found.append(values.to(dtype or self.case.dtype)[first : first + numel])
+            found.append(values.to(dtype)[first : first + numel])
         return found
 
     def numbers(self, *cycle: float) -> list[float]:
@@ -257,15 +261,20 @@ def arguments(case: Case) -> Arguments:
     return found
 
 
-def copied(value: Any, device: torch.device) -> Any:
-    """Return an argument with copies of its tensors on a device, each of which begins where the original does."""
+def copied(value: Any, device: torch.device, wholes: dict[int, Tensor]) -> Any:
+    """Return an argument with copies of its tensors on a device, each of which begins where the original does.
+
+    What shares memory goes on sharing it: ``wholes`` has the copies that were made, by the addresses of the originals.
+    """
     if isinstance(value, list):
-        return [copied(each, device) for each in value]
+        return [copied(each, device, wholes) for each in value]
     if not isinstance(value, Tensor):
         return value
-    whole = torch.empty(0, dtype=value.dtype).set_(value.untyped_storage())
-    whole = whole.clone() if device.type == "cpu" else whole.to(device)
-    return whole.as_strided(value.shape, value.stride(), value.storage_offset())
+    storage = value.untyped_storage()
+    if storage.data_ptr() not in wholes:
+        whole = torch.empty(0, dtype=value.dtype).set_(storage)
+        wholes[storage.data_ptr()] = whole.clone() if device.type == "cpu" else whole.to(device)
+    return wholes[storage.data_ptr()].as_strided(value.shape, value.stride(), value.storage_offset())
 
 
 def check(case: Case, device: torch.device) -> None:
@@ -277,7 +286,8 @@ def check(case: Case, device: torch.device) -> None:
     from torchlars import reference
 
     on_cpu = arguments(case)
-    on_device = {name: copied(value, device) for name, value in on_cpu.items()}
+    wholes: dict[int, Tensor] = {}
+    on_device = {name: copied(value, device, wholes) for name, value in on_cpu.items()}
     with torch.no_grad():
         result = getattr(torch.ops.torchlars, case.op)(**on_device)
         expected = getattr(reference, case.op)(**on_cpu)

@@ -152,7 +152,7 @@ class Check:
         command += [sys.executable, "-m", f"{MODULE}.cases", "--device", "cuda"]
         # Each tensor is an allocation then, and what lies beyond its end is no other tensor.
         more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        ended = self.run(tool, command, 60, more) if self.is_built() else None
+        ended = self.run(tool, command, 75, more) if self.is_built() else None
         if ended is None:
             return self.skip(tool, decides=True)
         errors = readings.sanitizer_errors(ended.output)
@@ -162,7 +162,7 @@ class Check:
         note += f"; {agrees[0]}" if agrees else f"; the cases did not reach their end ({ended.how})"
         seconds = ended.seconds
         if passed and tool in PLANTED:
-            planted = self.run(f"{tool}, of a planted fault", [*command, "--plant", tool], 30, more)
+            planted = self.run(f"{tool}, of a planted fault", [*command, "--plant", tool], 45, more)
             seconds += planted.seconds if planted else 0
             finds = planted is not None and bool(readings.sanitizer_errors(planted.output))
             finds = finds and planted is not None and readings.blames_torchlars(planted.output)
