@@ -1,1 +1,1 @@
-"""Speed as ratios from one interleaved run. Not installed: run from a checkout, as a module."""
+"""Speed as ratios from one interleaved run, and accuracy. Not installed: run from a checkout, as a module."""

@@ -1,0 +1,135 @@
+"""One training run: all that two runs can differ in goes in, a line of the results comes out."""
+
+from __future__ import annotations
+
+import time
+from math import isfinite
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+import torchlars
+from benchmarks.cifar10_accuracy.data import Resident, batches
+from benchmarks.cifar10_accuracy.model import ResNet9
+from torchlars import LAMB, LARS, param_groups
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+EVAL_SIZE = 2000
+
+
+class Run(NamedTuple):
+    """What a run differs in from others of its recipe. ``tested_on`` is "held-out" (in sweeps) or "test"."""
+
+    tested_on: str
+    optimizer: str
+    batch: int
+    lr: float
+    seed: int
+
+
+class Recipe(NamedTuple):
+    """What all runs of a results file have in common."""
+
+    data: str
+    epochs: float = 24
+    warmup: float = 4
+    width: int = 64
+    cutout: int = 0
+    microbatch: int = 2048
+    base_batch: int = 256
+    bias_lr: float = 0.05
+    dtype: str = "bfloat16"
+
+    def steps(self, images: int, batch: int) -> int:
+        """Return the number of steps in which the images are seen ``epochs`` times, to the nearest step."""
+        return max(1, round(self.epochs * images / batch))
+
+    def warmup_steps(self, images: int, batch: int) -> int:
+        """Return how many of them are warm-up."""
+        return max(1, round(self.warmup * images / batch))
+
+
+def make_optimizer(name: str, model: nn.Module, lr: float, bias_lr: float) -> Optimizer:
+    """Return an optimizer by its name. Biases and norms go without decay everywhere, and without trust ratios.
+
+    Args:
+        name: "SGD", "LARS" or "LAMB".
+        model: what it is for.
+        lr: of the weights.
+        bias_lr: of biases and norms under LARS. SGD and LAMB want no other lr for these.
+    """
+    if name == "SGD":
+        return SGD(param_groups(model, lr=lr, weight_decay=5e-4, bias_lr=lr), momentum=0.9)
+    if name == "LARS":
+        groups = param_groups(model, lr=lr, weight_decay=5e-4, bias_lr=bias_lr)
+        return LARS(torchlars.optim.SGD(groups, momentum=0.9))
+    return LAMB(AdamW(param_groups(model, lr=lr, weight_decay=0.01, bias_lr=lr)))
+
+
+def lr_factor(step: int, steps: int, warmup_steps: int) -> float:
+    """Return what lr is multiplied by at a step: up to 1 in a line, then down to 0 as a parabola, poly(2)."""
+    if step < warmup_steps:
+        return (step + 1) / warmup_steps
+    return max(0.0, 1 - (step - warmup_steps) / max(1, steps - warmup_steps)) ** 2
+
+
+def train(run: Run, recipe: Recipe, data: Resident, device: torch.device, compile: bool = False) -> dict[str, Any]:
+    """Train one network, and return its curve: epochs seen, mean training loss since, and accuracy in percent.
+
+    The seed decides over initial weights, the order of images, crops and flips.
+    """
+    start = time.perf_counter()
+    torch.manual_seed(run.seed)
+    model: nn.Module = ResNet9(recipe.width)  # on the host: the same weights for every device
+    model = model.to(device, memory_format=torch.channels_last)
+    forward: Any = torch.compile(model, dynamic=False) if compile else model
+    generator = torch.Generator(device).manual_seed(run.seed)
+    steps, warmup_steps = (count(len(data), run.batch) for count in (recipe.steps, recipe.warmup_steps))
+    optimizer = make_optimizer(run.optimizer, model, run.lr, recipe.bias_lr)
+    scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, steps, warmup_steps))
+    cast = torch.autocast(device.type, DTYPES[recipe.dtype], enabled=recipe.dtype != "float32")
+
+    curve: list[tuple[float, float, float]] = []
+    loss_sum, losses = torch.zeros((), device=device), 0
+    for step, index in enumerate(batches(len(data), run.batch, steps, generator), start=1):
+        # Each part has batch statistics of its own, as on the devices of a data-parallel training.
+        for part in index.split(recipe.microbatch):
+            images, labels = data.train_batch(part, generator, recipe.cutout)
+            with cast:
+                logits = forward(images)
+            loss = F.cross_entropy(logits.float(), labels, reduction="sum") / run.batch
+            loss.backward()
+            loss_sum += loss.detach()
+        losses += 1
+        optimizer.step()
+        scheduler.step()
+        optimizer.zero_grad()
+        seen = step * run.batch / len(data)
+        if step == steps or int(seen) > int((step - 1) * run.batch / len(data)):
+            with cast:
+                accuracy = evaluate(forward, data)
+            curve.append((seen, loss_sum.item() / losses, accuracy))
+            loss_sum, losses = torch.zeros_like(loss_sum), 0
+            if not isfinite(curve[-1][1]):
+                break  # nothing comes back from there
+    return {
+        "steps": steps,
+        "warmup_steps": warmup_steps,
+        "diverged": not isfinite(curve[-1][1]),
+        # JSON knows no NaN.
+        "curve": [[round(seen, 4), loss if isfinite(loss) else None, accuracy] for seen, loss, accuracy in curve],
+        "seconds": round(time.perf_counter() - start, 2),
+    }
+
+
+@torch.no_grad()
+def evaluate(model: Any, data: Resident) -> float:
+    """Return the top-1 accuracy on the test set in percent, by running statistics, without augmentation."""
+    model.eval()
+    correct = [(model(images).argmax(1) == labels).sum() for images, labels in data.test_batches(EVAL_SIZE)]
+    model.train()
+    return 100 * torch.stack(correct).sum().item() / len(data.test_labels)
