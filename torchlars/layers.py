@@ -42,7 +42,10 @@ def copies(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
     """Return what parameters hold now, by parameter; of sharded ones, what is here."""
     distinct = list(dict.fromkeys(params))
     here = [sharding.local(param) for param in distinct]
-    return dict(zip(distinct, torch._foreach_clone(here), strict=True)) if distinct else {}
+    copied = [torch.empty_like(tensor) for tensor in here]
+    if copied:
+        torch._foreach_copy_(copied, here)  # torch 2.11 has no _foreach_clone
+    return dict(zip(distinct, copied, strict=True))
 
 
 def check_param(group: int, position: int, param: Tensor) -> None:
