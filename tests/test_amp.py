@@ -264,5 +264,52 @@ def test_a_base_that_raises_gives_the_scale_back(wrap):
     scaler = torch.amp.GradScaler("cpu")
     with pytest.raises(ZeroDivisionError, match="in the base"):
         train(optimizer, model, scaler, 0, False)
-    assert not hasattr(optimizer.optim, "grad_scale")
-    assert not hasattr(optimizer.optim, "found_inf")
+    for one in (optimizer, optimizer.optim):
+        assert not hasattr(one, "grad_scale")
+        assert not hasattr(one, "found_inf")
+
+
+@pytest.mark.parametrize("base", ["SGD with momentum", "torchlars SGD with dampening"])
+def test_a_momentum_of_none_has_not_begun(base, backend, monkeypatch):
+    """Older versions of torch left such in their state dicts."""
+    model, twin, reads = network(torch.float32), network(torch.float32), Reads(monkeypatch)
+    optimizer = WRAPPERS["LARS"](BASES[base](groups_of(model)))
+    expected = waiting(WRAPPERS["LARS"](BASES[base](groups_of(twin))))
+    for one, opt in ((model, optimizer), (twin, expected)):
+        opt.state.update({param: {"momentum_buffer": None} for param in one.parameters()})
+    scaler, twin_scaler = (torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in range(2))
+    for step in range(1, 5):
+        train(optimizer, model, scaler, step, step == 1)
+        train(expected, twin, twin_scaler, step, step == 1)
+        assert all(map(torch.equal, model.parameters(), twin.parameters()))
+    assert reads.count == 4 + 2
+
+
+def test_layers_with_gaps_of_groups_that_decouple_beside_others(backend):
+    """Over a base that takes ratios, of groups whose decay it would multiply by them the gradients are written here."""
+
+    def build(wrap):
+        random = torch.Generator().manual_seed(2)
+        wide = [torch.randn(4, 6, generator=random) for _ in range(3)]
+        params = [nn.Parameter(values[:, :3]) for values in wide]  # which no plain layer is
+        groups = [
+            {"params": params[:1], "weight_decay": 0.1, "decoupled_weight_decay": True},
+            {"params": params[1:2], "weight_decay": 0.03},
+            {"params": params[2:], "trust_coef": None, "weight_decay": 0.05},
+        ]
+        return wrap(WRAPPERS["LARS"](torchlars.optim.SGD(groups, lr=0.4, momentum=0.9))), params
+
+    (optimizer, params), (expected, twins) = build(lambda optimizer: optimizer), build(waiting)
+    scaler, twin_scaler = (torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in range(2))
+    for step in range(1, 5):
+        for one, of_one, scale in ((optimizer, params, scaler), (expected, twins, twin_scaler)):
+            random = torch.Generator().manual_seed(10 + step)
+            for param in of_one:
+                param.grad = scale.scale(torch.randn(4, 3, generator=random))
+            if step == 2:
+                of_one[0].grad[0, 0] = torch.inf
+            scale.step(one)
+            scale.update()
+        assert all(map(torch.equal, params, twins))
+        ratios = zip(optimizer.trust_ratios().values(), expected.trust_ratios().values(), strict=True)
+        assert step == 2 or all(torch.equal(ratio, other) for ratio, other in ratios)

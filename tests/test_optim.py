@@ -2299,3 +2299,34 @@ def test_bad_calls_are_refused_and_change_nothing(backend, op, bad):
     for tensor, (version, value) in zip(tensors, before, strict=True):
         assert tensor._version == version
         assert tensor.device.type == "meta" or torch.equal(tensor.to_dense(), value.to_dense())
+
+
+@unders
+@pytest.mark.parametrize("options", [{"full_state_dict": True}, {"cpu_offload": True}, {}], ids=str)
+def test_a_distributed_checkpoint_gathered_to_one_rank_keeps_momentum_in_float32(under_lars, options, backend):
+    """It takes plain types and tensors only, and a dtype is neither."""
+
+    def build():
+        model = network(torch.bfloat16)
+        return model, sgd_of(model, under_lars=under_lars, momentum_dtype=torch.float32)
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            optimizer.zero_grad()
+            loss_of(model, step).backward()
+            optimizer.step()
+
+    options = dcp.StateDictOptions(**options)
+    (model, optimizer), (other, resumed) = build(), build()
+    train(model, optimizer, range(2))
+    state = dcp.get_optimizer_state_dict(model, optimizer, options=options)
+    assert {group["momentum_dtype"] for group in state["param_groups"]} == {"float32"}
+    other.load_state_dict(model.state_dict())
+    dcp.set_optimizer_state_dict(other, resumed, copy.deepcopy(state), options=options)
+    assert all(group["momentum_dtype"] is torch.float32 for group in resumed.param_groups)
+    train(model, optimizer, range(2, 4))
+    train(other, resumed, range(2, 4))
+    for param, twin in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(param, twin)
+        assert resumed.state[twin]["momentum_buffer"].dtype == torch.float32
+        assert torch.equal(optimizer.state[param]["momentum_buffer"], resumed.state[twin]["momentum_buffer"])

@@ -969,7 +969,7 @@ def test_a_compiled_step_that_raises_gives_hyper_parameters_back(wrap, backend, 
 
 
 def breaks_of(optimizer, model, graphs):
-    """Return why graphs broke in three compiled steps."""
+    """Return why graphs broke in three compiled steps, and how often."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -979,7 +979,7 @@ def breaks_of(optimizer, model, graphs):
         optimizer.zero_grad()
         loss_of(model, number).backward()
         step()
-    return {reason.splitlines()[0] for reason in counters["graph_break"]}
+    return {reason.splitlines()[0]: count for reason, count in counters["graph_break"].items()}
 
 
 @compiles
@@ -993,9 +993,11 @@ def test_a_graph_breaks_only_where_the_base_breaks_it(wrap, base, backend, graph
     model = network()
     reasons = breaks_of(make(model), model, of_base)
     model = network()
-    assert breaks_of(wrap(make(model)), model, ours) == reasons
+    # torch's own step breaks the graph on purpose. Around it that is met twice: in the wrapper's frame, which calls the
+    # base's, and then in this.
+    assert breaks_of(wrap(make(model)), model, ours) == {reason: 2 * count for reason, count in reasons.items()}
     if base is torchlars.optim.SGD:  # nothing breaks: LARS and the base in one graph, of the first step and of others
-        assert reasons == set()
+        assert reasons == {}
         assert len(ours) == len(of_base) == 2
 
 

@@ -23,8 +23,8 @@ __all__: list[str] = []
 def step_supports_scaling(base: Optimizer) -> bool:
     """Tell whether a base can unscale and skip by itself at its next step, and leaves a clean state if it skips.
 
-    If the first step of torch's fused SGD is skipped, it leaves a momentum that was never written (2.13, 2.14): before
-    that step the scaler waits for the device, once.
+    If the first step of torch's fused SGD is skipped, it leaves a momentum that was never written (2.13, 2.14): the
+    scaler waits for the device until one has begun.
     """
     if not getattr(base, "_step_supports_amp_scaling", False) or "grad_scaler" in signature(base.step).parameters:
         return False
@@ -34,7 +34,7 @@ def step_supports_scaling(base: Optimizer) -> bool:
 def begins_momentum(base: Optimizer, groups: Sequence[dict[str, Any]]) -> bool:
     """Tell whether the next step begins the momentum of any layer of some groups."""
     return any(
-        param.grad is not None and "momentum_buffer" not in base.state.get(param, {})
+        param.grad is not None and base.state.get(param, {}).get("momentum_buffer") is None
         for group in groups
         if group.get("momentum", 0) != 0
         for param in group["params"]

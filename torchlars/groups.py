@@ -146,7 +146,8 @@ class ZeroLayers:
     Such a layer has no norm to go by. Its trust ratio is 1, and its step the base's, at an lr that was chosen for
     trust ratios of a thousandth. Whether it is 0 is known on the device only. On the CPU it is looked up at the step;
     on an accelerator it is asked for when the layer comes in, and taken from the answer at the step if that has come
-    back and the layer is the same as then. The host never waits: an answer that is late goes unread.
+    back and the layer is the same as then. The host never waits: an answer that is late goes unread. Sharded layers
+    are not looked at: that would take another collective.
     """
 
     def __init__(self) -> None:

@@ -38,7 +38,8 @@ class LAMB(TrustRatioWrapper):
     the momentum, too.
 
     **Gradients** stay as they were. Each parameter is copied for the duration of a step; of a sharded one
-    (``DTensor``), what is here. Norms are those of whole layers, as in :class:`torchlars.LARS`.
+    (``DTensor``), what is here. Norms are those of whole layers, and all ranks must have gradients of the same layers,
+    as in :class:`torchlars.LARS`.
 
     **Precision.** An update is the difference of two values of the parameter's dtype, each of which was rounded. So it
     must not be much smaller than the parameter: in float32 it is good to 1 % where ‖γu‖ is above 1e-5 · ‖w‖, which
@@ -131,6 +132,9 @@ class LAMB(TrustRatioWrapper):
         try:
             grad_scale.hand_to(self.optim)
             loss = self.optim.step(*args, **kwargs)
+        except BaseException:
+            grad_scale.take_from(self)  # else the scaler does so
+            raise
         finally:
             grad_scale.take_from(self.optim)
         self._last_step[:] = _scale_updates(buckets, old_params)

@@ -88,8 +88,8 @@ class LARS(TrustRatioWrapper):
     The README's table says which combination gives which implementation.
 
     **Sharded layers** (``DTensor``, as FSDP2 and tensor parallelism make them) have the trust ratios of whole layers.
-    All ranks must take the step, with gradients of the same layers: one all-reduce for each process group over which
-    layers are split sums their squared norms. FSDP1 is refused.
+    All ranks must take the step, with gradients of the same layers, which nobody checks: one all-reduce for each
+    process group over which layers are split sums their squared norms, in order. FSDP1 is refused.
 
     **Mixed precision.** Over a base that unscales gradients itself (``fused=True``, :class:`torchlars.optim.SGD`), a
     :class:`torch.amp.GradScaler` leaves that to :meth:`step`, which reads neither scale nor overflow on the host.
@@ -251,6 +251,9 @@ class LARS(TrustRatioWrapper):
                 this.adapt()
             this.hide()
             loss = self.optim.step(*args, **kwargs)
+        except BaseException:
+            GradScale.of(self).take_from(self)  # else the scaler does so
+            raise
         finally:
             this.restore()
         this.scale_updates()

@@ -534,6 +534,8 @@ def _check_sgd(
 
 def is_writable_in_place(tensor: Tensor) -> bool:
     """Tell whether no two elements share memory, for every layout that slicing, permuting and expanding produce."""
+    if tensor.is_contiguous():  # most are, and to sort sizes that a compiler does not know would break its graph
+        return True
     dims = sorted((stride, size) for stride, size in zip(tensor.stride(), tensor.shape, strict=True) if size > 1)
     extent = 0
     for stride, size in dims:

@@ -27,14 +27,17 @@ def local(tensor: Tensor) -> Tensor:
     if not is_distributed(tensor):
         return tensor
     dtensor: Any = tensor
-    # to_local() makes a new view of a parameter each time, which takes forty times as long.
+    # to_local() would make a new view of a parameter each time.
     here: Tensor = dtensor.to_local() if torch.compiler.is_compiling() else dtensor._local_tensor
     return here.wait() if hasattr(here, "wait") else here  # of a collective that may still be under way
 
 
 def process_groups(param: Any) -> tuple[Any, ...]:
-    """Return the process groups over which a layer is split: in each of them, every rank holds another part of it."""
-    if not is_distributed(param):
+    """Return the process groups over which a layer is split: in each of them, every rank holds another part of it.
+
+    A rank outside of the layer's mesh holds nothing of it, and is in none.
+    """
+    if not is_distributed(param) or param.device_mesh.get_coordinate() is None:
         return ()
     mesh, placements = param.device_mesh, param.placements
     return tuple(

@@ -95,8 +95,8 @@ class SGD(torch.optim.SGD):
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
         """Whether a GradScaler leaves it to :meth:`step` to unscale gradients and to skip it.
 
-        If the first step is skipped, the momentum begins with zeros, as good as none. But not if it is dampened, which
-        its first step is not; nor where torch's own functions take the step.
+        If the first step is skipped, the momentum begins with zeros, as good as none. But not one that is dampened, as
+        its first step is not; and not where torch's own functions take the step.
         """
         dampened = [group for group in self.param_groups if group["dampening"] != 0]
         return not amp.begins_momentum(self, dampened) and not any(
@@ -173,6 +173,17 @@ class SGD(torch.optim.SGD):
             buckets[key].grads.append(sharding.local(grad))
         return buckets.values()
 
+    def state_dict(self) -> dict[str, Any]:
+        """Return the state dict, of plain types and tensors: ``momentum_dtype`` is in it by its name.
+
+        torch.distributed.checkpoint gathers nothing else to one rank.
+        """
+        state_dict = super().state_dict()
+        for group in state_dict["param_groups"]:
+            if group.get("momentum_dtype") is torch.float32:
+                group["momentum_dtype"] = "float32"
+        return state_dict
+
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state dict of this class, or of :class:`torch.optim.SGD`.
 
@@ -188,6 +199,8 @@ class SGD(torch.optim.SGD):
             handle.remove()
         for group, own in zip(self.param_groups, own_keys, strict=True):
             group.update({**own, **group})
+            if group.get("momentum_dtype") == "float32":
+                group["momentum_dtype"] = torch.float32
         # torch has rounded all state to the parameters' dtype.
         ids: Iterator[Any] = (i for group in loaded["param_groups"] for i in group["params"])
         for group in self.param_groups:
