@@ -194,7 +194,7 @@ class Bucket:
         self.params = [param for param in self.layers if param.grad is not None]
         self.local_params = [sharding.local(param) for param in self.params]
         self.old_params = [old_params[param] for param in self.params]
-        return bool(self.params)
+        return len(self.params) > 0  # bool() of a list breaks the graphs of torch 2.11
 
     def measure(self) -> Tensor:
         """Measure what is here."""
