@@ -128,6 +128,8 @@ def test_the_numbers_are_those_of_the_path_that_waits(dtype, wrapper, base, over
     waits_until = None  # the step in which a momentum has begun
     if "dampening" in base or base == "SGD with momentum":
         waits_until = 2 if overflows_at == 1 else 1
+    if base == "Adagrad" and not hasattr(optimizer.optim, "_step_supports_amp_scaling"):  # it has no such path in 2.11
+        waits_until = STEPS
     for step in range(1, STEPS + 1):
         before = copy.deepcopy(model.state_dict())
         train(expected, twin, twin_scaler, step, step == overflows_at)
