@@ -290,6 +290,7 @@ def test_both_sgds_and_both_ways_agree_in_other_dtypes(dtype, dialect, backend, 
         change_lr([ours, theirs, closer], step)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's own, in 2.11, though it is told
 @pytest.mark.parametrize("dialect", DIALECTS, ids=label)
 @sgds
 def test_a_sparse_gradient_is_adapted_like_a_dense_one(sgd, dialect, backend):

@@ -240,6 +240,7 @@ def test_several_devices_in_one_group(backend):
     assert [ratio.device.type for ratio in optimizer.trust_ratios().values()] == ["meta", "cpu"]
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's own, in 2.11, though it is told
 def test_dense_and_sparse_layers_side_by_side(backend):
     dense = nn.Parameter(torch.randn(10, 3, dtype=torch.float64))
     sparse = nn.Parameter(torch.randn(10, 3, dtype=torch.float64))
@@ -253,6 +254,7 @@ def test_dense_and_sparse_layers_side_by_side(backend):
     torch.testing.assert_close(sparse.grad.to_dense(), expected[1], rtol=1e-13, atol=0)
 
 
+@pytest.mark.filterwarnings("ignore:Sparse invariant checks:UserWarning")  # torch's own, in 2.11, though it is told
 @pytest.mark.parametrize("shape", [(2, 4), (1, 4)])
 def test_expanded_values_of_a_sparse_gradient_are_replaced(backend, shape):
     param = nn.Parameter(torch.randn(5, 4, dtype=torch.float64))
