@@ -3,13 +3,12 @@
   torchrun --nproc-per-node 2 examples/distributed.py
 
 A trust ratio takes the norms of whole layers. Under DDP every rank has them; under FSDP2 it has shards, and LARS sums
-their squared norms over all ranks. So a small network learns the digits of digits.py with one set of hyper-parameters
-in the same way each time, and once more from the middle on, with all built anew and loaded from a sharded checkpoint.
-The losses come as a table; if they differ, the exit status is 1. They are float32 where every process has a GPU of its
-own, else float64 on the CPU. One process needs no torchrun. Needs torchlars, scikit-learn, matplotlib and tqdm.
+their squared norms over all ranks. A small network learns the digits of digits.py each time alike, and once more from
+the middle on, from a sharded checkpoint. Exits with 1 if losses differ. Needs torchlars and what digits.py needs.
 """
 
 import argparse
+import gc
 import os
 import tempfile
 
@@ -30,7 +29,6 @@ def start() -> tuple[Tensor, Tensor, float]:
     images, _, labels, _ = load_split()
     alone = {} if "RANK" in os.environ else {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # no torchrun
     if torch.cuda.device_count() < int(os.environ.get("LOCAL_WORLD_SIZE", 1)):  # 0 where there is no CUDA
-        torch.set_num_threads(1)
         dist.init_process_group("gloo", **alone)
         return images.double(), labels, 1e-12
     torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
@@ -79,7 +77,7 @@ class Run:
         return {"model": model, "optim": optim, "scheduler": self.scheduler.state_dict()}
 
     def load_state_dict(self, state: dict[str, dict]) -> None:
-        """Takes over from another run. dcp.load calls it, after it has overwritten what state_dict() returns."""
+        """Takes over from another run. dcp.load calls it, once it has filled what state_dict() returned."""
         set_state_dict(self.model, self.optimizer, model_state_dict=state["model"], optim_state_dict=state["optim"])
         self.scheduler.load_state_dict(state["scheduler"])
 
@@ -93,8 +91,8 @@ def main() -> None:
         parser.error(f"--epochs must be at least 2, so that there is a middle (got: {args.epochs})")
     images, labels, tolerance = start()
     say = print if dist.get_rank() == 0 else lambda _: None
-    say(f"Mean losses in {images.dtype} on {images.device.type}, processes: {dist.get_world_size()}\n")
-    say("epoch     one process             DDP           FSDP2  FSDP2, resumed")
+    title = f"Mean losses in {images.dtype} on {images.device.type}, processes: {dist.get_world_size()}"
+    say(f"{title}\n\nepoch     one process             DDP           FSDP2  FSDP2, resumed")
     runs, apart = [Run(way, args.epochs, images, labels) for way in ("one process", "DDP", "FSDP2")], []
     for epoch in range(args.epochs):
         if epoch == args.epochs // 2:
@@ -110,6 +108,8 @@ def main() -> None:
         say(f"{epoch + 1:5}" + "".join(f"{loss:16.9f}" for loss in losses))
     equal = all(difference <= tolerance for difference in apart)  # NaN is not
     say(f"\n{'Equal' if equal else 'NOT EQUAL'}: largest relative difference {max(apart):.1e}, allowed {tolerance:.0e}")
+    del runs  # and with them what holds on to process groups
+    gc.collect()
     dist.barrier()  # torchrun ends the others when one fails
     dist.destroy_process_group()
     raise SystemExit(0 if equal else 1)
