@@ -440,6 +440,12 @@ def train_compiled(setup: Setup, arm: Arm) -> tuple[dict[str, float], set[str], 
     return differences(model, optimizer, whole, expected), reasons[1], reasons[0]
 
 
+# Where a base breaks the graph of LAMB's step, the rest of it is compiled call by call, and torch 2.11 cannot trace
+# DeviceMesh.get_group on its own.
+IS_2_11 = [int(number) for number in torch.__version__.split(".")[:2]] == [2, 11]
+BREAKS_OF_MESHES = {"Unsupported method call"} if IS_2_11 else set()
+
+
 @pytest.mark.parametrize(
     "arm", [arm for arm in ARMS if arm.name in ("LARS(SGD)", "LAMB(torchlars SGD)", "LAMB(AdamW)")], ids=str
 )
@@ -448,7 +454,7 @@ def test_a_compiled_step_of_shards(workers, arm):
         if "AdamW" not in arm.name:  # whose bias correction is in float32 where it is compiled
             assert max(found.values()) <= TOLERANCE[torch.float64], found
         assert max(found.values()) <= TOLERANCE[torch.float32], found
-        assert reasons <= of_base
+        assert reasons <= of_base | BREAKS_OF_MESHES
 
 
 # --- DistributedDataParallel and ZeroRedundancyOptimizer ---------------------------------------------------------------
