@@ -1,4 +1,7 @@
-"""Whole steps on a GPU: captured in a graph, under a GradScaler, and sharded. The host never waits for any of them."""
+"""Whole steps on a GPU: captured in a graph, under a GradScaler, and sharded. The host must wait for none of them.
+
+None of this has been run on a GPU yet.
+"""
 
 from __future__ import annotations
 
