@@ -657,7 +657,7 @@ def test_what_is_distributed_in_two_ways_is_refused(workers):
         assert messages["whole momentum"] == f"{momentum}{where}"
 
 
-def step_of_a_layer_on_two_of_four_ranks(base: Any) -> tuple[str, list[float]]:
+def step_of_a_layer_on_two_of_four_ranks(base: Any) -> list[float]:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
@@ -667,17 +667,16 @@ def step_of_a_layer_on_two_of_four_ranks(base: Any) -> tuple[str, list[float]]:
     here = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
     here.grad = torch.tensor([2.0, 0.0], dtype=torch.float64)
     optimizer = LARS(base([elsewhere, here], lr=1.0, weight_decay=0.1), eps=0, trust_coef=0.5)
-    message = message_of(optimizer.step)
+    optimizer.step()
     ratios = optimizer.trust_ratios()
-    return message, [ratios[param].item() for param in (elsewhere, here)]
+    return [ratios[param].item() for param in (elsewhere, here)]
 
 
 @pytest.mark.parametrize("base", [torch.optim.SGD, torchlars.optim.SGD], ids=["torch", "torchlars"])
 def test_a_rank_outside_of_a_layers_mesh_steps_all_the_same(workers, base):
     results = workers(4, step_of_a_layer_on_two_of_four_ranks, base)
     ratio = 0.5 * 5.0 / (2.0 + 0.1 * 5.0)
-    for rank, (message, (of_elsewhere, of_here)) in enumerate(results):
-        assert message == "nothing was raised"
+    for rank, (of_elsewhere, of_here) in enumerate(results):
         assert of_here == pytest.approx(ratio, rel=1e-12)
         assert rank >= 2 or of_elsewhere == pytest.approx(ratio, rel=1e-12)
 

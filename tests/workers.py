@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 import traceback
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import wait
 from typing import Any
@@ -20,25 +21,23 @@ def serve(rank: int, connection: Any) -> None:
     """Take calls, and send back what they return or raise."""
     torch.set_num_threads(1)
     os.environ["TORCH_DISTRIBUTED_DEBUG"] = "OFF"
-    while True:
-        try:
-            call = connection.recv()
-        except EOFError:
-            return
-        world_size, store, function, args = call
-        try:
-            dist.init_process_group(
-                "gloo",
-                store=dist.FileStore(store, world_size),
-                rank=rank,
-                world_size=world_size,
-                timeout=timedelta(seconds=TIMEOUT),
-            )
-            torch.manual_seed(20170813)
-            connection.send((True, function(*args)))
-        except BaseException:
-            connection.send((False, traceback.format_exc()))
-        finally:
+    with suppress(EOFError):  # no more calls will come
+        while True:
+            world_size, store, function, args = connection.recv()
+            try:
+                dist.init_process_group(
+                    "gloo",
+                    store=dist.FileStore(store, world_size),
+                    rank=rank,
+                    world_size=world_size,
+                    timeout=timedelta(seconds=TIMEOUT),
+                )
+                torch.manual_seed(20170813)
+                connection.send((True, function(*args)))
+            except BaseException:
+                connection.send((False, traceback.format_exc()))
+            # A rank that leaves while others still connect to it would fail them.
+            connection.recv()
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -91,4 +90,6 @@ class Workers:
                 if failed or not ready:
                     self.stop()
                     raise AssertionError("\n".join(failed) or f"no answer within {TIMEOUT} s of ranks {list(waiting)}")
+            for connection in connections:
+                connection.send("all have answered")
         return [answer[1] for answer in answers]
