@@ -7,6 +7,7 @@ The oracle is the scaler's other path, which unscales the gradients, reads ``fou
 from __future__ import annotations
 
 import copy
+from functools import partial
 from typing import Any
 
 import pytest
@@ -254,19 +255,69 @@ def test_layers_that_torch_steps_are_left_the_other_path(monkeypatch):
     assert reads.count == 1
 
 
-@pytest.mark.parametrize("wrap", [LARS, LAMB])
-def test_a_base_that_raises_gives_the_scale_back(wrap):
-    class Raises(Adam):
-        def step(self, closure=None):
-            assert self.found_inf is not None
-            raise ZeroDivisionError("in the base")
+class Raises(Adam):
+    def step(self, closure=None):
+        assert self.found_inf is not None
+        raise ZeroDivisionError("in the base")
 
+
+def raises(wrap):
+    def make(model):
+        return wrap(Raises(model.parameters(), lr=0.02, fused=True))
+
+    return make
+
+
+def refuses_a_group(make):
+    def with_such_a_group(model):
+        optimizer = make(SGD(model.parameters(), lr=0.4, fused=True))
+        optimizer.param_groups[0]["eps"] = -1.0
+        return optimizer
+
+    return with_such_a_group
+
+
+def refuses_a_parameter(make):
+    def with_such_a_parameter(model):
+        next(model.parameters())._fsdp_flattened = True
+        return make(SGD(model.parameters(), lr=0.4, fused=True))
+
+    return with_such_a_parameter
+
+
+def refuses_a_number(model):
+    optimizer = torchlars.optim.SGD(model.parameters(), lr=0.4)
+    optimizer.param_groups[0]["momentum"] = -1.0
+    return optimizer
+
+
+def warns_of_zeros(model):
+    nn.init.zeros_(next(model.parameters()))
+    return LARS(SGD(model.parameters(), lr=16.0, fused=True))
+
+
+RAISING = {
+    "LARS, in the base": (raises(LARS), "in the base"),
+    "LAMB, in the base": (raises(LAMB), "in the base"),
+    "LARS, of a group": (refuses_a_group(LARS), "eps of parameter group 0 must be a non-negative number"),
+    "LAMB, of a group": (refuses_a_group(LAMB), "eps of parameter group 0 must be a non-negative number"),
+    "LARS, of a parameter": (refuses_a_parameter(LARS), "FSDP1 flattens"),
+    "LARS, of updates": (refuses_a_parameter(partial(LARS, apply_to="update")), "FSDP1 flattens"),
+    "LAMB, of a parameter": (refuses_a_parameter(LAMB), "FSDP1 flattens"),
+    "LARS, of a warning": (warns_of_zeros, "weights are all 0"),
+    "torchlars SGD": (refuses_a_number, "momentum of parameter group 0 must be a non-negative number"),
+}
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("make", "message"), RAISING.values(), ids=RAISING)
+def test_a_step_that_raises_gives_the_scale_back(make, message):
     model = network(torch.float32)
-    optimizer = wrap(Raises(model.parameters(), lr=0.02, fused=True))
+    optimizer = make(model)
     scaler = torch.amp.GradScaler("cpu")
-    with pytest.raises(ZeroDivisionError, match="in the base"):
+    with pytest.raises(Exception, match=message):
         train(optimizer, model, scaler, 0, False)
-    for one in (optimizer, optimizer.optim):
+    for one in (optimizer, getattr(optimizer, "optim", optimizer)):
         assert not hasattr(one, "grad_scale")
         assert not hasattr(one, "found_inf")
 

@@ -123,13 +123,13 @@ class LAMB(TrustRatioWrapper):
             gather()
             return loss
 
-        gather()
         if closure is not None:
             args = (evaluate, *args)
         elif args:  # they keep their places
             args = (None, *args)
         grad_scale = GradScale.of(self)  # for the base, whose gradients these are; a step that it skips is no update
         try:
+            gather()
             grad_scale.hand_to(self.optim)
             loss = self.optim.step(*args, **kwargs)
         except BaseException:

@@ -227,9 +227,6 @@ class LARS(TrustRatioWrapper):
                 Nothing has changed then. Whatever raises, hyper-parameters are back as they were.
         """
         this = Step(self, gradients_may_come=closure is not None)
-        if self._zero_layers is not None and not torch.compiler.is_compiling():
-            zero_layers, self._zero_layers = self._zero_layers, None
-            closure = zero_layers.before_step(self, closure)
 
         def adapted_closure() -> Any:
             this.restore()
@@ -247,6 +244,10 @@ class LARS(TrustRatioWrapper):
         if this.base_takes:
             kwargs["trust_ratios"] = this
         try:
+            this.read_groups()
+            if self._zero_layers is not None and not torch.compiler.is_compiling():
+                zero_layers, self._zero_layers = self._zero_layers, None
+                closure = zero_layers.before_step(self, closure)
             if closure is None:
                 this.adapt()
             this.hide()
@@ -373,12 +374,13 @@ class Step:
         self._lars = lars
         self.base_takes = bool(getattr(lars.optim, "takes_trust_ratios", False))
         self._hidden = HiddenHyperParameters()
-        self._grad_scale = GradScale.of(lars)
+        self._grad_scale = self._scale_for_base = GradScale.of(lars)
+        self._unscales = False
         self.reported: list[tuple[Sequence[Tensor], Tensor]] = []
         self._scaled_later: list[tuple[Sequence[Tensor], Tensor]] = []
         self._gradients_may_come = gradients_may_come
         self._old_params: dict[Tensor, Tensor] = {}
-        self.read_groups()
+        self._adaptations: dict[int, Adaptation] = {}
 
     def read_groups(self) -> None:
         """Read from the groups how they are adapted. Raise what can be told from them."""

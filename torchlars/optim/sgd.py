@@ -120,10 +120,14 @@ class SGD(torch.optim.SGD):
                 names it. Nothing has changed then.
         """
         loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
-        self._step(trust_ratios)
+        try:
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
+            self._step(trust_ratios)
+        except BaseException:
+            GradScale.of(self).take_from(self)  # else the scaler does so
+            raise
         return loss
 
     @torch.no_grad()
