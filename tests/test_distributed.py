@@ -661,7 +661,8 @@ def step_of_a_layer_on_two_of_four_ranks(base: Any) -> list[float]:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import Shard, distribute_tensor
 
-    mesh = DeviceMesh("cpu", [0, 1])
+    # Of other ranks than any other test's: torch takes equal meshes for one, even after their process group is gone.
+    mesh = DeviceMesh("cpu", [2, 3])
     elsewhere = nn.Parameter(distribute_tensor(torch.tensor([3.0, 4.0], dtype=torch.float64), mesh, [Shard(0)]))
     elsewhere.grad = distribute_tensor(torch.tensor([2.0, 0.0], dtype=torch.float64), mesh, [Shard(0)])
     here = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
@@ -678,7 +679,7 @@ def test_a_rank_outside_of_a_layers_mesh_steps_all_the_same(workers, base):
     ratio = 0.5 * 5.0 / (2.0 + 0.1 * 5.0)
     for rank, (of_elsewhere, of_here) in enumerate(results):
         assert of_here == pytest.approx(ratio, rel=1e-12)
-        assert rank >= 2 or of_elsewhere == pytest.approx(ratio, rel=1e-12)
+        assert rank < 2 or of_elsewhere == pytest.approx(ratio, rel=1e-12)
 
 
 class Measures(torch.optim.SGD):
