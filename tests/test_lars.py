@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import SGD
 
 import torchlars.optim
-from torchlars import LARS, ops, reference
+from torchlars import LAMB, LARS, ops, reference
 
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
 DATA = PUBLISHED["data"]
@@ -342,6 +342,33 @@ def test_step_in_inference_mode(backend):
         LARS(base).step()
     for param, gradient in zip(params, expected, strict=True):
         torch.testing.assert_close(param.grad, gradient, rtol=1e-13, atol=0)
+
+
+STEPPING = {
+    "LARS(SGD)": lambda params: LARS(SGD(params, lr=0.5, weight_decay=0.1), trust_coef=0.5),
+    "LARS(torchlars SGD)": lambda params: LARS(
+        torchlars.optim.SGD(params, lr=0.5, momentum=0.9, weight_decay=0.1), trust_coef=0.5
+    ),
+    "torchlars SGD": lambda params: torchlars.optim.SGD(params, lr=0.5, momentum=0.9, weight_decay=0.1),
+    "LAMB(SGD)": lambda params: LAMB(SGD(params, lr=0.5, weight_decay=0.1)),
+}
+
+
+@pytest.mark.parametrize("make_optimizer", STEPPING.values(), ids=STEPPING)
+def test_memory_that_is_shared_until_it_is_written(make_optimizer, backend):
+    def random_values():
+        return torch.randn(4, 300_000, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
+
+    values, stepped = random_values(), []
+    for copy in (torch.clone, torch._lazy_clone):
+        params = [nn.Parameter(copy(values[i])) for i in (0, 1)]
+        for i, param in enumerate(params):
+            param.grad = copy(values[2 + i])
+        make_optimizer(params).step()
+        stepped.append([*params, *(param.grad for param in params)])
+    assert all(map(torch.equal, *stepped))
+    assert torch.equal(values, random_values())  # of which the copies were made
+    assert not torch.equal(stepped[0][0], values[0])
 
 
 def test_gradients_in_float32_of_parameters_in_bfloat16(backend):

@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <array>
 #include <numeric>
+#include <utility>
+#include <vector>
 
 #include "../checks.h"
 #include "../layers.h"
@@ -165,6 +167,9 @@ Adapt adapt_of(c10::ScalarType dtype) {
   return function;
 }
 
+// Where threads write. Asked for before they begin: memory that is shared until it is written is copied then.
+void* writable(const Swept& swept) { return swept->mutable_data_ptr(); }
+
 // Adapts gradients in place, given their trust ratios; times their lrs, if there are any.
 void adapt(const Plan& plan, at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays,
            at::ArrayRef<double> ratios, at::ArrayRef<double> lrs, bool maximize, double inv_scale) {
@@ -172,16 +177,19 @@ void adapt(const Plan& plan, at::TensorList grads, at::TensorList params, at::Ar
     return;
   }
   std::vector<Pair> layers;
+  std::vector<void*> written;
   layers.reserve(grads.size());
+  written.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     layers.emplace_back(grads[i], params[i], weight_decays[i]);
+    written.push_back(writable(layers[i].grad));
   }
   const Adapt adapt_range = adapt_of(real_dtype(*layers[0].grad));
   const double sign = maximize ? -1 : 1;
   for_chunks(plan, real_size(*layers[0].grad), Order::kBackwards, [&](int64_t i, int64_t, Range range) {
     const void* param = layers[i].param->defined() ? layers[i].param->const_data_ptr() : nullptr;
     const double factor = lrs.empty() ? ratios[i] : ratios[i] * lrs[i];
-    adapt_range(layers[i].grad->mutable_data_ptr(), param, range, sign * weight_decays[i], factor, inv_scale);
+    adapt_range(written[i], param, range, sign * weight_decays[i], factor, inv_scale);
   });
   for (size_t i = 0; i < grads.size(); ++i) {
     write_back(layers[i].grad, grads[i]);
@@ -205,14 +213,17 @@ ScaleUpdate scale_update_of(c10::ScalarType dtype) {
 // Scales updates in place, given their trust ratios. What has the ratio 1 is not touched.
 void scale_updates(const Plan& plan, at::TensorList params, at::TensorList old_params, at::ArrayRef<double> ratios) {
   std::vector<Pair> layers;
+  std::vector<void*> written;
   layers.reserve(params.size());
+  written.reserve(params.size());
   for (size_t i = 0; i < params.size(); ++i) {
     layers.emplace_back(params[i], old_params[i], 1);
+    written.push_back(writable(layers[i].grad));
   }
   const ScaleUpdate scale_range = scale_update_of(real_dtype(params[0]));
   for_chunks(plan, real_size(params[0]), Order::kBackwards, [&](int64_t i, int64_t, Range range) {
     if (ratios[i] != 1) {
-      scale_range(layers[i].grad->mutable_data_ptr(), layers[i].param->const_data_ptr(), range, ratios[i]);
+      scale_range(written[i], layers[i].param->const_data_ptr(), range, ratios[i]);
     }
   });
   for (size_t i = 0; i < params.size(); ++i) {
@@ -248,12 +259,16 @@ void update(const Plan& plan, const SgdArguments& sgd, Range run, at::ArrayRef<d
     return;
   }
   std::vector<Triple> layers;
+  std::vector<std::pair<void*, void*>> written;
   std::vector<SgdNumbers<double>> numbers;
   layers.reserve(run.end - run.begin);
+  written.reserve(run.end - run.begin);
   numbers.reserve(run.end - run.begin);
   const double lr_scale = sgd.lr_scale.has_value() ? *sgd.lr_scale->const_data_ptr<double>() : 1;
   for (int64_t i = run.begin; i < run.end; ++i) {
     layers.emplace_back(sgd.params[i], sgd.grads[i], sgd.momentum_buffers.empty() ? nullptr : &sgd.momentum_buffers[i]);
+    const Triple& layer = layers.back();
+    written.emplace_back(writable(layer.param), layer.momentum->defined() ? writable(layer.momentum) : nullptr);
     numbers.emplace_back(ratios.empty() ? 1 : ratios[i], sgd.weight_decays[i], sgd.lrs[i] * lr_scale, sgd.momentums[i],
                          sgd.dampenings[i], sgd.maximize, lr_in_momentum, inv_scale);
   }
@@ -261,9 +276,8 @@ void update(const Plan& plan, const SgdArguments& sgd, Range run, at::ArrayRef<d
   const auto dtype = real_dtype(*first.param);
   const Sgd sgd_chunk = sgd_of(dtype, first.momentum->defined() ? real_dtype(*first.momentum) : dtype);
   for_chunks(plan, real_size(*first.param), order, [&](int64_t i, int64_t, Range range) {
-    void* momentum = layers[i].momentum->defined() ? layers[i].momentum->mutable_data_ptr() : nullptr;
-    sgd_chunk(layers[i].param->mutable_data_ptr(), layers[i].grad->const_data_ptr(), momentum, range, sgd.nesterov,
-              numbers[i]);
+    const auto [param, momentum] = written[i];
+    sgd_chunk(param, layers[i].grad->const_data_ptr(), momentum, range, sgd.nesterov, numbers[i]);
   });
   for (size_t i = 0; i < layers.size(); ++i) {
     write_back(layers[i].param, sgd.params[run.begin + i]);
