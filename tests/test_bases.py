@@ -538,8 +538,11 @@ def test_lbfgs_is_refused_where_updates_are_scaled(wrap):
     who = {"LAMB": "LAMB", "LARS-update": "apply_to='update'"}[str(wrap)]
     message = rf"^{who} needs a base that takes one step along one direction \(got: LBFGS, which searches along many"
     base = torch.optim.LBFGS(layers(3, [(3, 4)]))
-    with pytest.raises(TypeError, match=message):
-        wrap(base)
+    around = torch.optim.SGD(base.param_groups[0]["params"])
+    around.optim = base  # as ZeroRedundancyOptimizer is
+    for one in (base, around):
+        with pytest.raises(TypeError, match=message):
+            wrap(one)
     group = {**base.param_groups[0], "apply_to": "update"}
     base.param_groups[0].update(group)
     if wrap.cls is LARS:

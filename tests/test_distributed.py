@@ -530,6 +530,19 @@ def test_replicas_have_the_numbers_of_one_process(workers, arm, kind, world, dty
         assert more == 0
 
 
+INSIDE = [
+    Arm("LARS(Adafactor)", LARS, torch.optim.Adafactor),  # decouples, and does not say so
+    Arm("LARS(SGD), lr in momentum", LARS, sgd, IN_MOMENTUM),
+]
+
+
+@pytest.mark.parametrize("arm", INSIDE, ids=str)
+def test_what_is_inside_of_zero_is_known(workers, arm):
+    for found, more in workers(2, train_replicas, arm, "ZeRO inside", torch.float64):
+        assert max(found.values()) <= TOLERANCE[torch.float64], found
+        assert more == 0
+
+
 # --- Checkpoints ------------------------------------------------------------------------------------------------------
 
 

@@ -25,6 +25,7 @@ from torchlars.layers import (
 from torchlars.wrapper import (
     HiddenHyperParameters,
     decouples,
+    is_base,
     learning_rate,
     non_negative_number,
     one_of,
@@ -194,7 +195,7 @@ class LARS(TrustRatioWrapper):
                 f"lr_in_momentum=True{of_group} needs apply_to='gradient' (got: 'update', which scales the whole step, "
                 "with lr and momentum in it)"
             )
-        if not isinstance(self.optim, torch.optim.SGD):
+        if not is_base(self.optim, torch.optim.SGD):
             raise TypeError(
                 f"lr_in_momentum=True{of_group} needs a base whose step is linear in lr: torch.optim.SGD, "
                 f"torchlars.optim.SGD or a subclass (got: {type(self.optim).__name__})"

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchlars import ops, sharding
-from torchlars.wrapper import OptimizerWrapper
+from torchlars.wrapper import OptimizerWrapper, is_base
 
 __all__: list[str] = []
 
@@ -138,7 +138,7 @@ def check_update(group: int, position: int, param: Tensor) -> None:
 
 def check_update_is_scalable(optim: Optimizer, who: str) -> None:
     """Raise if a base's update has no length per lr."""
-    if isinstance(optim, torch.optim.LBFGS):
+    if is_base(optim, torch.optim.LBFGS):
         raise TypeError(
             f"{who} needs a base that takes one step along one direction (got: LBFGS, which searches along many, "
             "over all layers at once); LARS(LBFGS(...)) scales its gradients"

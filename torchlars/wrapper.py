@@ -200,12 +200,7 @@ class OptimizerWrapper(Optimizer):
 
     def _is_of_base(self, name: str) -> bool:
         """Tell whether a key of a group is the base's own, or that of a base which the base is wrapped around."""
-        base: Any = self.optim
-        while isinstance(base, Optimizer):
-            if name in base.defaults:
-                return True
-            base = getattr(base, "optim", None)  # as ZeroRedundancyOptimizer has it, whose own defaults are empty
-        return False
+        return any(name in base.defaults for base in bases(self.optim))
 
     def check_options(self, of_group: str, options: Group) -> None:
         """Raise if options do not go together, or not with the base; ``of_group`` says whose they are."""
@@ -329,12 +324,26 @@ class HiddenHyperParameters:
             group[name] = value
 
 
+def bases(optim: Any) -> list[Optimizer]:
+    """Return a base optimizer and those it is wrapped around, as ZeroRedundancyOptimizer is, and says nothing of them."""
+    found = []
+    while isinstance(optim, Optimizer):
+        found.append(optim)
+        optim = getattr(optim, "optim", None)
+    return found
+
+
+def is_base(optim: Optimizer, *kinds: type[Optimizer]) -> bool:
+    """Tell whether a base optimizer, or one that it is wrapped around, is of a kind."""
+    return any(isinstance(base, kinds) for base in bases(optim))
+
+
 def decouples(optim: Optimizer, group: Group) -> bool:
     """Tell whether the base shrinks the weights of a group apart from the gradient, as far as it says so.
 
     Adam, AdamW, NAdam and RAdam say which of the two they do; Muon and Adafactor always decouple, and do not say so.
     """
-    return bool(group.get("decoupled_weight_decay", isinstance(optim, (torch.optim.Adafactor, torch.optim.Muon))))
+    return bool(group.get("decoupled_weight_decay", is_base(optim, torch.optim.Adafactor, torch.optim.Muon)))
 
 
 def weight_decay_of(index: int, group: Group) -> float:
