@@ -57,6 +57,8 @@ def why_not_cuda(torch, toolkit_version):
         return "no CUDA toolkit with nvcc and cuda_runtime.h was found; set CUDA_HOME"
     if toolkit_version.split(".")[0] != torch.version.cuda.split(".")[0]:
         return f"torch is built for CUDA {torch.version.cuda}, but the toolkit is CUDA {toolkit_version}"
+    if toolkit_version == "12.0":  # whose kernels take 4 KB of arguments
+        return "the toolkit must be CUDA 12.1 or newer (got: 12.0)"
     return None
 
 

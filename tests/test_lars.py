@@ -360,10 +360,10 @@ def test_memory_that_is_shared_until_it_is_written(make_optimizer, backend):
         return torch.randn(4, 300_000, dtype=torch.float64, generator=torch.Generator().manual_seed(3))
 
     values, stepped = random_values(), []
-    for copy in (torch.clone, torch._lazy_clone):
-        params = [nn.Parameter(copy(values[i])) for i in (0, 1)]
+    for clone in (torch.clone, torch._lazy_clone):
+        params = [nn.Parameter(clone(values[i])) for i in (0, 1)]
         for i, param in enumerate(params):
-            param.grad = copy(values[2 + i])
+            param.grad = clone(values[2 + i])
         make_optimizer(params).step()
         stepped.append([*params, *(param.grad for param in params)])
     assert all(map(torch.equal, *stepped))

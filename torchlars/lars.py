@@ -90,7 +90,8 @@ class LARS(TrustRatioWrapper):
 
     **Sharded layers** (``DTensor``, as FSDP2 and tensor parallelism make them) have the trust ratios of whole layers.
     All ranks must take the step, with gradients of the same layers, which nobody checks: one all-reduce for each
-    process group over which layers are split sums their squared norms, in order. FSDP1 is refused.
+    process group over which layers are split sums their squared norms, in order. (Two, where a base that takes trust
+    ratios asks for those of some groups, and others are adapted here.) FSDP1 is refused.
 
     **Mixed precision.** Over a base that unscales gradients itself (``fused=True``, :class:`torchlars.optim.SGD`), a
     :class:`torch.amp.GradScaler` leaves that to :meth:`step`, which reads neither scale nor overflow on the host.

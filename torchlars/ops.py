@@ -1,8 +1,8 @@
 """The door to the arithmetic: each op is called once for all layers of a bucket.
 
 A bucket's tensors share one device and one dtype; gradients and parameters may differ in dtype. Shapes, strides and
-numbers of elements are free, empty tensors included. No kernel makes the host wait for its device, none is
-differentiable, and results are the same bits for any number of threads.
+numbers of elements are free, empty tensors included; no tensor that is written may be listed twice. No kernel makes the
+host wait for its device, none is differentiable, and results are the same bits for any number of threads.
 
 Behind the door stands the extension (CPU and CUDA kernels, registered as ``torch.ops.torchlars.*``), and for every
 other device, or where there is no extension, :mod:`torchlars.reference`.

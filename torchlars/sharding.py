@@ -2,7 +2,8 @@
 
 A layer that is sharded over a device mesh is a ``DTensor``: :func:`torch.distributed.fsdp.fully_shard`, tensor
 parallelism and both together make such parameters. Every rank sweeps its own shard, and the squared norm of the layer
-is the sum of those of its shards, which is all that ranks have to tell each other.
+is the sum of those of its shards. Ranks tell each other that, and take gradients that are sums still to be taken
+(``Partial``); nothing else.
 """
 
 from __future__ import annotations

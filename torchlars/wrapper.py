@@ -325,7 +325,7 @@ class HiddenHyperParameters:
 
 
 def bases(optim: Any) -> list[Optimizer]:
-    """Return a base optimizer and those it is wrapped around, as ZeroRedundancyOptimizer is, and says nothing of them."""
+    """Return a base optimizer and those it is wrapped around, as ZeroRedundancyOptimizer is without saying so."""
     found = []
     while isinstance(optim, Optimizer):
         found.append(optim)

@@ -1,11 +1,11 @@
 // The kernels, over flat ranges of memory. Nothing of ATen and nothing but the plainest CUDA: a host shim in tests/
 // compiles and runs this very file on a CPU.
 //
-// A step is two launches. `measure` has one block a chunk, which leaves one partial sum for the parameter and one for
-// the gradient. In `decide_and_apply` and `decide_and_update` every block adds its layer's partial sums again, in the
-// same order as all others, so that blocks need not wait for each other and nothing is accumulated atomically: the bits
-// are the same on every run. The other kernels are the same pieces apart, for layers whose norms are completed
-// elsewhere in between.
+// A step is two launches, or two for as many layers as `Layers` holds. `measure` has one block a chunk, which leaves
+// one partial sum for the parameter and one for the gradient. In `decide_and_apply`, `decide_and_apply_to_updates` and
+// `decide_and_update` every block adds its layer's partial sums again, in the same order as all others, so that blocks
+// need not wait for each other and nothing is accumulated atomically: the bits are the same on every run. The other
+// kernels are the same pieces apart, for layers whose norms are completed elsewhere in between.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -383,6 +383,10 @@ struct SgdOptions {
   bool lr_in_momentum = false;
   const float* inv_scale = nullptr;  // null: 1; where it is 0 nothing is written
 };
+
+// No kernel takes more beside its layers than three pointers and these.
+static_assert(3 * sizeof(void*) + sizeof(LarsOptions) <= kOtherArguments);
+static_assert(3 * sizeof(void*) + sizeof(SgdOptions) <= kOtherArguments);
 
 template <typename T, typename M, typename Compute>
 __device__ void update_chunk(const SgdLayer& layer, Range range, const SgdOptions& options, Compute ratio) {
