@@ -550,6 +550,27 @@ def test_lbfgs_is_refused_where_updates_are_scaled(wrap):
             LARS(base)
 
 
+@scaling_updates
+def test_frozen_layers_are_left_alone_by_a_step_with_a_closure(wrap, backend):
+    """Whatever their dtype: no gradient can come to them."""
+    param, frozen = layers(3, [(3, 4)])[0], torch.ones(3, 4).to(torch.float8_e4m3fn)
+    twin = torch.nn.Parameter(param.detach().clone())
+
+    def closure_of(one):
+        def closure():
+            one.grad = None
+            loss = (one**3).sum()
+            loss.backward()
+            return loss
+
+        return closure
+
+    for params in ([param, torch.nn.Parameter(frozen, requires_grad=False)], [twin]):
+        wrap(torch.optim.SGD(params, lr=0.5, weight_decay=0.1)).step(closure_of(params[0]))
+    assert torch.equal(param, twin)
+    assert torch.equal(frozen.float(), torch.ones(3, 4))
+
+
 class Recorder(torch.optim.Optimizer):
     """A base of another house. Evaluates ``evaluations`` times, with gradients as they are, and notes what it sees."""
 

@@ -487,6 +487,20 @@ def test_copies_are_of_the_same_class_and_go_on_alike(kind, how, backend):
         assert not any(p is q for p, q in zip(params_of(optimizer), params_of(copied), strict=True))
 
 
+@pytest.mark.parametrize(("length", "allowed"), [(1e-5, 0.01), (1e-3, 1e-4)])
+def test_precision_of_small_updates_in_float32(length, allowed, backend):
+    """LAMB's docstring has the first of them; the update is a difference of rounded numbers."""
+    random = torch.Generator().manual_seed(9)
+    values, grads = (torch.randn(1000, dtype=torch.float64, generator=random) for _ in range(2))
+    lr = length * float(values.norm() / grads.norm())
+    param = torch.nn.Parameter(values.float())
+    param.grad = grads.float()
+    optimizer = LAMB(torch.optim.SGD([param], lr=lr), 0.7)
+    optimizer.step()
+    expected = 0.7 * values.norm() / grads.norm()
+    assert abs(optimizer.trust_ratios()[param].item() / expected - 1) < allowed
+
+
 def saved(state_dict):
     file = io.BytesIO()
     torch.save(state_dict, file)

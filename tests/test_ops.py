@@ -764,3 +764,11 @@ def test_sparse_values_may_be_fewer_than_a_parameter_that_does_not_decay(backend
 
 def test_misaligned_is_misaligned():
     assert misaligned(torch.ones(8)).data_ptr() % 16 == 4
+
+
+def test_ratios_times_lr_are_rounded_once(backend):
+    ratios = torch.rand(10_000, generator=torch.Generator().manual_seed(8))
+    for lr in (0.3, torch.tensor([0.3], dtype=torch.float64)):
+        expected = torch.tensor([ratio * 0.3 for ratio in ratios.tolist()])  # in double, then to float32
+        assert torch.equal(ops.times_lr(ratios, lr), expected)
+        assert not torch.equal(ratios * 0.3, expected)

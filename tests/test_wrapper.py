@@ -596,6 +596,18 @@ def test_a_state_dict_that_the_base_refuses_leaves_the_options_as_they_were(wrap
     assert optimizer.trust_coef == TRUST_COEF
 
 
+def test_keys_that_groups_keep_are_checked_with_what_is_loaded():
+    """A loaded entry may contradict a key of a group, of which the state dict says nothing."""
+    model = network()
+    optimizer = LARS(sgd(model), eps=EPS)
+    optimizer.param_groups[1]["apply_to"] = "update"
+    state_dict = LARS(sgd(network()), lr_in_momentum=True, trust_coef=0.5).state_dict()
+    with pytest.raises(ValueError, match=r"^lr_in_momentum=True of parameter group 1 needs apply_to='gradient'"):
+        optimizer.load_state_dict(state_dict)
+    assert (optimizer.lr_in_momentum, optimizer.trust_coef, optimizer.eps) == (False, 0.001, EPS)
+    assert optimizer.param_groups[1]["apply_to"] == "update"
+
+
 # torch.distributed.
 
 
