@@ -137,10 +137,12 @@ TORCHLARS_CLONES double join(const Lanes& lanes) { return join_lanes<Lanes::kCou
 #define TORCHLARS_ADAPT(T, Compute)                                                                        \
   TORCHLARS_CLONES void adapt(T* grad, const T* param, int64_t count, Compute weight_decay, Compute ratio, \
                               Compute inv_scale) {                                                         \
-    if (param == nullptr) {                                                                                \
-      adapt_loop<false>(grad, param, count, weight_decay, ratio, inv_scale);                               \
-    } else {                                                                                               \
-      adapt_loop<true>(grad, param, count, weight_decay, ratio, inv_scale);                                \
+    if (inv_scale != 1) {                                                                                  \
+      param ? adapt_loop<true>(grad, param, count, weight_decay, ratio, inv_scale)                         \
+            : adapt_loop<false>(grad, param, count, weight_decay, ratio, inv_scale);                       \
+    } else { /* a constant, by which nothing is multiplied */                                              \
+      param ? adapt_loop<true>(grad, param, count, weight_decay, ratio, Compute(1))                        \
+            : adapt_loop<false>(grad, param, count, weight_decay, ratio, Compute(1));                      \
     }                                                                                                      \
   }
 
