@@ -24,6 +24,16 @@
 
 namespace torchlars::cpu {
 
+// Asks for memory that will be read next. Where nothing is written, memory delivers more to one who asks ahead.
+inline void prefetch(const void* begin, const void* end) {
+#if defined(__GNUC__)
+  constexpr int kCacheLine = 64;
+  for (const char* line = static_cast<const char*>(begin); line < end; line += kCacheLine) {
+    __builtin_prefetch(line);
+  }
+#endif
+}
+
 // A sum of squares on its way: in double, in independent lanes that vector registers can hold, joined in a fixed order.
 struct Lanes {
   static constexpr int kCount = 32;

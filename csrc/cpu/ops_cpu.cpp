@@ -24,7 +24,7 @@ namespace {
 
 // Layers are measured and then swept in runs of this size, so that the second pass finds them in cache.
 constexpr int64_t kRunBytes = 4 << 20;
-constexpr int64_t kTurnBytes = 2 << 10;     // of one tensor, then of the other: memory delivers more from two places
+constexpr int64_t kTurnBytes = 1 << 10;     // of one tensor, then of the other: memory delivers more from two places
 constexpr int64_t kGrainBytes = 512 << 10;  // less than this is not worth another thread
 
 #define TORCHLARS_DISPATCH(TYPE, NAME, ...) \
@@ -47,6 +47,12 @@ Plan plan_of(at::TensorList tensors) {
 }
 
 int64_t real_size(const at::Tensor& tensor) { return static_cast<int64_t>(c10::elementSize(real_dtype(tensor))); }
+
+// Asks for a part of a tensor's memory ahead of time.
+void prefetch(const void* data, Range range, int64_t bytes_per_element) {
+  const char* const begin = static_cast<const char*>(data);
+  cpu::prefetch(begin + range.begin * bytes_per_element, begin + range.end * bytes_per_element);
+}
 
 using AddSquares = void (*)(Lanes& lanes, const void* x, Range range);
 
@@ -102,7 +108,11 @@ std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::arr
     partials[list].resize(plan.chunks);
   }
   const AddSquaresOfSums add_squares_of_sums = add_squares_of_sums_of(real_dtype(*swept[kLast][0]));
-  const int64_t turn = kTurnBytes / real_size(lists[0][0]);
+  std::array<int64_t, kLists> bytes_per_element;
+  for (size_t list = 0; list < kLists; ++list) {
+    bytes_per_element[list] = real_size(*swept[list][0]);
+  }
+  const int64_t turn = kTurnBytes / bytes_per_element[0];
   for_chunks(plan, real_size(lists[0][0]), Order::kForwards, [&](int64_t tensor, int64_t chunk, Range range) {
     std::array<const void*, kLists> data;
     for (size_t list = 0; list < kLists; ++list) {
@@ -112,7 +122,9 @@ std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::arr
     std::array<Lanes, kLists> lanes;
     for (int64_t begin = range.begin; begin < range.end; begin += turn) {
       const Range part{begin, std::min(begin + turn, range.end)};
+      const Range next{part.end, std::min(part.end + turn, range.end)};
       for (size_t list = 0; list < kLists; ++list) {
+        prefetch(data[list], next, bytes_per_element[list]);
         if (list == kLast && addend != nullptr) {
           add_squares_of_sums(lanes[list], data[list], addend, part, addends.scales[tensor] / inv_scale);
         } else {
