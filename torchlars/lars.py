@@ -388,7 +388,9 @@ class Step:
         """Read from the groups how they are adapted. Raise what can be told from them."""
         hows = {index: self._lars.adaptation(index) for index in range(len(self._lars.param_groups))}
         self._adaptations = {index: how for index, how in hows.items() if how is not None}
-        self._old_params.update(copies([param for param in self._to_be_updated() if param not in self._old_params]))
+        new_params = [param for param in self._to_be_updated() if param not in self._old_params]
+        if len(new_params) > 0:
+            self._old_params.update(copies(new_params))
         # What is written here is unscaled here, and then so is all the rest: the base has one scale for all groups.
         self._unscales = self._grad_scale.is_given and any(map(self._is_written, self._adaptations.values()))
         self._scale_for_base = self._grad_scale.once_unscaled() if self._unscales else self._grad_scale
@@ -410,9 +412,11 @@ class Step:
 
     def adapt(self) -> None:
         """Measure, complete, decide, apply; all but what the base does by itself."""
+        self.reported.clear()
+        self._scaled_later.clear()
+        if all(map(self._is_for_base, self._adaptations.values())):
+            return
         with torch.no_grad():
-            self.reported.clear()
-            self._scaled_later.clear()
             plain_buckets, buckets = self._gather()
             for plain_bucket in plain_buckets:
                 inv_scale = self._grad_scale.inv_scale(plain_bucket.params[0].device)
@@ -476,6 +480,8 @@ class Step:
 
     def scale_updates(self) -> None:
         """Apply the trust ratios of gradients to updates."""
+        if len(self._scaled_later) == 0:
+            return
         with torch.no_grad():
             for params, ratios in self._scaled_later:
                 old_params = [self._old_params[param] for param in params]
