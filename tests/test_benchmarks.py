@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -203,3 +204,63 @@ def test_host_time_writes_what_the_table_needs(module, tmp_path):
     table = (tmp_path / "run.md").read_text(encoding="utf-8")
     assert all(f"| {name} " in table for name in timed)
     assert "≤ 100" in table
+
+
+# --- What the READMEs say ----------------------------------------------------------------------------------------------
+
+SETS = ("resnet50", "vit_b_16", "one_100m", "tiny")
+
+
+def ratios_of(results):
+    """Return the table of a run of step_time, as {set: {contestant: ratio}}."""
+    sections = re.split(r"^### ", (ROOT / "benchmarks/step_time/results" / results).read_text("utf-8"), flags=re.M)[1:]
+    row = re.compile(r"^\| ([^|]+?) +\|[^|]+\|[^|]+\|[^|]+\| +([\d.]+) \|", re.M)
+    return {section.split(":")[0]: dict(row.findall(section)) for section in sections}
+
+
+def cells_of(line):
+    return [cell.strip().replace("*", "").replace("`", "") for cell in line.strip("|").split("|")]
+
+
+def test_speeds_in_readme_are_those_of_the_results():
+    found = ratios_of("cpu_float32_2_threads.md")
+    speed = re.search(r"^## Speed\n(.*?)^## ", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)[1]
+    lines = [cells_of(line) for line in re.findall(r"^\|.*\|$", speed, re.M)][2:]
+    told = {
+        re.sub(r",? its|\(another formula\)", "", name).strip(): told for name, *told in lines if "floor" not in name
+    }
+    assert len(told) == 11
+    for name, ratios in told.items():
+        assert ratios == [found[layers].get(name, "") for layers in SETS], name
+    earlier = ratios_of("epyc/cpu_float32_2_threads.md")
+    both = [[earlier[layers][name] for layers in SETS] for name in ("LARS(torchlars.optim.SGD)", "LARS(SGD fused)")]
+    took = " took {}, {}, {} and {} steps, and {}, {}, {} and {} around SGD fused.".format(*both[0], *both[1])
+    assert took in " ".join(speed.split())
+
+
+def test_ratios_beside_targets_are_those_of_the_results(module):
+    targets = module("step_time.targets")
+    readme = (ROOT / "benchmarks/step_time/README.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\w+) +\| +(1|2) \|(.*)\|$", readme, re.M)
+    assert [(layers, int(threads)) for layers, threads, _ in rows] == [
+        ("resnet50", 2),
+        ("resnet50", 1),
+        ("vit_b_16", 2),
+        ("one_100m", 2),
+        ("tiny", 2),
+    ]
+    for layers, threads, rest in rows:
+        expected = []
+        for form, name in (("wrapper", "LARS(SGD fused)"), ("fused", "LARS(torchlars.optim.SGD)")):
+            target = targets.target(form, "cpu", layers, int(threads), "float32")
+            expected.append(f"{target.at_most:.1f}" if target else "–")
+            expected += [
+                ratios_of(f"{machine}cpu_float32_{threads}_threads.md")[layers][name] for machine in ("", "epyc/")
+            ]
+        assert cells_of(rest) == expected, layers
+
+
+def test_nanoseconds_in_host_times_readme_are_those_of_the_results():
+    folder = ROOT / "benchmarks/host_time"
+    table = re.findall(r"^\|.*\|$", (folder / "results/cpu_1_threads.md").read_text("utf-8"), re.M)
+    assert "\n".join(table) in (folder / "README.md").read_text("utf-8")
