@@ -178,6 +178,7 @@ def work(rank: int, ranks: int, folder: str, function: Callable[..., Any], *args
         Path(folder, f"{rank}.json").write_text(json.dumps(function(*args)), encoding="utf-8")
     finally:
         dist.destroy_process_group()
+    os._exit(0)  # gloo's threads may still hold tensors: where they let go of them at a normal exit, torch aborts
 
 
 def on_ranks(ranks: int, function: Callable[..., Any], *args: Any) -> list[Any]:
