@@ -1,7 +1,7 @@
 // The kernels, over flat ranges of memory. Nothing of ATen and nothing but the plainest CUDA: a host shim in tests/
 // compiles and runs this very file on a CPU.
 //
-// A step is two launches, or two for as many layers as `Layers` holds. `measure` has one block a chunk, which leaves
+// A step is two launches for as many layers as `Layers` holds. `measure` has one block a chunk, which leaves
 // one partial sum for the parameter and one for the gradient. In `decide_and_apply`, `decide_and_apply_to_updates` and
 // `decide_and_update` every block adds its layer's partial sums again, in the same order as all others, so that blocks
 // need not wait for each other and nothing is accumulated atomically: the bits are the same on every run. The other
