@@ -1,8 +1,13 @@
 """benchmarks/cifar10_accuracy: its policies are those it states, worked by hand, and it runs, stops and goes on."""
 
 import importlib
+import itertools
 import json
+import math
 import pickle
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -41,13 +46,17 @@ def small(module):
     return module("data").synthetic(size=8)
 
 
-def carried_out(plan, wanted, recipe, accuracy):
-    """Carry out a whole plan with made-up accuracies, and return its runs in order."""
-    done = {}
-    while run := plan.next_run(done, wanted, recipe):
+def carried_out(plan, wanted, recipe, accuracy, workers=1, done=()):
+    """Carry out a whole plan with made-up accuracies, and return its runs in the order in which they ended."""
+    done, running = dict(done), []
+    while True:
+        runs = dict.fromkeys(run for run in plan.next_runs(done, wanted, recipe) if run not in running)
+        running += list(runs)[: workers - len(running)]
+        if not running:
+            return done
+        run = running.pop(len(done) % len(running))  # any of them may end first
         assert run not in done
         done[run] = {"curve": [[recipe.epochs, 0.0, accuracy(run)]]}
-    return done
 
 
 # --- Policies ---------------------------------------------------------------------------------------------------------
@@ -100,20 +109,26 @@ def test_every_step_has_the_lr_of_its_policy(module, monkeypatch, extension, sma
 
 
 def test_a_sweep_climbs(module):
-    next_trial = module("plan").next_trial
+    next_trials = module("plan").next_trials
 
     def sweep(accuracy, trials=5, start=0.8):
         tried = {}
-        while (lr := next_trial(start, tried, trials)) is not None:
-            tried[lr] = accuracy(lr)
+        while lrs := next_trials(start, tried, trials):
+            tried[lrs[0]] = accuracy(lrs[0])
         return list(tried)
 
     assert sweep(lambda lr: -abs(lr - 0.8)) == [0.8, 1.6, 0.4, 1.13, 0.566]
-    assert sweep(lambda lr: lr) == [0.8, 1.6, 3.2, 6.4, 12.8]
+    assert sweep(lambda lr: lr) == [0.8, 1.6, 0.4, 3.2, 6.4]
     assert sweep(lambda lr: -lr) == [0.8, 1.6, 0.4, 0.2, 0.1]
-    assert sweep(lambda lr: -abs(lr - 3)) == [0.8, 1.6, 3.2, 6.4, 4.53]
+    assert sweep(lambda lr: -abs(lr - 3), trials=7) == [0.8, 1.6, 0.4, 3.2, 6.4, 4.53, 2.26]
     assert sweep(lambda lr: 0) == [0.8, 1.6, 0.4, 0.2, 0.1]  # of equals the smallest
-    assert sweep(lambda lr: -abs(lr - 0.8), trials=9) == [0.8, 1.6, 0.4, 1.13, 0.566]  # nothing is left beside it
+    assert sweep(lambda lr: -abs(lr - 1.1), trials=9) == [0.8, 1.6, 0.4, 1.13, 0.566]  # nothing is left beside it
+    assert [len(sweep(lambda lr: lr, trials)) for trials in (1, 2, 3, 4)] == [1, 2, 3, 4]
+    assert next_trials(0.8, {}, 5) == [0.8, 1.6, 0.4]  # at once
+    assert next_trials(0.8, {1.6: 90.0, 0.4: 80.0}, 5) == [0.8]
+    assert next_trials(0.8, {0.8: 95.0, 1.6: 90.0, 0.4: 80.0, 1.13: 99.0}, 5) == [
+        0.566
+    ]  # as if both were tried at once
 
 
 def test_sweeps_start_by_one_rule(module):
@@ -140,6 +155,9 @@ def test_all_that_are_tuned_are_tuned_alike(module):
     assert [plan.lr_of(linear, batch, 256, done) for batch in (256, 16384)] == [0.4, 25.6]
     tuned = plan.ARMS["SGD, tuned"]
     assert plan.lr_of(tuned, 16384, 256, done) == 0.4  # of 1.6, 3.2, 0.8, 0.4 and 0.2
+    for workers in (4, 40):
+        again = carried_out(plan, wanted, recipe, lambda run: -abs(run.lr / peaks[run.optimizer] - 1), workers)
+        assert again == done
     assert len(done) == 3 * 5 * 5 + 4 * 5 * 3 - 3  # at batch 256 both SGD arms share their runs
 
 
@@ -150,9 +168,22 @@ def test_the_most_informative_come_first(module):
     assert {(run.optimizer, run.batch) for run in runs[:6]} == {("LARS", 16384)}
     extremes = [run for run in runs if run.batch in (16384, 256)]
     assert runs[: len(extremes)] == extremes
-    assert [run.seed for run in extremes if run.tested_on == "test"] == [0] * 7 + [1, 1, 1, 1, 2, 2, 2, 2] + [1] * 3 + [
-        2
-    ] * 3
+    seeds = [run.seed for run in extremes if run.tested_on == "test"]
+    assert seeds == [0] * 7 + [1, 1, 1, 1, 2, 2, 2, 2] + [1] * 3 + [2] * 3
+
+
+def test_a_small_plan_grows_into_the_whole_one(module):
+    plan, recipe = module("plan"), module("training").Recipe("")
+    small = plan.Plan((16384, 256), trials=4, seeds=1, arms=list(plan.ARMS)[:3])
+
+    def accuracy(run):
+        return -abs(run.lr - 1)
+
+    begun = carried_out(plan, small, recipe, accuracy, workers=4)
+    assert len(begun) == 4 * 4 + 5
+    whole = carried_out(plan, plan.Plan(), recipe, accuracy, workers=4, done=begun)
+    assert whole.keys() >= begun.keys()
+    assert whole.keys() >= carried_out(plan, plan.Plan(), recipe, accuracy).keys()
 
 
 # --- Data -------------------------------------------------------------------------------------------------------------
@@ -170,6 +201,21 @@ def test_batches_are_full_and_see_every_image_as_often(module):
     assert not torch.equal(torch.cat(found), torch.cat(draw(1)))
     (more,) = module("data").batches(10, 25, 1, torch.Generator())
     assert set(more.bincount().tolist()) <= {2, 3}
+
+
+def test_a_step_has_parts_of_its_batch(module, small):
+    data = module("data").Resident(small, torch.device("cpu"))
+
+    def sizes(batch, microbatch):
+        steps = data.training_steps(batch, 5, torch.Generator().manual_seed(0), microbatch)
+        return [[len(images) for images, labels in parts if len(images) == len(labels)] for parts in steps]
+
+    assert sizes(64, 64) == sizes(64, 128) == sizes(64, 150) == sizes(64, 1000) == [[64]] * 5
+    assert sizes(100, 64) == [[64, 36]] * 5
+    assert sizes(700, 300) == [[300, 300, 100]] * 5
+    steps = data.training_steps(160, 4, torch.Generator(), 320)
+    found = torch.cat([labels for parts in steps for _, labels in parts])
+    assert torch.equal(found.bincount(), data.labels.bincount())  # one epoch
 
 
 def test_augmentation_crops_and_mirrors_by_seed(module, small):
@@ -237,11 +283,11 @@ def test_data_may_come_in_any_of_its_forms(module, tmp_path, capsys):
     assert all((ours == theirs).all() for ours, theirs in zip(prepared, found, strict=True))
     assert prepared.fingerprint() == found.fingerprint() != data.synthetic().fingerprint()
     with pytest.raises(SystemExit, match="2"):
-        module("main").main(["--data", str(tmp_path)])
+        module("main").main(["--data", str(tmp_path), "--device", "cpu"])
     assert "--data must be an .npz, or a folder that holds cifar-10-batches-py (got: " in capsys.readouterr().err
 
 
-def test_data_may_be_jpegs(module, tmp_path):
+def test_data_may_be_jpegs(module, monkeypatch, tmp_path):
     image = pytest.importorskip("PIL.Image")
     data, arrays = module("data"), {}
     whole = data.synthetic(train=30, test=20, size=32)
@@ -255,7 +301,10 @@ def test_data_may_be_jpegs(module, tmp_path):
         arrays[f"{part}_offsets"] = np.cumsum([0, *map(len, files)])
         arrays[f"{part}_labels"] = getattr(whole, f"{part}_labels")
     np.savez(tmp_path / "jpeg.npz", **arrays)
-    found = data.load(tmp_path / "jpeg.npz")
+    monkeypatch.setattr(data, "CHUNK", 7)
+    with ThreadPoolExecutor(3) as pool:
+        found = data.load(tmp_path / "jpeg.npz", pool.map)
+    assert found.train_images.shape == (30, 32, 32, 3)
     assert found.test_images.shape == (20, 32, 32, 3)
     off = found.train_images.astype(int) - 20 * found.train_labels[:, None, None, None].astype(int)
     assert abs(off).max() <= 2
@@ -271,9 +320,22 @@ def test_it_learns(module, extension, small, device, optimizer, lr):
     recipe = training.Recipe("", epochs=5, warmup=1, width=8, dtype="float32")
     data = module("data").Resident(small, device)
     found = training.train(training.Run("test", optimizer, 32, lr, 0), recipe, data, device)
-    assert [seen for seen, *_ in found["curve"]] == [1, 2, 3, 4, 5]
+    assert [round(seen * 640 / 32) for seen, *_ in found["curve"]] == [
+        math.ceil(evaluation * 100 / 12) for evaluation in range(1, 13)
+    ]
     assert found["curve"][-1][1] < found["curve"][0][1]
     assert found["curve"][-1][2] > 80
+
+
+def test_a_captured_run_has_the_curve_of_an_eager_one(module, cuda, small):
+    training = module("training")
+    data = module("data").Resident(small, cuda)
+    for optimizer, microbatch, batch in product(("SGD", "LARS", "LAMB"), (64, 256), (64, 128, 300)):
+        recipe = training.Recipe("", epochs=3, warmup=1, width=8, microbatch=microbatch, dtype="float32")
+        run = training.Run("test", optimizer, batch, {"SGD": 0.1, "LARS": 2, "LAMB": 0.005}[optimizer], 0)
+        eager, captured = (training.train(run, recipe, data, cuda, graph=graph)["curve"] for graph in (False, True))
+        for (seen, loss, _), (also_seen, other, _) in zip(eager, captured, strict=True):
+            assert (also_seen, other) == (seen, pytest.approx(loss, rel=0.05)), (run, microbatch)
 
 
 def test_a_run_is_decided_by_its_seed(module, extension, small):
@@ -337,11 +399,46 @@ def test_time_that_is_up_is_said(main, module, monkeypatch, capsys):
     assert len(main("--minutes", "2")) > 3
 
 
+def test_runs_may_be_carried_out_side_by_side(main, module, tmp_path, capsys):
+    small = ["--batches", "320", "80", "--arms", "LARS, tuned", "SGD, linear scaling", "--seeds", "1"]
+    alone = main(*small)
+    (tmp_path / "runs.jsonl").unlink()
+    records = main(*small, "--workers", "2")
+    assert "all runs are there" in capsys.readouterr().out
+    assert {record["environment"]["workers"] for record in records} == {2}
+
+    def curves(records):
+        return {tuple(record["run"].values()): record["curve"] for record in records}
+
+    assert curves(records).keys() == curves(alone).keys()
+    for run, curve in curves(records).items():
+        for point, other in zip(curve, curves(alone)[run], strict=True):
+            assert point[:2] == pytest.approx(other[:2], rel=1e-3)  # threads add up in another order
+
+
+def test_what_is_over_outlives_a_kill_and_the_workers_do_not(tmp_path, extension):
+    results = tmp_path / "runs.jsonl"
+    command = [sys.executable, "-m", "benchmarks.cifar10_accuracy.main", *TINY, "--results", str(results)]
+    command += ["--workers", "2", "--seeds", "9999"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        lines = list(itertools.takewhile(lambda line: b" min " not in line, process.stdout))
+        process.kill()
+        process.communicate(timeout=60)  # the workers hold the other end of the pipe, too
+    assert results.exists(), b"".join(lines).decode()
+    assert results.read_text(encoding="utf-8").count("\n") >= 1
+
+
 def test_the_reference_is_not_run_in_the_name_of_torchlars(module, monkeypatch, capsys):
     monkeypatch.setattr(module("main").common._extension, "extension", None)
     with pytest.raises(SystemExit):
         module("main").main(["--synthetic"])
     assert "torchlars has no extension in" in capsys.readouterr().err
+
+
+def test_a_graph_needs_a_gpu(main, capsys):
+    with pytest.raises(SystemExit):
+        main("--graph")
+    assert "--graph needs --device cuda (got: cpu)" in capsys.readouterr().err
 
 
 def test_table_worked_by_hand(module):
@@ -367,4 +464,4 @@ def test_table_worked_by_hand(module):
     assert rows[3] == ["16384", "SGD, linear scaling", "6.4", "4", "24", "73", "50.00 %", "40.00 %", "1"]
     assert ["256", "SGD", "**0.1: 90.00**, 0.2: 80.00", "no"] in rows
     assert ["16384", "LARS", "16: 80.00, **32: 91.00**, 64: 85.00", "yes"] in rows
-    assert "9 runs, 9.0 minutes." in report.tables(done, recipe)
+    assert "9 runs, whose times add up to 9.0 minutes." in report.tables(done, recipe)

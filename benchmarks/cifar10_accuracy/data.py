@@ -6,9 +6,9 @@ import io
 import itertools
 import pickle
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 PAD = 4
 HELD_OUT = 0.1
+CHUNK = 2500
 BATCHES = [f"data_batch_{number}" for number in range(1, 6)]
 
 
@@ -39,8 +40,12 @@ class Data(NamedTuple):
         return Data(images[train], labels[train], images[test], labels[test])
 
 
-def load(path: Path) -> Data:
+def load(path: Path, mapper: Callable[..., Iterable[Any]] = map) -> Data:
     """Read what ``save`` wrote, the folder of the original distribution (or one that holds it), or an npz of JPEGs.
+
+    Args:
+        path: of one of these.
+        mapper: decodes JPEGs, ``map`` or an executor's.
 
     Raises:
         ValueError: there is none of these.
@@ -53,7 +58,7 @@ def load(path: Path) -> Data:
             if set(Data._fields) <= set(arrays):
                 return Data(*(arrays[name] for name in Data._fields))
             if "train_jpeg" in arrays:
-                return Data(*_decode(arrays, "train"), *_decode(arrays, "test"))
+                return Data(*_decode(arrays, "train", mapper), *_decode(arrays, "test", mapper))
     raise ValueError(f"must be an .npz, or a folder that holds cifar-10-batches-py (got: {path})")
 
 
@@ -75,16 +80,27 @@ def _unpickle(folder: Path) -> Data:
     return Data(*read(BATCHES), *read(["test_batch"]))
 
 
-def _decode(arrays: np.lib.npyio.NpzFile, part: str) -> tuple[np.ndarray, np.ndarray]:
-    """Decode JPEGs that stand one after another in one array."""
+def _decode(
+    arrays: np.lib.npyio.NpzFile, part: str, mapper: Callable[..., Iterable[Any]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Decode JPEGs that stand one after another in one array, some thousands at a time."""
+    files, offsets = arrays[f"{part}_jpeg"], arrays[f"{part}_offsets"].tolist()
+    chunks = [offsets[first : first + CHUNK + 1] for first in range(0, len(offsets) - 1, CHUNK)]
+    images = mapper(_decode_chunk, [files[ends[0] : ends[-1]].tobytes() for ends in chunks], chunks)
+    return np.concatenate(list(images)), arrays[f"{part}_labels"].astype(np.uint8)
+
+
+def _decode_chunk(files: bytes, offsets: list[int]) -> np.ndarray:
+    """Decode the JPEGs between the given offsets, of which the first is where ``files`` begins."""
     from PIL import Image
 
-    files, offsets = arrays[f"{part}_jpeg"].tobytes(), arrays[f"{part}_offsets"].tolist()
     images = [
-        np.asarray(Image.open(io.BytesIO(files[start:end])).convert("RGB"))
+        np.asarray(
+            Image.open(io.BytesIO(files[start - offsets[0] : end - offsets[0]]), formats=["JPEG"]).convert("RGB")
+        )
         for start, end in itertools.pairwise(offsets)
     ]
-    return np.stack(images), arrays[f"{part}_labels"].astype(np.uint8)
+    return np.stack(images)
 
 
 def synthetic(train: int = 640, test: int = 200, size: int = 16) -> Data:
@@ -104,15 +120,18 @@ class Resident:
     """A training and a test set on one device, standardised by the training set as they are taken out."""
 
     def __init__(self, data: Data, device: torch.device) -> None:
-        pad = ((0, 0), (PAD, PAD), (PAD, PAD), (0, 0))
-        self.size = data.train_images.shape[1]
-        self.padded = torch.from_numpy(np.pad(data.train_images, pad, mode="reflect")).to(device)
+        images = torch.from_numpy(data.train_images).to(device)
+        self.size = images.shape[1]
+        border = (torch.arange(-PAD, self.size + PAD, device=device) - self.size + 1).abs()  # reflected on one side
+        border = (self.size - 1 - border).abs()  # and on the other
+        self.padded = images.index_select(1, border).index_select(2, border)
         self.labels = torch.from_numpy(data.train_labels.astype(np.int64)).to(device)
         self.test_images = torch.from_numpy(data.test_images).to(device)
         self.test_labels = torch.from_numpy(data.test_labels.astype(np.int64)).to(device)
-        # On the host: every device gets the same numbers.
-        self.mean = torch.tensor(data.train_images.mean((0, 1, 2)), dtype=torch.float32, device=device)
-        self.std = torch.tensor(data.train_images.std((0, 1, 2)), dtype=torch.float32, device=device)
+        # Sums of integers, which have no rounding: every device gets the same numbers.
+        pixels = images.flatten(0, 2).int()
+        mean, square = (values.sum(0).double() / len(pixels) for values in (pixels, pixels.square()))
+        self.mean, self.std = mean.float(), (square - mean.square()).sqrt().float()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -135,6 +154,22 @@ class Resident:
             rows, columns = (ramp >= corners) & (ramp < corners + cutout)
             images = images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], 0)
         return images, self.labels[index]
+
+    def training_steps(
+        self, batch: int, steps: int, generator: torch.Generator, microbatch: int, cutout: int = 0
+    ) -> Iterator[Iterable[tuple[Tensor, Tensor]]]:
+        """Yield the parts of every step, which have ``microbatch`` images or fewer.
+
+        Small batches are cropped and mirrored several at a time, which takes fewer kernels.
+        """
+        order = batches(len(self), batch, steps, generator)
+        while ahead := list(itertools.islice(order, max(1, microbatch // batch))):
+            parts = (self.train_batch(part, generator, cutout) for part in torch.cat(ahead).split(microbatch))
+            if batch >= microbatch:
+                yield parts
+            else:
+                ((images, labels),) = parts
+                yield from ([each] for each in zip(images.split(batch), labels.split(batch), strict=True))
 
     def test_batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the test set as it is, in batches."""

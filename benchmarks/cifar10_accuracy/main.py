@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
 
 from benchmarks import common
-from benchmarks.cifar10_accuracy import data, plan, report
-from benchmarks.cifar10_accuracy.training import DTYPES, Recipe, Run, train
+from benchmarks.cifar10_accuracy import data, plan, report, workers
+from benchmarks.cifar10_accuracy.plan import Record
+from benchmarks.cifar10_accuracy.training import DTYPES, Recipe, Run
 from torchlars import _extension
 
 DEFAULTS, PLAN = Recipe(""), plan.Plan()
@@ -21,47 +23,61 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Carry out the runs that are not there yet, as far as time goes, and print the tables."""
     start = time.perf_counter()
     args = parse(argv)
-    images = args.images
-    recipe = Recipe(
-        images.fingerprint(),
-        epochs=args.epochs,
-        warmup=args.warmup,
-        width=args.width,
-        cutout=args.cutout,
-        microbatch=args.microbatch,
-        base_batch=args.base_batch,
-        bias_lr=args.bias_lr,
-        dtype=args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"),
-    )
-    try:
-        _, done = plan.read(args.results, recipe)
-    except plan.OtherRecipe as error:
-        args.parser.error(f"--results: {error}")
-    # Shapes never change; autotuned algorithms are faster.
-    torch.backends.cudnn.benchmark = True
-    environment = common.environment(args.device) | {"compile": args.compile}
-    print(common.describe(environment), flush=True)
-    resident = {
-        "held-out": data.Resident(images.held_out(), args.device),
-        "test": data.Resident(images, args.device),
-    }
-    wanted = plan.Plan(args.batches, args.trials, args.seeds, args.arms)
-    seconds: dict[int, float] = {}
-    while run := plan.next_run(done, wanted, recipe):
-        elapsed = time.perf_counter() - start
-        if args.minutes and elapsed + seconds.get(run.batch, max(seconds.values(), default=0)) > 60 * args.minutes:
-            print(f"time is up before {name_of(run)}: the same command goes on from there")
-            break
-        found = train(run, recipe, resident[run.tested_on], args.device, args.compile)
-        seconds[run.batch] = max(found["seconds"], seconds.get(run.batch, 0))
-        done[run] = {"run": run._asdict(), "recipe": recipe._asdict(), **found, "environment": environment}
-        plan.append(args.results, done[run])
-        end = "diverged" if found["diverged"] else f"{plan.last(done[run]):.2f} %, best {plan.best(done[run]):.2f} %"
-        minutes = (time.perf_counter() - start) / 60
-        print(f"{minutes:5.1f} min  {name_of(run)}: {end} ({found['seconds']:.1f} s)", flush=True)
-    else:
-        print("all runs are there")
+    with tempfile.TemporaryDirectory() as folder, workers.executor(args.workers) as pool:
+        try:
+            images = data.synthetic() if args.synthetic else data.load(args.data, pool.map)
+        except ValueError as error:
+            args.parser.error(f"--data {error}")
+        if args.prepare:
+            data.save(args.prepare, images)
+            args.parser.exit(message=f"saved as {args.prepare}\n")
+        recipe = Recipe(
+            images.fingerprint(),
+            epochs=args.epochs,
+            warmup=args.warmup,
+            width=args.width,
+            cutout=args.cutout,
+            microbatch=args.microbatch,
+            base_batch=args.base_batch,
+            bias_lr=args.bias_lr,
+            dtype=args.dtype or ("bfloat16" if args.device.type == "cuda" else "float32"),
+        )
+        try:
+            _, done = plan.read(args.results, recipe)
+        except plan.OtherRecipe as error:
+            args.parser.error(f"--results: {error}")
+        environment = common.environment(args.device)
+        environment |= {"compile": args.compile, "graph": args.graph, "workers": args.workers}
+        print(common.describe(environment), flush=True)
+        shared = Path(folder) / "data.npz"
+        data.save(shared, images)
+        wanted = plan.Plan(args.batches, args.trials, args.seeds, args.arms)
+        seconds: dict[int, float] = {}
+
+        def ends_in_time(run: Run) -> bool:
+            elapsed = time.perf_counter() - start
+            expected = seconds.get(run.batch, max(seconds.values(), default=0))
+            return not args.minutes or elapsed + expected <= 60 * args.minutes
+
+        def next_run(running: Collection[Run]) -> Run | None:
+            runs = plan.next_runs(done, wanted, recipe)
+            return next((run for run in runs if run not in running and ends_in_time(run)), None)
+
+        options = (shared, args.device, args.compile, args.graph)
+        for run, found in workers.side_by_side(pool, args.workers, next_run, recipe, *options):
+            seconds[run.batch] = max(found["seconds"], seconds.get(run.batch, 0))
+            done[run] = {"run": run._asdict(), "recipe": recipe._asdict(), **found, "environment": environment}
+            plan.append(args.results, done[run])
+            print(f"{(time.perf_counter() - start) / 60:5.1f} min  {name_of(run)}: {end_of(done[run])}", flush=True)
+    left = next(plan.next_runs(done, wanted, recipe), None)
+    print(f"time is up before {name_of(left)}: the same command goes on from there" if left else "all runs are there")
     print(f"\n{report.tables(done, recipe)}")
+
+
+def end_of(record: Record) -> str:
+    """Return what came out of a run as a few words."""
+    end = "diverged" if record["diverged"] else f"{plan.last(record):.2f} %, best {plan.best(record):.2f} %"
+    return f"{end} ({record['seconds']:.1f} s)"
 
 
 def name_of(run: Run) -> str:
@@ -70,7 +86,7 @@ def name_of(run: Run) -> str:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Read the command line, and with it the data."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--data", type=Path, help="what --prepare wrote, or what it reads")
@@ -84,6 +100,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--arms", nargs="+", choices=plan.ARMS, default=PLAN.arms, help="(default: all)")
     parser.add_argument("--trials", type=size, default=PLAN.trials, help=f"of a sweep (default: {PLAN.trials})")
     parser.add_argument("--seeds", type=size, default=PLAN.seeds, help=f"(default: {PLAN.seeds})")
+    parser.add_argument("--workers", type=size, default=1, help="runs at a time, each in its process (default: 1)")
+    parser.add_argument("--graph", action="store_true", help="capture forward and backward in a CUDA graph")
     parser.add_argument("--compile", action="store_true", help="pass the network through torch.compile")
     recipe = parser.add_argument_group("recipe", "the same for all runs of a results file")
     recipe.add_argument("--epochs", type=number, default=DEFAULTS.epochs, help=f"(default: {DEFAULTS.epochs})")
@@ -113,13 +131,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.parser = parser
     if args.warmup >= args.epochs:
         parser.error(f"--warmup must be less than --epochs (got: {args.warmup:g} and {args.epochs:g})")
-    try:
-        args.images = data.synthetic() if args.synthetic else data.load(args.data)
-    except ValueError as error:
-        parser.error(f"--data {error}")
+    if args.graph and args.device.type != "cuda":
+        parser.error(f"--graph needs --device cuda (got: {args.device})")
     if args.prepare:
-        data.save(args.prepare, args.images)
-        parser.exit(message=f"saved as {args.prepare}\n")
+        return args  # needs neither an extension nor a GPU
     common.check_extension(parser)
     if args.device.type == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that torch can see, and there is none")

@@ -1,10 +1,11 @@
-"""Which run comes next: a function of those that are there, so that work can stop at any time and go on elsewhere."""
+"""Which runs come next: a function of those that are there, so that work can stop at any time and go on elsewhere."""
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from math import log2, sqrt
+from math import sqrt
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -51,24 +52,31 @@ def start_lr(optimizer: str, batch: int) -> float:
     return START[optimizer] * sqrt(batch / 256)
 
 
-def next_trial(start: float, tried: Mapping[float, float], trials: int) -> float | None:
-    """Return the next lr of a sweep, or None at its end. It climbs from the best one so far: ×2, ÷2, ×√2, ÷√2.
+def next_trials(start: float, tried: Mapping[float, float], trials: int) -> list[float]:
+    """Return the lrs of a sweep that can be tried now, in their order. There are none at its end.
+
+    The first three are the start, twice and half of it. If the best one so far is the highest, twice of it follows; if
+    it is the lowest, half of it; otherwise its neighbours, √2 times as high and as low. Which lrs are tried depends on
+    accuracies only, not on how many are tried at once.
 
     Args:
         start: the first lr.
         tried: accuracies by lr.
         trials: how many there may be.
     """
-    if not tried:
-        return float(f"{start:.3g}")
-    if len(tried) >= trials:
-        return None
-    halves = {round(2 * log2(lr / start)) for lr in tried}  # half powers of two above the start
-    best = round(2 * log2(best_lr(tried) / start))
-    for move in (2, -2, 1, -1):
-        if best + move not in halves:
-            return float(f"{start * 2 ** ((best + move) / 2):.3g}")
-    return None
+
+    def lr(half_powers: int) -> float:
+        return float(f"{start * 2 ** (half_powers / 2):.3g}")
+
+    sweep = [0, 2, -2][:trials]
+    while len(sweep) < trials and all(lr(each) in tried for each in sweep):
+        best = max(sweep, key=lambda each: (tried[lr(each)], -each))
+        beyond = [best + 2] * (best == max(sweep)) + [best - 2] * (best == min(sweep))
+        new = [each for each in beyond or (best + 1, best - 1) if each not in sweep]
+        if not new:
+            break
+        sweep += new[: trials - len(sweep)]
+    return [lr(each) for each in sweep if lr(each) not in tried]
 
 
 def best_lr(tried: Mapping[float, float]) -> float:
@@ -104,23 +112,23 @@ def lr_of(arm: Arm, batch: int, base_batch: int, done: Done) -> float | None:
     return best_lr(sweep) if arm.tuned else float(f"{best_lr(sweep) * batch / base_batch:.6g}")
 
 
-def next_run(done: Done, plan: Plan, recipe: Recipe) -> Run | None:
-    """Return the first run of a plan that is not there yet, or None when all are."""
+def next_runs(done: Done, plan: Plan, recipe: Recipe) -> Iterator[Run]:
+    """Yield the runs of a plan that are not there yet and can be started now, the most informative first.
+
+    A run on the test set can be started when its sweep is over. A run may come more than once.
+    """
     for sizes, seeds in plan.stages():
-        for batch in sizes:
-            for seed in seeds:
-                for name in plan.arms:
-                    arm = ARMS[name]
-                    swept = batch if arm.tuned else recipe.base_batch
-                    trial = next_trial(start_lr(arm.optimizer, swept), tried(done, arm.optimizer, swept), plan.trials)
-                    if trial is not None:
-                        return Run("held-out", arm.optimizer, swept, trial, 0)
-                    lr = lr_of(arm, batch, recipe.base_batch, done)
-                    assert lr is not None  # its sweep is over
-                    run = Run("test", arm.optimizer, batch, lr, seed)
-                    if run not in done:
-                        return run
-    return None
+        for batch, seed, name in itertools.product(sizes, seeds, plan.arms):
+            arm = ARMS[name]
+            swept = batch if arm.tuned else recipe.base_batch
+            sweep = tried(done, arm.optimizer, swept)
+            trials = next_trials(start_lr(arm.optimizer, swept), sweep, plan.trials)
+            yield from (Run("held-out", arm.optimizer, swept, lr, 0) for lr in trials)
+            lr = lr_of(arm, batch, recipe.base_batch, done)
+            if not trials and lr is not None:
+                run = Run("test", arm.optimizer, batch, lr, seed)
+                if run not in done:
+                    yield run
 
 
 class OtherRecipe(ValueError):

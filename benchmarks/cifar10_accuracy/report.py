@@ -76,7 +76,8 @@ def tables(done: Done, recipe: Recipe) -> str:
     """Return both tables, and where the runs come from."""
     found = sorted({common.describe(record["environment"]) for record in done.values()})
     seconds = sum(record["seconds"] for record in done.values())
-    about = f"{len(done)} runs, {seconds / 60:.1f} minutes. Recipe: {common.describe(recipe._asdict())}."
+    about = f"{len(done)} runs, whose times add up to {seconds / 60:.1f} minutes."
+    about += f" Recipe: {common.describe(recipe._asdict())}."
     return "\n\n".join([accuracy_table(done, recipe), sweep_table(done), about, *found]) + "\n"
 
 
