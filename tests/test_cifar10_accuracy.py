@@ -69,18 +69,18 @@ def test_schedule(module):
 
 def test_epochs_are_equal_for_all_batch_sizes_to_the_nearest_step(module):
     recipe = module("training").Recipe("")
-    assert (recipe.epochs, recipe.warmup) == (24, 4)
+    assert (recipe.epochs, recipe.warmup) == (60, 10)
     steps = [recipe.steps(50_000, batch) for batch in (256, 2048, 8192, 16384, 32768)]
-    assert steps == [4688, 586, 146, 73, 37]  # 24 · 50,000 / batch
-    assert [recipe.warmup_steps(50_000, batch) for batch in (256, 16384, 32768)] == [781, 12, 6]
-    assert recipe.steps(45_000, 16384) == 66
+    assert steps == [11719, 1465, 366, 183, 92]  # 60 · 50,000 / batch
+    assert [recipe.warmup_steps(50_000, batch) for batch in (256, 16384, 32768)] == [1953, 31, 15]
+    assert recipe.steps(45_000, 16384) == 165
 
 
 @pytest.mark.parametrize(
     ("optimizer", "kind", "base", "lrs", "decay"),
     [
         ("SGD", torch.optim.SGD, torch.optim.SGD, (2, 2), 5e-4),
-        ("LARS", torchlars.LARS, torchlars.optim.SGD, (2, 0.05), 5e-4),
+        ("LARS", torchlars.LARS, torchlars.optim.SGD, (2, 0.1), 5e-4),  # √4 · 0.05
         ("LAMB", torchlars.LAMB, torch.optim.AdamW, (2, 2), 0.01),
     ],
 )
@@ -100,7 +100,7 @@ def test_every_step_has_the_lr_of_its_policy(module, monkeypatch, extension, sma
         return optimizer
 
     monkeypatch.setattr(training, "make_optimizer", make)
-    recipe = training.Recipe("", epochs=2, warmup=0.5, width=2, dtype="float32")
+    recipe = training.Recipe("", epochs=2, warmup=0.5, width=2, base_batch=40, dtype="float32")
     data = module("data").Resident(small, torch.device("cpu"))
     found = training.train(training.Run("test", optimizer, 160, 2.0, 0), recipe, data, torch.device("cpu"))
     assert (found["steps"], found["warmup_steps"]) == (8, 2)  # of 640 images
@@ -460,8 +460,8 @@ def test_table_worked_by_hand(module):
     add("test", "LARS", 16384, 32, 1, 92, 92)
     add("test", "LARS", 16384, 16, 1, 99, 99)  # of an lr that was not chosen
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in report.tables(done, recipe).splitlines()]
-    assert rows[2] == ["16384", "LARS, tuned", "32", "4", "24", "73", "91.50 ± 0.71 %", "91.00 ± 1.41 %", "2"]
-    assert rows[3] == ["16384", "SGD, linear scaling", "6.4", "4", "24", "73", "50.00 %", "40.00 %", "1"]
+    assert rows[2] == ["16384", "LARS, tuned", "32", "10", "60", "73", "91.50 ± 0.71 %", "91.00 ± 1.41 %", "2"]
+    assert rows[3] == ["16384", "SGD, linear scaling", "6.4", "10", "60", "73", "50.00 %", "40.00 %", "1"]
     assert ["256", "SGD", "**0.1: 90.00**, 0.2: 80.00", "no"] in rows
     assert ["16384", "LARS", "16: 80.00, **32: 91.00**, 64: 85.00", "yes"] in rows
     assert "9 runs, whose times add up to 9.0 minutes." in report.tables(done, recipe)

@@ -90,7 +90,7 @@ def last(record: Record) -> float:
 
 
 def best(record: Record) -> float:
-    """Return a run's best accuracy of all epochs."""
+    """Return a run's best accuracy of all evaluations."""
     return max(float(accuracy) for _, _, accuracy in record["curve"])
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from math import isfinite
+from math import isfinite, sqrt
 from typing import Any, NamedTuple
 
 import torch
@@ -38,9 +38,9 @@ class Recipe(NamedTuple):
     """What all runs of a results file have in common."""
 
     data: str
-    epochs: float = 24
-    warmup: float = 4
-    width: int = 64
+    epochs: float = 60
+    warmup: float = 10
+    width: int = 32
     cutout: int = 0
     microbatch: int = 2048
     base_batch: int = 256
@@ -54,6 +54,10 @@ class Recipe(NamedTuple):
     def warmup_steps(self, images: int, batch: int) -> int:
         """Return how many of them are warm-up."""
         return max(1, round(self.warmup * images / batch))
+
+    def scaled_bias_lr(self, batch: int) -> float:
+        """Return the lr of biases and norms under LARS, which grows with the square root of the batch."""
+        return self.bias_lr * sqrt(batch / self.base_batch)
 
 
 def make_optimizer(name: str, model: nn.Module, lr: float, bias_lr: float) -> Optimizer:
@@ -103,7 +107,7 @@ def train(
     forward: Any = torch.compile(model, dynamic=False) if compile else model
     generator = torch.Generator(device).manual_seed(run.seed)
     steps, warmup_steps = (count(len(data), run.batch) for count in (recipe.steps, recipe.warmup_steps))
-    optimizer = make_optimizer(run.optimizer, model, run.lr, recipe.bias_lr)
+    optimizer = make_optimizer(run.optimizer, model, run.lr, recipe.scaled_bias_lr(run.batch))
     scheduler = LambdaLR(optimizer, lambda step: lr_factor(step, steps, warmup_steps))
     cast = torch.autocast(device.type, DTYPES[recipe.dtype], enabled=recipe.dtype != "float32")
     loss_sum = torch.zeros((), device=device)
