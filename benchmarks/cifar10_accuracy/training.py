@@ -170,7 +170,7 @@ def captured(
             learn(images, labels)
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):  # the stream that autograd has come to know
         learn(images, labels)
     model.load_state_dict(state)
     model.zero_grad(set_to_none=False)
