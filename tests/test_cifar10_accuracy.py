@@ -80,7 +80,7 @@ def test_epochs_are_equal_for_all_batch_sizes_to_the_nearest_step(module):
     ("optimizer", "kind", "base", "lrs", "decay"),
     [
         ("SGD", torch.optim.SGD, torch.optim.SGD, (2, 2), 5e-4),
-        ("LARS", torchlars.LARS, torchlars.optim.SGD, (2, 0.1), 5e-4),  # √4 · 0.05
+        ("LARS", torchlars.LARS, torchlars.optim.SGD, (2, 0.4), 5e-4),  # 0.2 · √4
         ("LAMB", torchlars.LAMB, torch.optim.AdamW, (2, 2), 0.01),
     ],
 )
@@ -133,8 +133,8 @@ def test_a_sweep_climbs(module):
 
 def test_sweeps_start_by_one_rule(module):
     start_lr = module("plan").start_lr
-    assert [start_lr(name, 256) for name in ("SGD", "LARS", "LAMB")] == [0.2, 4, 0.005]
-    assert [start_lr(name, 16384) for name in ("SGD", "LARS", "LAMB")] == pytest.approx([1.6, 32, 0.04])
+    assert [start_lr(name, 256) for name in ("SGD", "LARS", "LAMB")] == [0.2, 6, 0.006]
+    assert [start_lr(name, 16384) for name in ("SGD", "LARS", "LAMB")] == pytest.approx([1.6, 48, 0.048])
 
 
 def test_all_that_are_tuned_are_tuned_alike(module):
@@ -327,15 +327,16 @@ def test_it_learns(module, extension, small, device, optimizer, lr):
     assert found["curve"][-1][2] > 80
 
 
-def test_a_captured_run_has_the_curve_of_an_eager_one(module, cuda, small):
+@pytest.mark.parametrize(("microbatch", "batch"), [(64, 128), (256, 64)])
+@pytest.mark.parametrize(("optimizer", "lr"), [("SGD", 0.1), ("LARS", 2), ("LAMB", 0.005)])
+def test_a_run_captured_on_cuda_begins_as_an_eager_one(module, cuda, small, optimizer, lr, microbatch, batch):
     training = module("training")
+    recipe = training.Recipe("", epochs=3, warmup=1, width=8, microbatch=microbatch, dtype="float32")
     data = module("data").Resident(small, cuda)
-    for optimizer, microbatch, batch in product(("SGD", "LARS", "LAMB"), (64, 256), (64, 128, 300)):
-        recipe = training.Recipe("", epochs=3, warmup=1, width=8, microbatch=microbatch, dtype="float32")
-        run = training.Run("test", optimizer, batch, {"SGD": 0.1, "LARS": 2, "LAMB": 0.005}[optimizer], 0)
-        eager, captured = (training.train(run, recipe, data, cuda, graph=graph)["curve"] for graph in (False, True))
-        for (seen, loss, _), (also_seen, other, _) in zip(eager, captured, strict=True):
-            assert (also_seen, other) == (seen, pytest.approx(loss, rel=0.05)), (run, microbatch)
+    run = training.Run("test", optimizer, batch, lr, 0)
+    eager, captured = (training.train(run, recipe, data, cuda, graph=graph)["curve"] for graph in (False, True))
+    for (seen, loss, _), (also_seen, other, _) in zip(eager[:4], captured[:4], strict=True):
+        assert (also_seen, other) == (seen, pytest.approx(loss, rel=0.02))
 
 
 def test_a_run_is_decided_by_its_seed(module, extension, small):

@@ -124,7 +124,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         "--bias-lr",
         type=number,
         default=DEFAULTS.bias_lr,
-        help=f"of biases and norms under LARS, at the base batch size (default: {DEFAULTS.bias_lr}, torchlars' own)",
+        help=f"of biases and norms under LARS, at the base batch size (default: {DEFAULTS.bias_lr})",
     )
     recipe.add_argument("--dtype", choices=DTYPES, help="of autocast (default: bfloat16 on CUDA, else float32)")
     args = parser.parse_args(argv)

@@ -29,7 +29,7 @@ ARMS = {
     "LAMB(AdamW), tuned": Arm("LAMB", tuned=True),
 }
 # Where a sweep starts at batch 256. At other sizes all three start √(batch / 256) times as high, and climb from there.
-START = {"SGD": 0.2, "LARS": 4.0, "LAMB": 0.005}
+START = {"SGD": 0.2, "LARS": 6.0, "LAMB": 0.006}
 
 
 class Plan(NamedTuple):

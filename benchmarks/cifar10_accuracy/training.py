@@ -44,7 +44,7 @@ class Recipe(NamedTuple):
     cutout: int = 0
     microbatch: int = 2048
     base_batch: int = 256
-    bias_lr: float = 0.05
+    bias_lr: float = 0.2
     dtype: str = "bfloat16"
 
     def steps(self, images: int, batch: int) -> int:
