@@ -11,6 +11,7 @@ import re
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -214,6 +215,22 @@ def test_children_do_not_outlive_a_command_that_ends_by_itself(module, tmp_path)
     assert_ends(int(ended.output))
 
 
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
+def test_commands_of_all_threads_are_stopped(module, tmp_path):
+    budget = module("gpu_check.budget")
+    logs = [tmp_path / str(i) for i in range(2)]
+    command = [sys.executable, "-c", SLEEPER]
+    with ThreadPoolExecutor(2) as pool:
+        waited = [pool.submit(budget.run, command, 60, log, tmp_path, os.environ) for log in logs]
+        while not all(log.exists() and log.read_text().endswith("\n") for log in logs):
+            time.sleep(0.05)
+        budget.stop()
+        ended = [each.result() for each in waited]
+    assert [each.how for each in ended] == ["killed by signal 9"] * 2
+    for each in ended:
+        assert_ends(int(each.output))
+
+
 def test_a_budget_runs_out_and_never_below_zero(module):
     budget = module("gpu_check.budget")
     assert 4 < budget.Budget(10, reserve=5).left() <= 5
@@ -229,6 +246,8 @@ def stage(name, command, module, tmp_path, change):
     def option(key):
         return Path(command[command.index(key) + 1])
 
+    if command[-2:] == ["-m", "torchlars"]:
+        return change.get("loaded", "  CUDA       loaded\n")
     if "setup.py" in command:
         return "torchlars: CPU and CUDA 13.0 (/usr/local/cuda) for 9.0\n"
     if "pytest" in command:
@@ -313,6 +332,7 @@ def pretend(module, monkeypatch, tmp_path):
     """Return what runs the whole script over commands that pretend, and returns its status and its files."""
     main = module("gpu_check.main")
     budget = module("gpu_check.budget")
+    commands_run = []
 
     def run(*argv, **change):
         def run_all(commands, seconds, logs, cwd, environments):
@@ -322,6 +342,7 @@ def pretend(module, monkeypatch, tmp_path):
                 name = command[command.index("--tool") + 1] if "--tool" in command else ""
                 if "setup.py" in command:
                     assert (environment["TORCHLARS_CUDA"], environment["TORCH_CUDA_ARCH_LIST"]) == ("1", "9.0")
+                commands_run.append(command)
                 output = stage(name, command, module, tmp_path, change)
                 ended.append(budget.Ended(change.get("code", 0), 1.0, output))
             return ended
@@ -331,10 +352,12 @@ def pretend(module, monkeypatch, tmp_path):
         monkeypatch.setattr(main, "find_sanitizer", lambda: change.get("sanitizer", "/opt/compute-sanitizer"))
         monkeypatch.setattr(main, "on_signals", lambda handle: None)
         monkeypatch.setattr(main.Check, "is_built", lambda check: change.get("code", 0) == 0)
+        commands_run.clear()
         status = main.main(["--out", str(tmp_path / "out"), *argv])
         out = tmp_path / "out"
         return status, json.loads((out / "summary.json").read_text(encoding="utf-8")), out
 
+    run.commands = commands_run
     return run
 
 
@@ -397,6 +420,31 @@ def test_whatever_decides_and_fails_shows_in_the_status(pretend, step, change, c
     assert not summary["passes"]
     assert next(result for result in summary["steps"] if result["step"] == step)["outcome"] != "passed"
     assert "GPU check: NOT PASSED" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_what_is_wrong_is_timed_only_if_asked_for(pretend, goes_on):
+    status, summary, _ = pretend(*["--go-on"] * goes_on, memcheck=MEMCHECK)
+    assert status == 1
+    timed = {result["step"] for result in summary["steps"] if result["step"].startswith(("step time", "bandwidth"))}
+    assert len(timed) == (7 if goes_on else 0)
+
+
+@pytest.mark.parametrize("part", ["correctness", "speed"])
+def test_parts_may_be_run_alone(pretend, part):
+    _, summary, _ = pretend("--parts", part)
+    steps = {result["step"] for result in summary["steps"]}
+    assert ("memcheck" in steps, "bandwidth" in steps) == (part == "correctness", part == "speed")
+
+
+@pytest.mark.parametrize(
+    ("loaded", "builds"),
+    [("  CUDA       loaded\n", False), ("  CUDA       loaded, but no device is visible\n", True), ("", True)],
+)
+def test_a_prebuilt_extension_is_used_if_it_can_be_loaded(pretend, loaded, builds):
+    status, _, _ = pretend("--prebuilt", loaded=loaded)
+    assert status == 0
+    assert any("setup.py" in command for command in pretend.commands) == builds
 
 
 def test_what_has_no_time_left_is_skipped_and_summed_up(pretend, capsys):

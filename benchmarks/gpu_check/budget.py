@@ -44,6 +44,21 @@ class Ended:
         return f"killed by signal {-self.code}" if self.code < 0 else f"exit status {self.code}"
 
 
+_running: set[subprocess.Popen[bytes]] = set()
+
+
+def stop() -> None:
+    """Kill all that runs, in whatever thread it is waited for."""
+    for process in list(_running):
+        kill(process)
+
+
+def kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill a command with its children."""
+    with suppress(ProcessLookupError, PermissionError):
+        os.killpg(process.pid, signal.SIGKILL)
+
+
 def run(command: Sequence[str], seconds: float, log: Path, cwd: Path, environment: Mapping[str, str]) -> Ended:
     """Run a command for at most so many seconds, its output in a file."""
     return run_all([command], seconds, [log], cwd, [environment])[0]
@@ -78,6 +93,7 @@ def run_all(
                         start_new_session=True,
                     )
                 )
+                _running.add(processes[-1])
         for process in processes:
             code = None
             with suppress(subprocess.TimeoutExpired):
@@ -85,8 +101,8 @@ def run_all(
             ends.append((code, time.monotonic() - start))
     finally:
         for process in processes:
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(process.pid, signal.SIGKILL)
+            kill(process)
             process.wait()
+            _running.discard(process)
     outputs = [log.read_text(encoding="utf-8", errors="replace") for log in logs]
     return [Ended(code, taken, output) for (code, taken), output in zip(ends, outputs, strict=True)]

@@ -15,8 +15,10 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ DEVICE_TESTS = ("tests/test_ops.py", "tests/test_cifar10_accuracy.py")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PLANTED = ("memcheck", "initcheck")
 
+PARTS = ("correctness", "speed")
 QUICK = ("--rounds", "7", "--min-time", "0.03")
 LARGE_GIB = 112  # of GPU memory, for all the core contestants on the set of a 7B model
 COMPILED = ("torch.compile of LARS + SGD fused", "torch.compile of a whole LARS-SGD")
@@ -48,14 +51,17 @@ class Stopped(Exception):
 class Check:
     """One run: what is found, and where it goes."""
 
-    def __init__(self, found: dict[str, Any], total: budget.Budget, out: Path, work: Path, compiles: bool) -> None:
+    def __init__(
+        self, found: dict[str, Any], total: budget.Budget, out: Path, work: Path, args: argparse.Namespace
+    ) -> None:
         self.found = found
         self.total = total
         self.out = out
         self.work = work
-        self.compiles = compiles
+        self.args = args
+        self.lock = threading.RLock()  # of all that follows
         self.results: list[Result] = []
-        self.log: list[str] = []
+        self.log: dict[str, list[str]] = {}  # by step
         self.tables: list[str] = []
         self.sets: dict[str, Any] = {}
         self.reports: list[Path] = []  # of tests
@@ -63,16 +69,36 @@ class Check:
     # Steps
 
     def do(self) -> None:
-        """Do all steps, each as far as time allows. What decides comes before what is measured."""
+        """Do all steps, each as far as time allows: what decides side by side, then what is timed, one at a time."""
         self.guard("build", self.build)
-        self.guard("CUDA tests", lambda: self.tests("CUDA tests", CUDA_TESTS))
-        shards = min(4, self.found["cores"] or 1)
-        self.guard("ops on the device", lambda: self.tests("ops on the device", DEVICE_TESTS, shards))
-        self.guard("launches and waits", self.steps)
-        self.guard("memcheck", lambda: self.sanitize("memcheck"))
+        if "correctness" in self.args.parts:
+            self.check_correctness()
+            if any(result.is_decisive and result.outcome == FAILED for result in self.results) and not self.args.go_on:
+                return
+        if "speed" in self.args.parts:
+            self.measure_speed()
+
+    def check_correctness(self) -> None:
+        """Do all that decides, side by side: none of it is timed."""
+        cores = self.found["cores"] or 1
+        shards = max(1, min(6, cores // 2))
+        steps: dict[str, Callable[[], None]] = {
+            "CUDA tests": lambda: self.tests("CUDA tests", CUDA_TESTS, min(2, shards)),
+            "ops on the device": lambda: self.tests("ops on the device", DEVICE_TESTS, shards),
+            "launches and waits": self.steps,
+            **{tool: lambda tool=tool: self.sanitize(tool) for tool in SANITIZERS},
+        }
+        with ThreadPoolExecutor(min(len(steps), cores)) as pool:
+            try:
+                for waited in [pool.submit(self.guard, name, step) for name, step in steps.items()]:
+                    waited.result()
+            except Stopped:
+                budget.stop()  # or the threads would wait for what they run
+                raise
+
+    def measure_speed(self) -> None:
+        """Do all that is timed, one at a time."""
         self.guard("step time: resnet50", lambda: self.time_steps("step time: resnet50", "resnet50", 110))
-        for tool in SANITIZERS[1:]:
-            self.guard(tool, lambda tool=tool: self.sanitize(tool))
         self.guard("bandwidth", self.bandwidth)
         self.guard("step time: 7B, bfloat16", self.time_large)
         for layers in ("vit_b_16", "one_100m", "tiny"):  # each by itself: what is killed leaves nothing behind
@@ -91,6 +117,10 @@ class Check:
 
     def build(self) -> None:
         """Build in place, for this GPU alone. Nothing is installed: all that follows is run from the checkout."""
+        if self.args.prebuilt:
+            ended = self.run("build", [sys.executable, "-m", "torchlars"], 60)
+            if ended is not None and re.search(r"^  CUDA +loaded$", ended.output, re.MULTILINE):
+                return self.add("build", PASSED, "built elsewhere", ended.seconds)
         more = {"TORCHLARS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": self.found["capability"]}
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
         ended = self.run("build", command, 300, more)
@@ -126,7 +156,7 @@ class Check:
     def steps(self) -> None:
         """Count launches, and find out whether the host waits."""
         name, file = "launches and waits", self.work / "steps.json"
-        ended = self.module(name, "steps", ["--out", str(file)], 60)
+        ended = self.module(name, "steps", ["--out", str(file)], 100)
         if ended is None:
             return self.skip(name, decides=True)
         modes = read(file)
@@ -147,12 +177,14 @@ class Check:
         if sanitizer is None:
             return self.skip(tool, "compute-sanitizer was not found", decides=True)
         # torchlars' kernels alone. Errors of the API are torch's, which tries what may fail; those of a launch remain.
+        # The first launch waits for torch's kernels to be loaded, which takes longer under a sanitizer.
         command = [sanitizer, "--tool", tool, "--kernel-name", "kns=torchlars", "--print-limit", "20"]
+        command += ["--launch-timeout", "0"]
         command += ["--report-api-errors", "no"] if tool == "memcheck" else []
         command += [sys.executable, "-m", f"{MODULE}.cases", "--device", "cuda"]
         # Each tensor is an allocation then, and what lies beyond its end is no other tensor.
         more = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-        ended = self.run(tool, command, 75, more) if self.is_built() else None
+        ended = self.run(tool, command, 150, more) if self.is_built() else None
         if ended is None:
             return self.skip(tool, decides=True)
         errors = readings.sanitizer_errors(ended.output)
@@ -162,7 +194,7 @@ class Check:
         note += f"; {agrees[0]}" if agrees else f"; the cases did not reach their end ({ended.how})"
         seconds = ended.seconds
         if passed and tool in PLANTED:
-            planted = self.run(f"{tool}, of a planted fault", [*command, "--plant", tool], 45, more)
+            planted = self.run(f"{tool}, of a planted fault", [*command, "--plant", tool], 75, more)
             seconds += planted.seconds if planted else 0
             finds = planted is not None and bool(readings.sanitizer_errors(planted.output))
             finds = finds and planted is not None and readings.blames_torchlars(planted.output)
@@ -191,7 +223,7 @@ class Check:
     def time_compiled(self) -> None:
         """Time what has to be compiled, which takes a minute or more, beside torchlars once more."""
         name = "step time: compiled"
-        if not self.compiles and self.total.left() < 100:
+        if not self.args.compile and self.total.left() < 100:
             return self.skip(name, "no time left (--compile has it tried all the same)")
         contestants = ("--contestants", readings.WRAPPER, readings.FUSED, *COMPILED)
         return self.time_steps(name, "compiled", 300, "--sets", "resnet50", *contestants, compiles=True)
@@ -250,11 +282,13 @@ class Check:
         if seconds < LEAST:
             return None
         print(f"{name}: {shlex.join(commands[0])}", flush=True)
-        logs = [self.work / f"{len(self.log)}_{i}.log" for i in range(len(commands))]
+        logs = [self.work / f"{re.sub(r'[^A-Za-z0-9]+', '_', name)}_{i}.log" for i in range(len(commands))]
         ended = budget.run_all(commands, seconds, logs, ROOT, [environment(each) for each in more])
-        for command, each in zip(commands, ended, strict=True):
-            self.log.append(f"=== {name}: {each.how}, {each.seconds:.1f} s\n$ {shlex.join(command)}\n")
-            self.log.append(readings.clip(each.output))
+        with self.lock:
+            log = self.log.setdefault(name, [])
+            for command, each in zip(commands, ended, strict=True):
+                log.append(f"=== {name}: {each.how}, {each.seconds:.1f} s\n$ {shlex.join(command)}\n")
+                log.append(readings.clip(each.output))
         return ended
 
     def skip(self, name: str, why: str = "", decides: bool = False) -> None:
@@ -272,11 +306,12 @@ class Check:
         decides: bool = False,
     ) -> None:
         """Note the result of a step, on disk as well: whoever ends this at once is to find it there."""
-        self.results.append(Result(name, outcome, note, seconds, decides, data or {}))
-        print(f"{name}: {outcome}, {seconds:.0f} s: {note}", flush=True)
-        if outcome == FAILED and self.log:
-            print("\n".join(f"    {line}" for line in self.log[-1].splitlines()[-12:]), flush=True)
-        self.write()
+        with self.lock:
+            self.results.append(Result(name, outcome, note, seconds, decides, data or {}))
+            print(f"{name}: {outcome}, {seconds:.0f} s: {note}", flush=True)
+            if outcome == FAILED and name in self.log:
+                print("\n".join(f"    {line}" for line in self.log[name][-1].splitlines()[-12:]), flush=True)
+            self.write()
 
     # What is left behind
 
@@ -308,7 +343,8 @@ class Check:
         markdown = "\n\n".join(["# What a GPU showed", self.summary(), *self.tables])
         (self.out / "summary.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
         (self.out / "summary.md").write_text(markdown + "\n", encoding="utf-8")
-        (self.out / "log.txt").write_text("\n".join(self.log), encoding="utf-8")
+        log = "\n".join(line for lines in self.log.values() for line in lines)
+        (self.out / "log.txt").write_text(log, encoding="utf-8")
 
 
 def ratio(entry: dict[str, Any]) -> str:
@@ -328,7 +364,7 @@ def read(path: Path) -> dict[str, Any]:
 def environment(more: Mapping[str, str]) -> dict[str, str]:
     """Return the variables of a command. Of an environment that was not activated, ninja is to be found as well."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")])
-    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", **more}
+    return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2", **more}
 
 
 def find_sanitizer() -> str | None:
@@ -373,6 +409,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budget", type=float, default=520.0, metavar="SECONDS", help="for everything (default: 520)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/, by the name of the GPU)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
+    parser.add_argument("--go-on", action="store_true", help="time even what was found to be wrong")
+    parser.add_argument("--prebuilt", action="store_true", help="use the extension that is there, if it can be loaded")
     parser.add_argument("--compile", action="store_true", help="time torch.compile even if little time is left for it")
     args = parser.parse_args(argv)
 
@@ -387,7 +426,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(readings.describe(found), flush=True)
         slug = re.sub(r"[^a-z0-9]+", "_", found["gpu"].lower()).strip("_")
         out = (args.out or Path(__file__).resolve().parent / "results" / slug).resolve()
-        check = Check(found, total, out, Path(folder), args.compile)
+        check = Check(found, total, out, Path(folder), args)
         on_signals(stop)
         try:
             check.do()
