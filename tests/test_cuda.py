@@ -163,7 +163,9 @@ def test_layers_of_zeros_are_found_without_waiting(is_late):
         if is_late:
             optimizer.step()  # a warning would be an error
             return
-        torch.cuda.current_stream().synchronize()
+        torch.cuda.set_sync_debug_mode("default")
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
         with pytest.warns(UserWarning, match=r"\(group: 0, parameter: 1, shape: \(70,\), lr: 16.0\)"):
             optimizer.step()
     finally:
