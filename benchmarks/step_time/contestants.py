@@ -120,7 +120,7 @@ def contestants(base: str) -> list[Contestant]:
         ),
         *(
             Contestant(f"Adam {form}", "Adam", lambda params, hyper, form=form: adam(params, hyper, form).step)
-            for form in ("foreach", "fused")
+            for form in ("loop", "foreach", "fused")
         ),
         Contestant("LARS(Adam fused)", "LARS-Adam", lambda params, hyper: lars(adam(params, hyper, "fused"), hyper)),
         Contestant("timm Lars", "LARS-SGD", timm_lars, form="other", is_foreign=True),
