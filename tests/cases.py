@@ -48,6 +48,19 @@ def conjugated(x: Tensor) -> Tensor:
     return x.conj().resolve_conj().conj()
 
 
+def on(device: torch.device | str, tensors: list[Tensor]) -> list[Tensor]:
+    """The same tensors on a device, in the same layouts. Their memory travels at once: a GPU is waited for once."""
+    memory = [torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()) for tensor in tensors]
+    there = torch.cat(memory).to(device).split([len(part) for part in memory])
+    copies = []
+    for tensor, part in zip(tensors, there, strict=True):
+        copy = torch.empty(0, dtype=tensor.dtype, device=device).set_(
+            part.clone().untyped_storage(), tensor.storage_offset(), tensor.shape, tensor.stride()
+        )
+        copies.append(copy.conj() if tensor.is_conj() else copy)
+    return copies
+
+
 @dataclass
 class Layer:
     shape: tuple[int, ...]
@@ -74,10 +87,12 @@ class Case:
         def tensor(shape, scale, layout, dtype):
             wide = torch.complex128 if dtype.is_complex else torch.float64
             values = scale * torch.randn(shape, generator=random, dtype=wide)
-            return layout(values.to(dtype).to(device))
+            return layout(values.to(dtype))
 
         params = [tensor(layer.shape, layer.param_scale, layer.param_layout, dtype) for layer in self.layers]
         grads = [tensor(layer.shape, layer.grad_scale, layer.grad_layout, grad_dtype or dtype) for layer in self.layers]
+        if torch.device(device).type != "cpu":
+            grads, params = on(device, grads), on(device, params)
         return (
             grads,
             params,

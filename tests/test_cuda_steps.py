@@ -1,7 +1,4 @@
-"""Whole steps on a GPU: captured in a graph, under a GradScaler, and sharded. The host must wait for none of them.
-
-None of this has been run on a GPU yet.
-"""
+"""Whole steps on a GPU: captured in a graph, under a GradScaler, and sharded. The host must wait for none of them."""
 
 from __future__ import annotations
 
@@ -129,8 +126,11 @@ def test_an_lr_elsewhere_is_refused_where_a_graph_is_captured(make):
     for group in optimizer.param_groups:
         group["lr"] = torch.tensor(0.1)
     message = "lr must be on the parameters' device while a CUDA graph is captured"
-    with pytest.raises(RuntimeError, match=message), torch.cuda.graph(torch.cuda.CUDAGraph()):
-        optimizer.step()
+    anything = torch.ones(1, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        anything.add_(1)  # torch warns of graphs without nodes
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
 
 
 @OVER_OURS
@@ -170,6 +170,10 @@ def test_a_scaler_never_waits_and_has_the_numbers_of_one_that_does(make, overflo
     expected.__class__ = type(cls.__name__, (cls,), {"_step_supports_amp_scaling": False})
     scaler, twin_scaler = (torch.amp.GradScaler("cuda", init_scale=2.0**10, growth_interval=3) for _ in range(2))
     begun = not optimizer.param_groups[0].get("fused", False) or optimizer.param_groups[0].get("momentum", 0) == 0
+    # Only where updates are scaled does torch's fused SGD unscale. With a scale, its kernel (2.11, sm_90, float32, what
+    # is aligned) rounds lr * g before it subtracts, without one it does not: p differs by an ULP here and there.
+    same_bits = {"rtol": 0, "atol": 0}
+    closeness = {"rtol": 1e-6, "atol": 1e-8} if make is FUSED["LARS(SGD), of updates"] else same_bits
     for step in range(1, 7):
         for one, opt, scale in ((model, optimizer, scaler), (twin, expected, twin_scaler)):
             opt.zero_grad()
@@ -188,7 +192,8 @@ def test_a_scaler_never_waits_and_has_the_numbers_of_one_that_does(make, overflo
         twin_scaler.update()
         assert scaler.get_scale() == twin_scaler.get_scale()
         for (name, param), other in zip(model.named_parameters(), twin.parameters(), strict=True):
-            torch.testing.assert_close(param, other, rtol=0, atol=0, msg=f"{step} {name}")
+            message = f"{step} {name}: {{}}".format
+            torch.testing.assert_close(param, other, **closeness, msg=message)
 
 
 @pytest.fixture
