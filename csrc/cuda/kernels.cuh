@@ -345,7 +345,7 @@ __device__ void update_range(T* __restrict__ param, const T* __restrict__ grad, 
       Pack<T> param, grad;
       Pack<M, kSize> momentum;
     };
-    for_packs<2>(
+    for_packs<sizeof(T) == 2 ? 2 : 4>(  // as many as registers hold
         num_packs,
         [&](int64_t pack) {
           Packs x;

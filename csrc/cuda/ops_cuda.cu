@@ -64,7 +64,8 @@ at::Tensor measure_alone(const Launch& launch, at::TensorList tensors, const flo
 }
 
 // Partial sums of squares of parameters and of gradients, with scales[i] * params[i] added to these unless scales is
-// empty; side by side if they are of one dtype.
+// empty. Side by side if they are of one dtype, and if no parameter that is added had to be copied into its gradient's
+// order: its squares would be added in that order, too, and their sum would not have the bits that `squared_norms` has.
 std::pair<at::Tensor, at::Tensor> measure_both(const Launch& launch, at::TensorList grads, at::TensorList params,
                                                const float* inv_scale, at::ArrayRef<double> scales) {
   if (grads[0].scalar_type() != params[0].scalar_type()) {
@@ -79,6 +80,8 @@ std::pair<at::Tensor, at::Tensor> measure_both(const Launch& launch, at::TensorL
     Pair& pair = swept.emplace_back(grads[i], params[i], scale);
     if (scale == 0) {
       pair.param = dense(params[i]);  // in whatever order: the two are not added
+    } else if (!pair.param->is_same(params[i])) {
+      return {measure_alone(launch, params), measure_alone(launch, grads, inv_scale, {params, scales})};
     }
     layers.push_back({real_numel(grads[i]), pair.param->const_data_ptr(), pair.grad->const_data_ptr(), scale});
   }
