@@ -48,19 +48,18 @@ PYBIND11_MODULE(_C, m) {
 
   m.def(
       "chunks",
-      [](const std::vector<int64_t>& numels, bool of_blocks) {
-        const int64_t least = of_blocks ? torchlars::kBlockChunk : torchlars::kChunk;
+      [](std::vector<int64_t> numels) {
+        const torchlars::Plan plan(std::move(numels));
         std::vector<std::tuple<int64_t, int64_t, int64_t>> chunks;
-        for (size_t tensor = 0; tensor < numels.size(); ++tensor) {
-          for (int64_t chunk = 0; chunk < torchlars::num_chunks(numels[tensor], least); ++chunk) {
-            const auto range = torchlars::chunk_range(numels[tensor], chunk, least);
+        for (size_t tensor = 0; tensor < plan.numel.size(); ++tensor) {
+          for (int64_t chunk = 0; chunk < torchlars::num_chunks(plan.numel[tensor]); ++chunk) {
+            const auto range = torchlars::chunk_range(plan.numel[tensor], chunk);
             chunks.emplace_back(tensor, range.begin, range.end);
           }
         }
         return chunks;
       },
-      pybind11::arg("numels"), pybind11::arg("of_blocks") = false,
-      "Every chunk of a CPU, or of the blocks of a GPU, as (tensor, begin, end), in order.");
+      pybind11::arg("numels"), "Every chunk of the plan as (tensor, begin, end), in order.");
   m.def(
       "chunks_starting_in",
       [](std::vector<int64_t> numels, int64_t begin, int64_t end, bool backwards) {
@@ -76,16 +75,14 @@ PYBIND11_MODULE(_C, m) {
       "The share of a CPU thread: (tensor, chunk, begin, end) of every chunk whose work begins in [begin, end).");
   m.def(
       "runs_within",
-      [](const std::vector<int64_t>& sizes, int64_t limit, bool in_cache) {
+      [](const std::vector<int64_t>& sizes, int64_t limit) {
         std::vector<std::pair<int64_t, int64_t>> runs;
-        for (const auto& run :
-             in_cache ? torchlars::runs_in_cache(sizes, limit) : torchlars::runs_within(sizes, limit)) {
+        for (const auto& run : torchlars::runs_within(sizes, limit)) {
           runs.emplace_back(run.begin, run.end);
         }
         return runs;
       },
-      pybind11::arg("sizes"), pybind11::arg("limit"), pybind11::arg("in_cache") = false,
-      "Runs of consecutive items as (begin, end): a CPU's, or those that the cache of a GPU holds.");
+      pybind11::arg("sizes"), pybind11::arg("limit"), "Runs of consecutive items as (begin, end).");
   m.def(
       "find_start",
       [](const std::vector<int64_t>& starts, int64_t value) {

@@ -10,24 +10,23 @@
 
 namespace torchlars {
 
-constexpr int64_t kChunk = 16384;      // elements; a chunk is summed by one thread on a CPU
-constexpr int64_t kBlockChunk = 8192;  // by one block on a GPU, which has a few hundred of them to keep busy
-constexpr int64_t kMaxChunks = 1024;   // of one tensor: a GPU block re-adds them all, so they must stay few
+constexpr int64_t kChunk = 16384;     // elements; a chunk is summed by one thread on a CPU, by one block on a GPU
+constexpr int64_t kMaxChunks = 1024;  // of one tensor: a GPU block re-adds them all, so they must stay few
 constexpr int64_t kChunkStep =
     1024;  // longer chunks are multiples of it, so that every chunk starts on a 16-byte border
 constexpr int64_t kChunkWork = 1024;  // elements that take as long as a chunk takes beside its elements
 
 C10_HOST_DEVICE inline int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// Elements per chunk of a tensor: as few as allowed, and more only where the tensor would have more than kMaxChunks.
-C10_HOST_DEVICE inline int64_t chunk_size(int64_t numel, int64_t least = kChunk) {
+// Elements per chunk of a tensor: kChunk, and more only where the tensor would have more than kMaxChunks of them.
+C10_HOST_DEVICE inline int64_t chunk_size(int64_t numel) {
   const int64_t per_chunk = divide_up(divide_up(numel, kMaxChunks), kChunkStep) * kChunkStep;
-  return per_chunk < least ? least : per_chunk;
+  return per_chunk < kChunk ? kChunk : per_chunk;
 }
 
 // An empty tensor has one chunk, an empty one, so that no kernel needs to know of empty tensors.
-C10_HOST_DEVICE inline int64_t num_chunks(int64_t numel, int64_t least = kChunk) {
-  return numel <= least ? 1 : divide_up(numel, chunk_size(numel, least));  // most tensors are spared the division
+C10_HOST_DEVICE inline int64_t num_chunks(int64_t numel) {
+  return numel <= kChunk ? 1 : divide_up(numel, chunk_size(numel));  // most tensors are spared the division
 }
 
 // Elements [begin, end) of one tensor.
@@ -36,8 +35,8 @@ struct Range {
   int64_t end;
 };
 
-C10_HOST_DEVICE inline Range chunk_range(int64_t numel, int64_t chunk, int64_t least = kChunk) {
-  const int64_t size = chunk_size(numel, least);
+C10_HOST_DEVICE inline Range chunk_range(int64_t numel, int64_t chunk) {
+  const int64_t size = chunk_size(numel);
   const int64_t begin = chunk * size;
   return {begin, numel - begin < size ? numel : begin + size};
 }
@@ -118,26 +117,6 @@ inline std::vector<Range> runs_within(const std::vector<int64_t>& sizes, int64_t
     }
     runs.back().end = i + 1;
     total += sizes[i];
-  }
-  return runs;
-}
-
-// The same, but what no cache holds is not cut: a run beyond the limit takes in its neighbours that are beyond it too,
-// and small ones behind it, which are not worth a run.
-inline std::vector<Range> runs_in_cache(const std::vector<int64_t>& sizes, int64_t limit) {
-  std::vector<Range> runs;
-  bool is_beyond = false;  // whether the last of them is
-  for (const Range run : runs_within(sizes, limit)) {
-    int64_t total = 0;
-    for (int64_t i = run.begin; i < run.end; ++i) {
-      total += sizes[i];
-    }
-    if (is_beyond && (total > limit || total < limit / 8)) {
-      runs.back().end = run.end;
-    } else {
-      runs.push_back(run);
-      is_beyond = total > limit;
-    }
   }
   return runs;
 }

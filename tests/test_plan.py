@@ -17,8 +17,7 @@ from torchlars._extension import extension
 
 pytestmark = pytest.mark.skipif(extension is None, reason="torchlars._C, through which plan.h is reached, is not built")
 
-CHUNK, BLOCK_CHUNK, CHUNK_STEP, MAX_CHUNKS, CHUNK_WORK = 16384, 8192, 1024, 1024, 1024  # as in plan.h
-BACKENDS = pytest.mark.parametrize("of_blocks", [False, True], ids=["CPU", "CUDA"])
+CHUNK, CHUNK_STEP, MAX_CHUNKS, CHUNK_WORK = 16384, 1024, 1024, 1024  # as in plan.h
 
 
 def random_numels(seed: int) -> list[int]:
@@ -40,9 +39,9 @@ def random_numels(seed: int) -> list[int]:
 RANDOM_SETS = [random_numels(seed) for seed in range(320)]
 
 
-def chunks_of(numels: list[int], of_blocks: bool = False) -> np.ndarray:
+def chunks_of(numels: list[int]) -> np.ndarray:
     """Return the chunks as rows of tensor, begin, end."""
-    return np.array(extension.chunks(numels, of_blocks), dtype=np.int64).reshape(-1, 3)
+    return np.array(extension.chunks(numels), dtype=np.int64).reshape(-1, 3)
 
 
 def test_random_sets_hold_what_they_should() -> None:
@@ -52,10 +51,9 @@ def test_random_sets_hold_what_they_should() -> None:
     assert sum(max(numels) > 2**31 for numels in RANDOM_SETS) >= 100
 
 
-@BACKENDS
-def test_every_element_is_in_exactly_one_chunk(of_blocks: bool) -> None:
+def test_every_element_is_in_exactly_one_chunk() -> None:
     for numels in RANDOM_SETS:
-        tensor, begin, end = chunks_of(numels, of_blocks).T
+        tensor, begin, end = chunks_of(numels).T
         is_first = np.diff(tensor, prepend=-1) != 0
         is_last = np.append(is_first[1:], True)
         assert (tensor[is_first] == np.arange(len(numels))).all()  # every tensor, an empty one too, in order
@@ -65,14 +63,11 @@ def test_every_element_is_in_exactly_one_chunk(of_blocks: bool) -> None:
         assert ((end > begin) | (end == 0)).all()
 
 
-@BACKENDS
-def test_chunks_are_few_aligned_and_no_longer_than_they_must_be(of_blocks: bool) -> None:
+def test_chunks_are_few_aligned_and_no_longer_than_they_must_be() -> None:
     for numels in RANDOM_SETS:
-        tensor, begin, end = chunks_of(numels, of_blocks).T
+        tensor, begin, end = chunks_of(numels).T
         numel = np.array(numels)
-        size = np.maximum(BLOCK_CHUNK if of_blocks else CHUNK, -(-numel // (MAX_CHUNKS * CHUNK_STEP)) * CHUNK_STEP)[
-            tensor
-        ]
+        size = np.maximum(CHUNK, -(-numel // (MAX_CHUNKS * CHUNK_STEP)) * CHUNK_STEP)[tensor]
         assert np.bincount(tensor).max() <= MAX_CHUNKS
         assert (begin % CHUNK_STEP == 0).all()
         assert (end == np.minimum(begin + size, numel[tensor])).all()
@@ -141,32 +136,6 @@ def test_runs_stay_within_the_limit() -> None:
         assert all(sum(sizes[begin:end]) <= limit or end - begin == 1 for begin, end in runs)
         # None could have taken the next item as well.
         assert all(sum(sizes[begin : end + 1]) > limit for begin, end in runs[:-1])
-
-
-def test_runs_in_cache_by_hand() -> None:
-    """A limit of 80: what is beyond it stays together, and takes in what is less than 10 behind it."""
-    for sizes, runs in (
-        ([], []),
-        ([30, 30, 30, 30, 30], [(0, 2), (2, 4), (4, 5)]),
-        ([81, 100, 5, 200, 9], [(0, 5)]),  # as in a large model: no run of its own for a vector
-        ([9, 81, 100], [(0, 1), (1, 3)]),
-        ([81, 10, 81], [(0, 1), (1, 2), (2, 3)]),
-        ([81, 5, 5, 81], [(0, 1), (1, 3), (3, 4)]),
-        ([81, 9, 70, 20], [(0, 1), (1, 3), (3, 4)]),
-    ):
-        assert extension.runs_within(sizes, 80, in_cache=True) == runs
-
-
-def test_runs_in_cache_are_those_within_the_limit_and_joined_ones() -> None:
-    for seed in range(300):
-        rng = random.Random(seed)
-        sizes = [rng.choice([0, 1, rng.randrange(100), rng.randrange(2**40)]) for _ in range(rng.randrange(60))]
-        limit = rng.choice([0, 10, 300, 2**39, 2**41])
-        runs = extension.runs_within(sizes, limit, in_cache=True)
-        assert [i for begin, end in runs for i in range(begin, end)] == list(range(len(sizes)))
-        assert {begin for begin, _ in runs} <= {begin for begin, _ in extension.runs_within(sizes, limit)}
-        assert all(sum(sizes[begin:end]) <= limit or sizes[begin] > limit for begin, end in runs)
-        assert not any(sizes[a] > limit and sizes[b] > limit for (a, _), (b, _) in pairwise(runs))
 
 
 def test_find_start_is_bisection() -> None:

@@ -1,9 +1,8 @@
 // The kernels, over flat ranges of memory. Nothing of ATen and nothing but the plainest CUDA: a host shim in tests/
 // compiles and runs this very file on a CPU.
 //
-// A step is two launches for as many layers as `Layers` holds, or two for each run of layers that the L2 cache holds.
-// So `decide_and_...` finds there what `measure` has read. `measure` has one block a chunk, which leaves one partial
-// sum for the parameter and one for the gradient. In `decide_and_apply`, `decide_and_apply_to_updates` and
+// A step is two launches for as many layers as `Layers` holds. `measure` has one block a chunk, which leaves
+// one partial sum for the parameter and one for the gradient. In `decide_and_apply`, `decide_and_apply_to_updates` and
 // `decide_and_update` every block adds its layer's partial sums again, in the same order as all others, so that blocks
 // need not wait for each other and nothing is accumulated atomically: the bits are the same on every run. The other
 // kernels are the same pieces apart, for layers whose norms are completed elsewhere in between.
@@ -76,16 +75,6 @@ struct Layers {
   AnyLayer layer[kCapacity];
 };
 
-// Waits for whatever was launched before. Since compute capability 9.0 a block can get here while that still runs: the
-// host allows it (ops_cuda.cu), and this is where such a block lets blocks of the next launch get here, too. Before it,
-// a kernel may read nothing but its arguments.
-__device__ inline void wait_for_earlier_launches() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-  cudaTriggerProgrammaticLaunchCompletion();
-  cudaGridDependencySynchronize();
-#endif
-}
-
 // Where a block works: in one chunk of the launch.
 struct Place {
   int chunk;
@@ -96,7 +85,7 @@ struct Place {
 template <typename AnyLayer>
 __device__ inline Place place_of(const Layers<AnyLayer>& layers, int chunk) {
   const int layer = find_start(layers.first_chunk, layers.count, chunk);
-  return {chunk, layer, chunk_range(layers.layer[layer].numel, chunk - layers.first_chunk[layer], kBlockChunk)};
+  return {chunk, layer, chunk_range(layers.layer[layer].numel, chunk - layers.first_chunk[layer])};
 }
 
 // The place of a block where the last chunk comes first: what was measured last may still be in cache.
@@ -112,25 +101,6 @@ struct alignas(16) Pack {
   static constexpr int kSize = kNumbers;
   T values[kSize];
 };
-
-// Loads and stores of what is not read again soon, so that it need not take the place of what is.
-template <typename AnyPack>
-__device__ inline AnyPack load_once(const AnyPack* from) {
-  AnyPack pack;
-#pragma unroll
-  for (size_t i = 0; i < sizeof(AnyPack) / sizeof(uint4); ++i) {
-    reinterpret_cast<uint4*>(&pack)[i] = __ldcs(reinterpret_cast<const uint4*>(from) + i);
-  }
-  return pack;
-}
-
-template <typename AnyPack>
-__device__ inline void store_once(AnyPack* to, const AnyPack& pack) {
-#pragma unroll
-  for (size_t i = 0; i < sizeof(AnyPack) / sizeof(uint4); ++i) {
-    __stcs(reinterpret_cast<uint4*>(to) + i, reinterpret_cast<const uint4*>(&pack)[i]);
-  }
-}
 
 template <typename T>
 __device__ inline bool is_aligned(const T* pointer) {
@@ -235,7 +205,7 @@ __device__ double sum_of_squares_of_sums(const T* __restrict__ x, const T* __res
 }
 
 // The sum of a layer's partial sums, for every thread of the block.
-__device__ inline double sum_of_partials(const double* partials, int64_t count) {
+__device__ inline double sum_of_partials(const double* __restrict__ partials, int64_t count) {
   double sum = 0;
   for (int64_t i = threadIdx.x; i < count; i += kThreads) {
     sum += partials[i];
@@ -382,7 +352,7 @@ __device__ void update_range(T* __restrict__ param, const T* __restrict__ grad, 
           x.param = params[pack];
           x.grad = grads[pack];
           if constexpr (kMomentum) {
-            x.momentum = load_once(momenta + pack);
+            x.momentum = momenta[pack];
           }
           return x;
         },
@@ -392,9 +362,9 @@ __device__ void update_range(T* __restrict__ param, const T* __restrict__ grad, 
             update_one<kDecays, kMomentum, kNesterov>(x.param.values[i], x.grad.values[i], x.momentum.values[i],
                                                       numbers);
           }
-          store_once(params + pack, x.param);
+          params[pack] = x.param;
           if constexpr (kMomentum) {
-            store_once(momenta + pack, x.momentum);
+            momenta[pack] = x.momentum;
           }
         });
   }
@@ -474,7 +444,6 @@ __global__ void __launch_bounds__(kThreads)
     measure(const __grid_constant__ Layers<MeasuredLayer> layers, double* param_partials, double* grad_partials,
             const float* inv_scale) {
   const Place place = place_of(layers, blockIdx.x);
-  wait_for_earlier_launches();
   const MeasuredLayer& layer = layers.layer[place.layer];
   const int64_t count = place.range.end - place.range.begin;
   if (param_partials != nullptr) {
@@ -503,7 +472,6 @@ __global__ void __launch_bounds__(kThreads)
     add_partials(const __grid_constant__ Layers<MeasuredLayer> layers, const double* partials, double* squared_norms,
                  const float* inv_scale) {
   const int layer = blockIdx.x;
-  wait_for_earlier_launches();
   const int first = layers.first_chunk[layer];
   const double sum = sum_of_partials(partials + first, layers.first_chunk[layer + 1] - first);
   if (threadIdx.x == 0) {
@@ -517,7 +485,6 @@ __global__ void __launch_bounds__(kThreads)
     decide(const __grid_constant__ Layers<Layer> layers, const double* param_squared_norms,
            const double* grad_squared_norms, Ratio* ratios, LarsOptions options) {
   const int layer = blockIdx.x * kThreads + threadIdx.x;
-  wait_for_earlier_launches();
   if (layer < layers.count) {
     ratios[layer] =
         trust_ratio_of<Ratio>(layers.layer[layer], options, param_squared_norms[layer], grad_squared_norms[layer]);
@@ -529,7 +496,6 @@ template <typename T, typename Ratio>
 __global__ void __launch_bounds__(kThreads)
     apply(const __grid_constant__ Layers<Layer> layers, const Ratio* ratios, LarsOptions options) {
   const Place place = place_from_the_end(layers);
-  wait_for_earlier_launches();
   adapt_chunk<T>(layers.layer[place.layer], place.range, options, ratios[place.layer]);
 }
 
@@ -539,7 +505,6 @@ __global__ void __launch_bounds__(kThreads)
     decide_and_apply(const __grid_constant__ Layers<Layer> layers, const double* param_partials,
                      const double* grad_partials, Ratio* ratios, LarsOptions options) {
   const Place place = place_from_the_end(layers);
-  wait_for_earlier_launches();
   const Ratio ratio = decide_at(place, layers, options, param_partials, grad_partials, ratios);
   adapt_chunk<T>(layers.layer[place.layer], place.range, options, ratio);
 }
@@ -549,7 +514,6 @@ template <typename T, typename Ratio>
 __global__ void __launch_bounds__(kThreads)
     apply_to_updates(const __grid_constant__ Layers<Layer> layers, const Ratio* ratios) {
   const Place place = place_from_the_end(layers);
-  wait_for_earlier_launches();
   scale_update_chunk<T>(layers.layer[place.layer], place.range, ratios[place.layer]);
 }
 
@@ -559,7 +523,6 @@ __global__ void __launch_bounds__(kThreads)
     decide_and_apply_to_updates(const __grid_constant__ Layers<Layer> layers, const double* param_partials,
                                 const double* grad_partials, Ratio* ratios, LarsOptions options) {
   const Place place = place_from_the_end(layers);
-  wait_for_earlier_launches();
   const Ratio ratio = decide_at(place, layers, options, param_partials, grad_partials, ratios);
   scale_update_chunk<T>(layers.layer[place.layer], place.range, ratio);
 }
@@ -570,7 +533,6 @@ template <typename T, typename M, typename Ratio>
 __global__ void __launch_bounds__(kThreads)
     update(const __grid_constant__ Layers<SgdLayer> layers, const Ratio* ratios, SgdOptions options) {
   const Place place = place_from_the_end(layers);
-  wait_for_earlier_launches();
   const Ratio ratio = ratios == nullptr ? Ratio(1) : ratios[place.layer];
   update_chunk<T, M>(layers.layer[place.layer], place.range, options, ratio);
 }
@@ -581,7 +543,6 @@ __global__ void __launch_bounds__(kThreads)
     decide_and_update(const __grid_constant__ Layers<SgdLayer> layers, const double* param_partials,
                       const double* grad_partials, Ratio* ratios, SgdOptions options) {
   const Place place = place_from_the_end(layers);
-  wait_for_earlier_launches();
   const Ratio ratio = decide_at(place, layers, options, param_partials, grad_partials, ratios);
   update_chunk<T, M>(layers.layer[place.layer], place.range, options, ratio);
 }

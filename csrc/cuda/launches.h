@@ -15,46 +15,32 @@ namespace torchlars::cuda {
 template <typename T>
 using compute_type = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
-// Consecutive layers of a vector.
 template <typename AnyLayer>
-struct Slice {
-  Slice(const std::vector<AnyLayer>& layers) : Slice(layers, {0, static_cast<int64_t>(layers.size())}) {}
-  Slice(const std::vector<AnyLayer>& layers, Range range)
-      : first(layers.data() + range.begin), count(range.end - range.begin) {}
-
-  const AnyLayer* begin() const { return first; }
-  const AnyLayer* end() const { return first + count; }
-
-  const AnyLayer* first;
-  int64_t count;
-};
-
-template <typename AnyLayer>
-int64_t count_chunks(const Slice<AnyLayer>& layers) {
+int64_t count_chunks(const std::vector<AnyLayer>& layers) {
   int64_t chunks = 0;
   for (const AnyLayer& layer : layers) {
-    chunks += num_chunks(layer.numel, kBlockChunk);
+    chunks += num_chunks(layer.numel);
   }
   return chunks;
 }
 
 // Calls visit(layers of one launch, index of its first layer, index of its first chunk) until all layers were served.
 template <typename AnyLayer, typename Visit>
-void for_launches(const Slice<AnyLayer>& layers, const Visit& visit) {
+void for_launches(const std::vector<AnyLayer>& layers, const Visit& visit) {
   using Arguments = Layers<AnyLayer>;
   static_assert(sizeof(Arguments) + kOtherArguments <= kArgumentBytes, "they must fit the arguments of a kernel");
   int64_t first_chunk = 0;
-  for (int64_t first = 0; first < layers.count; first += Arguments::kCapacity) {
+  for (size_t first = 0; first < layers.size(); first += Arguments::kCapacity) {
     Arguments arguments{};
-    arguments.count = static_cast<int32_t>(std::min<int64_t>(layers.count - first, Arguments::kCapacity));
+    arguments.count = static_cast<int32_t>(std::min<size_t>(layers.size() - first, Arguments::kCapacity));
     int64_t chunks = 0;
     for (int i = 0; i < arguments.count; ++i) {
       arguments.first_chunk[i] = static_cast<int32_t>(chunks);
-      arguments.layer[i] = layers.first[first + i];
-      chunks += num_chunks(arguments.layer[i].numel, kBlockChunk);
+      arguments.layer[i] = layers[first + i];
+      chunks += num_chunks(arguments.layer[i].numel);
     }
     arguments.first_chunk[arguments.count] = static_cast<int32_t>(chunks);
-    visit(arguments, first, first_chunk);
+    visit(arguments, static_cast<int64_t>(first), first_chunk);
     first_chunk += chunks;
   }
 }
@@ -66,7 +52,7 @@ int chunks_of(const Layers<AnyLayer>& layers) {
 
 // Partial sums of squares, count_chunks(layers) of each. Any pointer may be null.
 template <typename T, typename Launch>
-void launch_measure(const Launch& launch, const Slice<MeasuredLayer>& layers, double* param_partials,
+void launch_measure(const Launch& launch, const std::vector<MeasuredLayer>& layers, double* param_partials,
                     double* grad_partials, const float* inv_scale) {
   for_launches(layers, [&](const Layers<MeasuredLayer>& arguments, int64_t, int64_t chunk) {
     launch(measure<T>, chunks_of(arguments), arguments, param_partials ? param_partials + chunk : nullptr,
@@ -74,28 +60,8 @@ void launch_measure(const Launch& launch, const Slice<MeasuredLayer>& layers, do
   });
 }
 
-// The same of parameters and gradients, in runs of at most so many bytes. Calls apply(range of layers, their partial
-// sums of either) behind each run: what is launched there finds it in cache.
-template <typename T, typename Launch, typename Apply>
-void launch_measure_in_runs(const Launch& launch, const std::vector<MeasuredLayer>& layers, double* param_partials,
-                            double* grad_partials, const float* inv_scale, int64_t run_bytes, const Apply& apply) {
-  std::vector<int64_t> sizes;
-  sizes.reserve(layers.size());
-  for (const MeasuredLayer& layer : layers) {
-    sizes.push_back(layer.numel * static_cast<int64_t>(2 * sizeof(T)));
-  }
-  for (const Range range : runs_in_cache(sizes, run_bytes)) {
-    const Slice<MeasuredLayer> run(layers, range);
-    launch_measure<T>(launch, run, param_partials, grad_partials, inv_scale);
-    apply(range, param_partials, grad_partials);
-    const int64_t chunks = count_chunks(run);
-    param_partials += chunks;
-    grad_partials += chunks;
-  }
-}
-
 template <typename Launch>
-void launch_add_partials(const Launch& launch, const Slice<MeasuredLayer>& layers, const double* partials,
+void launch_add_partials(const Launch& launch, const std::vector<MeasuredLayer>& layers, const double* partials,
                          double* squared_norms, const float* inv_scale) {
   for_launches(layers, [&](const Layers<MeasuredLayer>& arguments, int64_t layer, int64_t chunk) {
     launch(add_partials, arguments.count, arguments, partials + chunk, squared_norms + layer, inv_scale);
@@ -103,7 +69,7 @@ void launch_add_partials(const Launch& launch, const Slice<MeasuredLayer>& layer
 }
 
 template <typename Ratio, typename Launch>
-void launch_decide(const Launch& launch, const Slice<Layer>& layers, const double* param_squared_norms,
+void launch_decide(const Launch& launch, const std::vector<Layer>& layers, const double* param_squared_norms,
                    const double* grad_squared_norms, Ratio* ratios, const LarsOptions& options) {
   for_launches(layers, [&](const Layers<Layer>& arguments, int64_t layer, int64_t) {
     launch(decide<Ratio>, static_cast<int>(divide_up(arguments.count, kThreads)), arguments,
@@ -112,7 +78,7 @@ void launch_decide(const Launch& launch, const Slice<Layer>& layers, const doubl
 }
 
 template <typename T, typename Launch>
-void launch_apply(const Launch& launch, const Slice<Layer>& layers, const compute_type<T>* ratios,
+void launch_apply(const Launch& launch, const std::vector<Layer>& layers, const compute_type<T>* ratios,
                   const LarsOptions& options) {
   for_launches(layers, [&](const Layers<Layer>& arguments, int64_t layer, int64_t) {
     launch(apply<T, compute_type<T>>, chunks_of(arguments), arguments, ratios + layer, options);
@@ -120,7 +86,7 @@ void launch_apply(const Launch& launch, const Slice<Layer>& layers, const comput
 }
 
 template <typename T, typename Launch>
-void launch_decide_and_apply(const Launch& launch, const Slice<Layer>& layers, const double* param_partials,
+void launch_decide_and_apply(const Launch& launch, const std::vector<Layer>& layers, const double* param_partials,
                              const double* grad_partials, compute_type<T>* ratios, const LarsOptions& options) {
   for_launches(layers, [&](const Layers<Layer>& arguments, int64_t layer, int64_t chunk) {
     launch(decide_and_apply<T, compute_type<T>>, chunks_of(arguments), arguments, param_partials + chunk,
@@ -129,16 +95,16 @@ void launch_decide_and_apply(const Launch& launch, const Slice<Layer>& layers, c
 }
 
 template <typename T, typename Launch>
-void launch_apply_to_updates(const Launch& launch, const Slice<Layer>& layers, const compute_type<T>* ratios) {
+void launch_apply_to_updates(const Launch& launch, const std::vector<Layer>& layers, const compute_type<T>* ratios) {
   for_launches(layers, [&](const Layers<Layer>& arguments, int64_t layer, int64_t) {
     launch(apply_to_updates<T, compute_type<T>>, chunks_of(arguments), arguments, ratios + layer);
   });
 }
 
 template <typename T, typename Launch>
-void launch_decide_and_apply_to_updates(const Launch& launch, const Slice<Layer>& layers, const double* param_partials,
-                                        const double* grad_partials, compute_type<T>* ratios,
-                                        const LarsOptions& options) {
+void launch_decide_and_apply_to_updates(const Launch& launch, const std::vector<Layer>& layers,
+                                        const double* param_partials, const double* grad_partials,
+                                        compute_type<T>* ratios, const LarsOptions& options) {
   for_launches(layers, [&](const Layers<Layer>& arguments, int64_t layer, int64_t chunk) {
     launch(decide_and_apply_to_updates<T, compute_type<T>>, chunks_of(arguments), arguments, param_partials + chunk,
            grad_partials + chunk, ratios + layer, options);
@@ -147,7 +113,7 @@ void launch_decide_and_apply_to_updates(const Launch& launch, const Slice<Layer>
 
 // ratios may be null: plain SGD. M: the type of the momentum.
 template <typename T, typename M, typename Launch>
-void launch_update(const Launch& launch, const Slice<SgdLayer>& layers, const compute_type<T>* ratios,
+void launch_update(const Launch& launch, const std::vector<SgdLayer>& layers, const compute_type<T>* ratios,
                    const SgdOptions& options) {
   for_launches(layers, [&](const Layers<SgdLayer>& arguments, int64_t layer, int64_t) {
     launch(update<T, M, compute_type<T>>, chunks_of(arguments), arguments, ratios ? ratios + layer : nullptr, options);
@@ -155,7 +121,7 @@ void launch_update(const Launch& launch, const Slice<SgdLayer>& layers, const co
 }
 
 template <typename T, typename M, typename Launch>
-void launch_decide_and_update(const Launch& launch, const Slice<SgdLayer>& layers, const double* param_partials,
+void launch_decide_and_update(const Launch& launch, const std::vector<SgdLayer>& layers, const double* param_partials,
                               const double* grad_partials, compute_type<T>* ratios, const SgdOptions& options) {
   for_launches(layers, [&](const Layers<SgdLayer>& arguments, int64_t layer, int64_t chunk) {
     launch(decide_and_update<T, M, compute_type<T>>, chunks_of(arguments), arguments, param_partials + chunk,

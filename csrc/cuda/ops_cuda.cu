@@ -7,11 +7,6 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
-#include <cstdlib>
-#include <limits>
-#include <map>
-#include <mutex>
-
 #include "../checks.h"
 #include "../layers.h"
 #include "kernels.cuh"
@@ -20,70 +15,22 @@
 namespace torchlars::cuda {
 namespace {
 
-constexpr int kLeastCache = 24 << 20;  // bytes of L2
-
 #define TORCHLARS_DISPATCH(TYPE, NAME, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(c10::kBFloat16, c10::kHalf, TYPE, NAME, __VA_ARGS__)
-
-// What a device can do.
-struct Device {
-  // Whether blocks may begin while earlier launches still run, since the kernels, as they were compiled for this
-  // device, wait for those by themselves.
-  bool overlaps = false;
-  // Of the parameters and gradients of layers that are measured and adapted at once: half of the L2 cache. Without
-  // overlap, or with a small cache, more launches cost more than the cache gives.
-  int64_t run_bytes = std::numeric_limits<int64_t>::max();
-};
-
-Device look_at(int index) {
-  cudaFuncAttributes compiled;
-  C10_CUDA_CHECK(cudaFuncGetAttributes(&compiled, measure<float>));
-  int cache_bytes = 0;
-  C10_CUDA_CHECK(cudaDeviceGetAttribute(&cache_bytes, cudaDevAttrL2CacheSize, index));
-  Device device;
-  device.overlaps = compiled.binaryVersion >= 90 && compiled.ptxVersion >= 90;
-  if (device.overlaps && cache_bytes >= kLeastCache) {
-    device.run_bytes = cache_bytes / 2;
-  }
-  if (const char* bytes = std::getenv("TORCHLARS_RUN_BYTES")) {  // for benchmarks
-    device.run_bytes = std::atoll(bytes);
-  }
-  return device;
-}
-
-// Of the current device.
-const Device& current_device() {
-  static std::mutex mutex;
-  static std::map<int, Device> devices;
-  const int index = c10::cuda::current_device();
-  const std::lock_guard<std::mutex> lock(mutex);
-  const auto known = devices.find(index);
-  return known != devices.end() ? known->second : devices.emplace(index, look_at(index)).first->second;
-}
 
 // Launches on the current stream of the tensors' device, which it makes the current one.
 struct Launch {
   explicit Launch(const at::Tensor& tensor)
-      : guard(tensor.device()), stream(c10::cuda::getCurrentCUDAStream(tensor.get_device())), device(current_device()) {
-    overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    overlap.val.programmaticStreamSerializationAllowed = 1;
-  }
+      : guard(tensor.device()), stream(c10::cuda::getCurrentCUDAStream(tensor.get_device())) {}
 
   template <typename... Params, typename... Arguments>
-  void operator()(void (*kernel)(Params...), int blocks, const Arguments&... arguments) const {
-    cudaLaunchConfig_t config{};
-    config.gridDim = dim3(blocks);
-    config.blockDim = dim3(kThreads);
-    config.stream = stream;
-    config.attrs = &overlap;
-    config.numAttrs = device.overlaps ? 1 : 0;
-    C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
+  void operator()(void (*kernel)(Params...), int blocks, Arguments... arguments) const {
+    kernel<<<blocks, kThreads, 0, stream>>>(arguments...);
+    C10_CUDA_KERNEL_LAUNCH_CHECK();
   }
 
   c10::cuda::CUDAGuard guard;
   c10::cuda::CUDAStream stream;
-  const Device& device;
-  mutable cudaLaunchAttribute overlap{};
 };
 
 at::Tensor new_vector(const at::Tensor& like, int64_t size, c10::ScalarType dtype) {
@@ -109,60 +56,43 @@ at::Tensor measure_alone(const Launch& launch, at::TensorList tensors, const flo
     layers.push_back({real_numel(tensors[i]), pair.param->defined() ? pair.param->const_data_ptr() : nullptr,
                       pair.grad->const_data_ptr(), scale});
   }
-  const at::Tensor partials = new_vector(tensors[0], count_chunks<MeasuredLayer>(layers), c10::kDouble);
+  const at::Tensor partials = new_vector(tensors[0], count_chunks(layers), c10::kDouble);
   TORCHLARS_DISPATCH(real_dtype(*swept[0].grad), "squared_norms", [&] {
     launch_measure<scalar_t>(launch, layers, nullptr, partials.mutable_data_ptr<double>(), inv_scale);
   });
   return partials;
 }
 
-// Parameters and gradients whose trust ratios are decided from partial sums of their squares, with scales[i] *
-// params[i] added to the gradients unless scales is empty.
-struct Norms {
-  Norms(const Launch& launch, at::TensorList grads, at::TensorList params, const float* inv_scale,
-        at::ArrayRef<double> scales)
-      : launch(launch), inv_scale(inv_scale), num_layers(static_cast<int64_t>(grads.size())) {
-    if (grads[0].scalar_type() != params[0].scalar_type()) {
-      param_partials = measure_alone(launch, params);
-      grad_partials = measure_alone(launch, grads, inv_scale, {params, scales});
-      return;
-    }
-    swept.reserve(grads.size());
-    layers.reserve(grads.size());
-    for (size_t i = 0; i < grads.size(); ++i) {
-      const double scale = scales.empty() ? 0 : scales[i];
-      Pair& pair = swept.emplace_back(grads[i], params[i], scale);
-      if (scale == 0) {
-        pair.param = dense(params[i]);  // in whatever order: the two are not added
-      }
-      layers.push_back({real_numel(grads[i]), pair.param->const_data_ptr(), pair.grad->const_data_ptr(), scale});
-    }
-    param_partials = new_vector(grads[0], count_chunks<MeasuredLayer>(layers), c10::kDouble);
-    grad_partials = new_vector(grads[0], count_chunks<MeasuredLayer>(layers), c10::kDouble);
+// Partial sums of squares of parameters and of gradients, with scales[i] * params[i] added to these unless scales is
+// empty. Side by side if they are of one dtype, and if no parameter that is added had to be copied into its gradient's
+// order: its squares would be added in that order, too, and their sum would not have the bits that `squared_norms` has.
+std::pair<at::Tensor, at::Tensor> measure_both(const Launch& launch, at::TensorList grads, at::TensorList params,
+                                               const float* inv_scale, at::ArrayRef<double> scales) {
+  if (grads[0].scalar_type() != params[0].scalar_type()) {
+    return {measure_alone(launch, params), measure_alone(launch, grads, inv_scale, {params, scales})};
   }
-
-  // Measures, and calls apply(range of layers, partial sums of their parameters, and of their gradients) for all
-  // layers: run by run where parameters and gradients are of one dtype, else at once.
-  template <typename Apply>
-  void measure_and(const Apply& apply) const {
-    auto* of_params = param_partials.mutable_data_ptr<double>();
-    auto* of_grads = grad_partials.mutable_data_ptr<double>();
-    if (layers.empty()) {
-      apply(Range{0, num_layers}, of_params, of_grads);
-      return;
-    }
-    TORCHLARS_DISPATCH(real_dtype(*swept[0].grad), "squared_norms", [&] {
-      launch_measure_in_runs<scalar_t>(launch, layers, of_params, of_grads, inv_scale, launch.device.run_bytes, apply);
-    });
-  }
-
-  const Launch& launch;
-  const float* inv_scale;
-  int64_t num_layers;
   std::vector<Pair> swept;
-  std::vector<MeasuredLayer> layers;  // none: all is measured already
-  at::Tensor param_partials, grad_partials;
-};
+  std::vector<MeasuredLayer> layers;
+  swept.reserve(grads.size());
+  layers.reserve(grads.size());
+  for (size_t i = 0; i < grads.size(); ++i) {
+    const double scale = scales.empty() ? 0 : scales[i];
+    Pair& pair = swept.emplace_back(grads[i], params[i], scale);
+    if (scale == 0) {
+      pair.param = dense(params[i]);  // in whatever order: the two are not added
+    } else if (!pair.param->is_same(params[i])) {
+      return {measure_alone(launch, params), measure_alone(launch, grads, inv_scale, {params, scales})};
+    }
+    layers.push_back({real_numel(grads[i]), pair.param->const_data_ptr(), pair.grad->const_data_ptr(), scale});
+  }
+  const at::Tensor param_partials = new_vector(grads[0], count_chunks(layers), c10::kDouble);
+  const at::Tensor grad_partials = new_vector(grads[0], count_chunks(layers), c10::kDouble);
+  TORCHLARS_DISPATCH(real_dtype(grads[0]), "squared_norms", [&] {
+    launch_measure<scalar_t>(launch, layers, param_partials.mutable_data_ptr<double>(),
+                             grad_partials.mutable_data_ptr<double>(), inv_scale);
+  });
+  return {param_partials, grad_partials};
+}
 
 // Sets what a kernel that decides by itself takes of each layer. lrs: empty where none is needed.
 template <typename AnyLayer>
@@ -343,16 +273,17 @@ at::Tensor scale_by_trust_ratios_(at::TensorList grads, at::TensorList params, a
   const Launch launch(grads[0]);
   const LarsOptions options{
       {decayed_norm, clip}, maximize, lr_in_momentum, data_of<double>(lr_scale), data_of<float>(inv_scale)};
-  const Norms norms(launch, grads, params, options.inv_scale, scales_of(weight_decays, maximize, options.ratio));
+  const auto [param_partials, grad_partials] =
+      measure_both(launch, grads, params, options.inv_scale, scales_of(weight_decays, maximize, options.ratio));
   Sweep sweep(grads, params, weight_decays);
   set_numbers(sweep.layers, trust_coefs, eps, lrs);
   const at::Tensor ratios = new_vector(grads[0], static_cast<int64_t>(grads.size()),
                                        compute_dtype(grads[0].scalar_type(), params[0].scalar_type()));
-  norms.measure_and([&](Range run, const double* of_params, const double* of_grads) {
-    TORCHLARS_DISPATCH(sweep.dtype(), "scale_by_trust_ratios_", [&] {
-      auto* decided = ratios.mutable_data_ptr<compute_type<scalar_t>>() + run.begin;
-      launch_decide_and_apply<scalar_t>(launch, Slice(sweep.layers, run), of_params, of_grads, decided, options);
-    });
+  const auto* param_sums = param_partials.const_data_ptr<double>();
+  const auto* grad_sums = grad_partials.const_data_ptr<double>();
+  TORCHLARS_DISPATCH(sweep.dtype(), "scale_by_trust_ratios_", [&] {
+    launch_decide_and_apply<scalar_t>(launch, sweep.layers, param_sums, grad_sums,
+                                      ratios.mutable_data_ptr<compute_type<scalar_t>>(), options);
   });
   sweep.write_back_to(grads);
   return ratios;
@@ -381,7 +312,8 @@ at::Tensor scale_updates_by_trust_ratios_(at::TensorList params, at::TensorList 
   check_hyper_parameters(op, params.size(), "params", std::vector<double>(params.size()), trust_coefs, eps);
   check_lrs(op, params.size(), "params", {lrs, lr_scale}, params[0].device(), /*are_needed=*/true);
   const Launch launch(params[0]);
-  const Norms norms(launch, params, old_params, /*inv_scale=*/nullptr, std::vector<double>(params.size(), -1));
+  const auto [old_partials, update_partials] =
+      measure_both(launch, params, old_params, /*inv_scale=*/nullptr, std::vector<double>(params.size(), -1));
   Sweep sweep(params, old_params, std::vector<double>(params.size(), 1));
   for (Layer& layer : sweep.layers) {
     layer.weight_decay = 0;
@@ -391,12 +323,11 @@ at::Tensor scale_updates_by_trust_ratios_(at::TensorList params, at::TensorList 
   options.lr_scale = data_of<double>(lr_scale);
   const at::Tensor ratios = new_vector(params[0], static_cast<int64_t>(params.size()),
                                        compute_dtype(params[0].scalar_type(), old_params[0].scalar_type()));
-  norms.measure_and([&](Range run, const double* of_old, const double* of_updates) {
-    TORCHLARS_DISPATCH(sweep.dtype(), "scale_updates_by_trust_ratios_", [&] {
-      auto* decided = ratios.mutable_data_ptr<compute_type<scalar_t>>() + run.begin;
-      launch_decide_and_apply_to_updates<scalar_t>(launch, Slice(sweep.layers, run), of_old, of_updates, decided,
-                                                   options);
-    });
+  const auto* old_sums = old_partials.const_data_ptr<double>();
+  const auto* update_sums = update_partials.const_data_ptr<double>();
+  TORCHLARS_DISPATCH(sweep.dtype(), "scale_updates_by_trust_ratios_", [&] {
+    launch_decide_and_apply_to_updates<scalar_t>(launch, sweep.layers, old_sums, update_sums,
+                                                 ratios.mutable_data_ptr<compute_type<scalar_t>>(), options);
   });
   sweep.write_back_to(params);
   return ratios;
@@ -439,17 +370,17 @@ at::Tensor lars_sgd_(at::TensorList params, at::TensorList grads, at::TensorList
   sweep.options.ratio = {decayed_norm, clip};
   sweep.options.lr_in_momentum = lr_in_momentum;
   set_numbers(sweep.layers, trust_coefs, eps, {});
-  const Norms norms(launch, grads, params, sweep.options.inv_scale,
-                    scales_of(weight_decays, maximize, sweep.options.ratio));
+  const auto [param_partials, grad_partials] = measure_both(launch, grads, params, sweep.options.inv_scale,
+                                                            scales_of(weight_decays, maximize, sweep.options.ratio));
   const at::Tensor ratios = new_vector(grads[0], static_cast<int64_t>(grads.size()),
                                        compute_dtype(grads[0].scalar_type(), params[0].scalar_type()));
-  norms.measure_and([&](Range run, const double* of_params, const double* of_grads) {
-    sweep.dispatch([&](auto param, auto momentum) {
-      using T = decltype(param);
-      using M = decltype(momentum);
-      auto* decided = ratios.mutable_data_ptr<compute_type<T>>() + run.begin;
-      launch_decide_and_update<T, M>(launch, Slice(sweep.layers, run), of_params, of_grads, decided, sweep.options);
-    });
+  const auto* param_sums = param_partials.const_data_ptr<double>();
+  const auto* grad_sums = grad_partials.const_data_ptr<double>();
+  sweep.dispatch([&](auto param, auto momentum) {
+    using T = decltype(param);
+    using M = decltype(momentum);
+    launch_decide_and_update<T, M>(launch, sweep.layers, param_sums, grad_sums,
+                                   ratios.mutable_data_ptr<compute_type<T>>(), sweep.options);
   });
   sweep.write_back();
   return ratios;

@@ -29,14 +29,6 @@
 #define __syncthreads() cuda_on_host::sync_threads(__LINE__)
 #define __shfl_down_sync(mask, value, delta) cuda_on_host::shuffle_down(__LINE__, mask, value, delta)
 
-struct alignas(16) uint4 {
-  unsigned x, y, z, w;
-};
-
-// Hints to a cache are none here.
-inline uint4 __ldcs(const uint4* from) { return *from; }
-inline void __stcs(uint4* to, uint4 value) { *to = value; }
-
 extern "C" char __start_cuda_shared[], __stop_cuda_shared[];
 
 struct Index {

@@ -11,7 +11,6 @@
 namespace {
 
 using namespace torchlars::cuda;
-using torchlars::Range;
 using torchlars::RatioOptions;
 
 enum Op : int64_t { kScale, kScaleInThreeOps, kSgd, kLarsSgd };
@@ -157,15 +156,6 @@ struct Scales {
   Buffer<float> inv_scale{1};
 };
 
-constexpr int64_t kRunBytes = 200'000;  // less than the larger layers have, more than the smaller ones
-
-template <typename T, typename Apply>
-void in_runs(const std::vector<MeasuredLayer>& layers, const Buffer<double>& param_partials,
-             const Buffer<double>& grad_partials, const Scales& scales, const Apply& apply) {
-  launch_measure_in_runs<T>(launch, layers, param_partials.data(), grad_partials.data(), scales.inv(), kRunBytes,
-                            apply);
-}
-
 template <typename T>
 void scale(const Case& header) {
   const Tensors<T> x(header);
@@ -191,8 +181,7 @@ void scale(const Case& header) {
     }
   }
 
-  const Buffer<double> param_partials(count_chunks<MeasuredLayer>(both)),
-      grad_partials(count_chunks<MeasuredLayer>(both));
+  const Buffer<double> param_partials(count_chunks(both)), grad_partials(count_chunks(both));
   const Buffer<compute_type<T>> ratios(header.layers);
   if (header.op == kScaleInThreeOps) {
     launch_measure<T>(launch, only_params, param_partials.data(), nullptr, nullptr);
@@ -206,16 +195,13 @@ void scale(const Case& header) {
       launch_apply<T>(launch, swept, ratios.data(), options);
     }
   } else {
-    in_runs<T>(both, param_partials, grad_partials, scales,
-               [&](Range run, const double* of_params, const double* of_grads) {
-                 const auto layers = Slice(swept, run);
-                 if (header.of_updates) {
-                   launch_decide_and_apply_to_updates<T>(launch, layers, of_params, of_grads, ratios.data() + run.begin,
-                                                         options);
-                 } else {
-                   launch_decide_and_apply<T>(launch, layers, of_params, of_grads, ratios.data() + run.begin, options);
-                 }
-               });
+    launch_measure<T>(launch, both, param_partials.data(), grad_partials.data(), scales.inv());
+    if (header.of_updates) {
+      launch_decide_and_apply_to_updates<T>(launch, swept, param_partials.data(), grad_partials.data(), ratios.data(),
+                                            options);
+    } else {
+      launch_decide_and_apply<T>(launch, swept, param_partials.data(), grad_partials.data(), ratios.data(), options);
+    }
   }
   x.write(std::vector<Buffer<T>>(), ratios);
 }
@@ -249,13 +235,9 @@ void update_by_sgd(const Case& header) {
                            ratio_options(header), header.lr_in_momentum != 0, scales.inv()};
   if (header.op == kLarsSgd) {
     const std::vector<MeasuredLayer> measured = x.measured(header);
-    const Buffer<double> param_partials(count_chunks<MeasuredLayer>(measured)),
-        grad_partials(count_chunks<MeasuredLayer>(measured));
-    in_runs<T>(measured, param_partials, grad_partials, scales,
-               [&](Range run, const double* of_params, const double* of_grads) {
-                 launch_decide_and_update<T, M>(launch, Slice(layers, run), of_params, of_grads,
-                                                ratios.data() + run.begin, options);
-               });
+    const Buffer<double> param_partials(count_chunks(measured)), grad_partials(count_chunks(measured));
+    launch_measure<T>(launch, measured, param_partials.data(), grad_partials.data(), scales.inv());
+    launch_decide_and_update<T, M>(launch, layers, param_partials.data(), grad_partials.data(), ratios.data(), options);
   } else {
     launch_update<T, M>(launch, layers, header.has_ratios ? ratios.data() : nullptr, options);
   }
