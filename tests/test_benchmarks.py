@@ -225,9 +225,11 @@ def test_host_time_writes_what_the_table_needs(module, tmp_path):
 SETS = ("resnet50", "vit_b_16", "one_100m", "tiny")
 
 
-def ratios_of(results):
+def ratios_of(results, folder="step_time"):
     """Return the table of a run of step_time, as {set: {contestant: ratio}}."""
-    sections = re.split(r"^### ", (ROOT / "benchmarks/step_time/results" / results).read_text("utf-8"), flags=re.M)[1:]
+    sections = re.split(r"^### ", (ROOT / "benchmarks" / folder / "results" / results).read_text("utf-8"), flags=re.M)[
+        1:
+    ]
     row = re.compile(r"^\| ([^|]+?) +\|[^|]+\|[^|]+\|[^|]+\| +([\d.]+) \|", re.M)
     return {section.split(":")[0]: dict(row.findall(section)) for section in sections}
 
@@ -236,13 +238,25 @@ def cells_of(line):
     return [cell.strip().replace("*", "").replace("`", "") for cell in line.strip("|").split("|")]
 
 
+def speeds_told(section, following):
+    """Return the text of a section of README, and its table as {contestant: ratios}."""
+    text = re.search(rf"^{section}\n(.*?)^{following}", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)[1]
+    lines = [cells_of(line) for line in re.findall(r"^\|.*\|$", text, re.M)][2:]
+    remarks = re.compile(r",? its|\(another formula\)|\(waits for the GPU\)")
+    return text, {remarks.sub("", name).strip(): told for name, *told in lines if "floor" not in name}
+
+
+def test_speeds_on_a_gpu_in_readme_are_those_of_the_results():
+    found = ratios_of("nvidia_h100_80gb_hbm3/summary.md", "gpu_check")
+    _, told = speeds_told("### On a GPU", "### ")
+    assert len(told) == 9
+    for name, ratios in told.items():
+        assert ratios == [found[layers].get(name, "") for layers in ("resnet50", "one_100m", "llama_7b_bf16")], name
+
+
 def test_speeds_in_readme_are_those_of_the_results():
     found = ratios_of("cpu_float32_2_threads.md")
-    speed = re.search(r"^## Speed\n(.*?)^## ", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)[1]
-    lines = [cells_of(line) for line in re.findall(r"^\|.*\|$", speed, re.M)][2:]
-    told = {
-        re.sub(r",? its|\(another formula\)", "", name).strip(): told for name, *told in lines if "floor" not in name
-    }
+    speed, told = speeds_told("## Speed", "### ")
     assert len(told) == 11
     for name, ratios in told.items():
         assert ratios == [found[layers].get(name, "") for layers in SETS], name
