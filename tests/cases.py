@@ -49,7 +49,7 @@ def conjugated(x: Tensor) -> Tensor:
 
 
 def on(device: torch.device | str, tensors: list[Tensor]) -> list[Tensor]:
-    """The same tensors on a device, in the same layouts. Their memory travels at once: a GPU is waited for once."""
+    """Copies of tensors on a device, in the same layouts, by one transfer."""
     memory = [torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()) for tensor in tensors]
     there = torch.cat(memory).to(device).split([len(part) for part in memory])
     copies = []

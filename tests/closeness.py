@@ -21,7 +21,7 @@ def assert_within_ulps(actual: Tensor, expected: Tensor, ulps: float, message: s
 
 
 def assert_all_within_ulps(actual: Sequence[Tensor], expected: Sequence[Tensor], ulps: float, what: str) -> None:
-    """Assert the same of each tensor of a list. The message numbers those that differ."""
+    """Assert ``assert_within_ulps`` of each pair of two lists. The message lists the indices of those that differ."""
     assert [x.dtype for x in actual] == [x.dtype for x in expected], what
     assert [x.shape for x in actual] == [x.shape for x in expected], what
     a, e = joined(actual), joined(expected)

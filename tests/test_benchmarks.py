@@ -103,7 +103,7 @@ def test_a_rival_with_a_wrong_formula_is_left_out(step_time, module, monkeypatch
     assert "apex LARC algorithm" in report["sets"]["smoke"]["contestants"]
 
 
-@pytest.mark.parametrize("form", ["floor", "wrapper"])
+@pytest.mark.parametrize("form", ["floor", "wrapper", "fused"])
 def test_nothing_is_timed_beside_a_wrong_floor_or_a_wrong_torchlars(step_time, module, monkeypatch, tmp_path, form):
     contestants, agreement = module("step_time.contestants"), module("step_time.agreement")
     (entrant,) = [each for each in contestants.contestants("fused") if each.form == form]

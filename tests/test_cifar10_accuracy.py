@@ -324,7 +324,7 @@ def test_it_learns(module, extension, small, device, optimizer, lr):
         math.ceil(evaluation * 100 / 12) for evaluation in range(1, 13)
     ]
     assert found["curve"][-1][1] < found["curve"][0][1]
-    assert found["curve"][-1][2] > 70  # on a GPU, not the same from run to run
+    assert found["curve"][-1][2] > (80 if device.type == "cpu" else 70)  # a GPU varies from run to run
 
 
 @pytest.mark.parametrize(("microbatch", "batch"), [(64, 128), (256, 64)])

@@ -10,6 +10,7 @@ import os
 import re
 import subprocess
 import sys
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -216,19 +217,23 @@ def test_children_do_not_outlive_a_command_that_ends_by_itself(module, tmp_path)
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks into /proc")
-def test_commands_of_all_threads_are_stopped(module, tmp_path):
+def test_commands_of_all_threads_are_stopped(module, tmp_path, monkeypatch):
     budget = module("gpu_check.budget")
+    monkeypatch.setattr(budget, "_stopped", threading.Event())
     logs = [tmp_path / str(i) for i in range(2)]
     command = [sys.executable, "-c", SLEEPER]
     with ThreadPoolExecutor(2) as pool:
         waited = [pool.submit(budget.run, command, 60, log, tmp_path, os.environ) for log in logs]
+        end = time.monotonic() + 30
         while not all(log.exists() and log.read_text().endswith("\n") for log in logs):
+            assert time.monotonic() < end
             time.sleep(0.05)
         budget.stop()
         ended = [each.result() for each in waited]
-    assert [each.how for each in ended] == ["killed by signal 9"] * 2
     for each in ended:
         assert_ends(int(each.output))
+    ended.append(budget.run(command, 60, tmp_path / "later", tmp_path, os.environ))
+    assert [each.how for each in ended] == ["killed by signal 9"] * 3
 
 
 def test_a_budget_runs_out_and_never_below_zero(module):
@@ -239,6 +244,8 @@ def test_a_budget_runs_out_and_never_below_zero(module):
 
 # All of it, with commands that only pretend
 
+LOADED = "  CUDA       loaded\nwhy        CPU and CUDA 13.0 (/usr/local/cuda) for 9.0\n"
+
 
 def stage(name, command, module, tmp_path, change):
     """Leave behind what a command would, and return its output."""
@@ -247,7 +254,7 @@ def stage(name, command, module, tmp_path, change):
         return Path(command[command.index(key) + 1])
 
     if command[-2:] == ["-m", "torchlars"]:
-        return change.get("loaded", "  CUDA       loaded\n")
+        return change.get("loaded", LOADED)
     if "setup.py" in command:
         return "torchlars: CPU and CUDA 13.0 (/usr/local/cuda) for 9.0\n"
     if "pytest" in command:
@@ -348,7 +355,7 @@ def pretend(module, monkeypatch, tmp_path):
             return ended
 
         monkeypatch.setattr(main.budget, "run_all", run_all)
-        monkeypatch.setattr(main, "probe", lambda seconds, work: dict(FOUND))
+        monkeypatch.setattr(main, "probe", lambda seconds, work, prebuilt: dict(FOUND))
         monkeypatch.setattr(main, "find_sanitizer", lambda: change.get("sanitizer", "/opt/compute-sanitizer"))
         monkeypatch.setattr(main, "on_signals", lambda handle: None)
         monkeypatch.setattr(main.Check, "is_built", lambda check: change.get("code", 0) == 0)
@@ -384,7 +391,7 @@ def test_all_steps_are_done_and_summed_up(pretend, capsys):
         ("LARS part over 0.1.2's, resnet50, wall", "25.0×", "met"),
         ("bandwidth of the norm pass, 1 GB, of a copy", "95%", "met"),
         ("bandwidth of the scale pass, 1 GB, of a copy", "85%", "missed"),
-        ("launches a step and (device, dtype)", "2", "met"),
+        ("launches a step and (device, dtype), of gradients", "2", "met"),
         ("modes in which the host waits", "0 of 3", "met"),
         ("graph replay has the bits of eager steps (tests)", "", "met"),
     }
@@ -439,7 +446,12 @@ def test_parts_may_be_run_alone(pretend, part):
 
 @pytest.mark.parametrize(
     ("loaded", "builds"),
-    [("  CUDA       loaded\n", False), ("  CUDA       loaded, but no device is visible\n", True), ("", True)],
+    [
+        (LOADED, False),
+        (LOADED.replace("9.0", "8.0"), True),
+        (LOADED.replace("loaded", "loaded, but no device is visible"), True),
+        ("", True),
+    ],
 )
 def test_a_prebuilt_extension_is_used_if_it_can_be_loaded(pretend, loaded, builds):
     status, _, _ = pretend("--prebuilt", loaded=loaded)
@@ -466,7 +478,7 @@ DRIVER = """
 import sys
 from benchmarks.gpu_check import main
 from pathlib import Path
-main.probe = lambda seconds, work: {found!r}
+main.probe = lambda seconds, work, prebuilt: {found!r}
 main.LEAST = 0.1
 def build(check):
     ended = check.run("build", [sys.executable, "-c", {sleeper!r}], 600)

@@ -1,7 +1,7 @@
 """The backends against the reference: one table of cases × dtypes × routes, and the manners of the ops.
 
-What the reference computes for a comparison it computes on the CPU, whatever the device: it is the same formula there,
-in arithmetic that is nobody's but the CPU's, and thousands of small kernels are spared.
+The reference runs on the CPU, whatever the device: independent of the GPU under test, and without thousands of small
+kernels.
 """
 
 import sys

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -45,10 +46,12 @@ class Ended:
 
 
 _running: set[subprocess.Popen[bytes]] = set()
+_stopped = threading.Event()
 
 
 def stop() -> None:
-    """Kill all that runs, in whatever thread it is waited for."""
+    """Kill all running commands, whichever thread waits for them, and those that a thread is yet to start."""
+    _stopped.set()
     for process in list(_running):
         kill(process)
 
@@ -94,6 +97,8 @@ def run_all(
                     )
                 )
                 _running.add(processes[-1])
+                if _stopped.is_set():
+                    kill(processes[-1])
         for process in processes:
             code = None
             with suppress(subprocess.TimeoutExpired):

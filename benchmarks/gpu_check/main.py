@@ -79,7 +79,7 @@ class Check:
             self.measure_speed()
 
     def check_correctness(self) -> None:
-        """Do all that decides, side by side: none of it is timed."""
+        """Run all correctness steps concurrently: none of them is timed."""
         cores = self.found["cores"] or 1
         shards = max(1, min(6, cores // 2))
         steps: dict[str, Callable[[], None]] = {
@@ -93,6 +93,7 @@ class Check:
                 for waited in [pool.submit(self.guard, name, step) for name, step in steps.items()]:
                     waited.result()
             except Stopped:
+                pool.shutdown(wait=False, cancel_futures=True)
                 budget.stop()  # or the threads would wait for what they run
                 raise
 
@@ -123,7 +124,8 @@ class Check:
         """Build in place, for this GPU alone. Nothing is installed: all that follows is run from the checkout."""
         if self.args.prebuilt:
             ended = self.run("build", [sys.executable, "-m", "torchlars"], 60)
-            if ended is not None and re.search(r"^  CUDA +loaded$", ended.output, re.MULTILINE):
+            loaded = rf"^  CUDA +loaded$.*^why .* for .*{re.escape(self.found['capability'])}"
+            if ended is not None and re.search(loaded, ended.output, re.MULTILINE | re.DOTALL):
                 return self.add("build", PASSED, "built elsewhere", ended.seconds)
         more = {"TORCHLARS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": self.found["capability"]}
         command = [sys.executable, "setup.py", "build_ext", "--inplace"]
@@ -383,9 +385,9 @@ def find_sanitizer() -> str | None:
     return next(filter(None, found), None)
 
 
-def probe(seconds: float, work: Path) -> dict[str, Any]:
-    """Return what probe.py finds."""
-    command = [sys.executable, "-m", f"{MODULE}.probe"]
+def probe(seconds: float, work: Path, prebuilt: bool) -> dict[str, Any]:
+    """Return what probe.py finds. Nothing that only a build needs is missing where there is none to be done."""
+    command = [sys.executable, "-m", f"{MODULE}.probe", *["--prebuilt"] * prebuilt]
     ended = budget.run(command, seconds, work / "probe.log", ROOT, environment({}))
     try:
         found: dict[str, Any] = json.loads(ended.output.splitlines()[-1])
@@ -414,7 +416,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--budget", type=float, default=520.0, metavar="SECONDS", help="for everything (default: 520)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/, by the name of the GPU)")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
-    parser.add_argument("--go-on", action="store_true", help="time even what was found to be wrong")
+    parser.add_argument("--go-on", action="store_true", help="run the timings even if a correctness step failed")
     parser.add_argument("--prebuilt", action="store_true", help="use the extension that is there, if it can be loaded")
     parser.add_argument("--compile", action="store_true", help="time torch.compile even if little time is left for it")
     args = parser.parse_args(argv)
@@ -422,7 +424,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     start = time.monotonic()
     total = budget.Budget(args.budget, RESERVE)
     with tempfile.TemporaryDirectory(prefix="gpu_check_") as folder:
-        found = probe(total.left(), Path(folder))
+        found = probe(total.left(), Path(folder), args.prebuilt)
         if found["missing"]:
             lines = "\n".join(f"- {sentence}" for sentence in found["missing"])
             print(f"nothing was checked, and nothing was changed. What is missing:\n{lines}")

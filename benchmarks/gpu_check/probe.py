@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,15 @@ MODULES = ("setuptools", "ninja", "pytest", "pybind11", "numpy", "timm", "triton
 
 def main() -> None:
     """Print what was found."""
-    print(json.dumps(probe()))
+    print(json.dumps(probe(builds="--prebuilt" not in sys.argv)))
 
 
-def probe() -> dict[str, Any]:
-    """Return the environment, and under "missing" a sentence for each thing without which nothing can be checked."""
+def probe(builds: bool) -> dict[str, Any]:
+    """Return the environment, and under "missing" a sentence for each thing without which nothing can be checked.
+
+    Args:
+        builds: whether the extension is to be built, too.
+    """
     missing: list[str] = []
     found: dict[str, Any] = {
         "gpu": None,
@@ -43,6 +48,16 @@ def probe() -> dict[str, Any]:
         missing.append(f"torch cannot be imported ({error})")
     else:
         look_at(torch, found, missing)
+    if builds:
+        missing += missing_for_a_build(found)
+    if found["pytest"] is None:
+        missing.append("pytest is not installed")
+    return found
+
+
+def missing_for_a_build(found: dict[str, Any]) -> list[str]:
+    """Return a sentence for each thing without which nothing can be built."""
+    missing = []
     if found["nvcc"] is None:
         missing.append("no nvcc was found on PATH, in CUDA_HOME or in /usr/local/cuda")
     elif found.get("cuda") and found["nvcc"].split(".")[0] != found["cuda"].split(".")[0]:
@@ -51,9 +66,7 @@ def probe() -> dict[str, Any]:
         missing.append(f"setuptools must be 77 or newer (got: {found['setuptools']})")
     if shutil.which("ninja") is None:
         missing.append("no ninja was found on PATH")
-    if found["pytest"] is None:
-        missing.append("pytest is not installed")
-    return found
+    return missing
 
 
 def look_at(torch: Any, found: dict[str, Any], missing: list[str]) -> None:

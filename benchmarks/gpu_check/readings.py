@@ -142,7 +142,7 @@ def rows(sets: dict[str, Any], steps: dict[str, Any], bandwidth: dict[str, Any],
     most = max((mode["torchlars"] / mode["buckets"] for mode in counted), default=None)
     verdict = "" if most is None else "met" if most <= MOST_LAUNCHES else "missed"
     seen = "" if most is None else f"{most:g}"
-    found.append(Row("launches a step and (device, dtype)", f"≤ {MOST_LAUNCHES}", "", seen, verdict))
+    found.append(Row("launches a step and (device, dtype), of gradients", f"≤ {MOST_LAUNCHES}", "", seen, verdict))
     waiting = [name for name, mode in steps.items() if mode.get("waits")]
     verdict = "" if not steps else "missed" if waiting else "met"
     found.append(Row("modes in which the host waits", "0", "0", f"{len(waiting)} of {len(steps)}", verdict))

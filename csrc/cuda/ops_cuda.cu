@@ -64,8 +64,8 @@ at::Tensor measure_alone(const Launch& launch, at::TensorList tensors, const flo
 }
 
 // Partial sums of squares of parameters and of gradients, with scales[i] * params[i] added to these unless scales is
-// empty. Side by side if they are of one dtype, and if no parameter that is added had to be copied into its gradient's
-// order: its squares would be added in that order, too, and their sum would not have the bits that `squared_norms` has.
+// empty. In one launch if they are of one dtype and no parameter that is added was copied into its gradient's memory
+// order. Else in two: the order of summation would differ from that of squared_norms, and so would the bits.
 std::pair<at::Tensor, at::Tensor> measure_both(const Launch& launch, at::TensorList grads, at::TensorList params,
                                                const float* inv_scale, at::ArrayRef<double> scales) {
   if (grads[0].scalar_type() != params[0].scalar_type()) {
