@@ -248,7 +248,7 @@ def speeds_told(section, following):
 
 def test_speeds_on_a_gpu_in_readme_are_those_of_the_results():
     found = ratios_of("nvidia_h100_80gb_hbm3/summary.md", "gpu_check")
-    _, told = speeds_told("### On a GPU", "### ")
+    _, told = speeds_told("### On a GPU", "## ")
     assert len(told) == 9
     for name, ratios in told.items():
         assert ratios == [found[layers].get(name, "") for layers in ("resnet50", "one_100m", "llama_7b_bf16")], name
