@@ -345,7 +345,7 @@ __device__ void update_range(T* __restrict__ param, const T* __restrict__ grad, 
       Pack<T> param, grad;
       Pack<M, kSize> momentum;
     };
-    for_packs<sizeof(T) == 2 ? 2 : 4>(  // more registers would leave too few blocks
+    for_packs<sizeof(T) == 2 ? 2 : 4>(  // 4 take up to 126 registers for 16-bit numbers
         num_packs,
         [&](int64_t pack) {
           Packs x;
