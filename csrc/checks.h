@@ -33,6 +33,24 @@ inline c10::ScalarType compute_dtype(c10::ScalarType grad, c10::ScalarType param
   return widest == c10::kDouble ? c10::kDouble : c10::kFloat;
 }
 
+// Bytes from a tensor's first element to the end of its last one. The tensor is not empty.
+inline int64_t extent(const at::Tensor& tensor) {
+  int64_t elements = 1;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    elements += (tensor.size(d) - 1) * tensor.stride(d);
+  }
+  return elements * static_cast<int64_t>(tensor.element_size());
+}
+
+// False where the storage is smaller than the tensor, as after untyped_storage().resize_(0).
+inline bool has_memory(const at::Tensor& tensor) {
+  if (tensor.numel() == 0 || !tensor.has_storage()) {
+    return true;
+  }
+  const int64_t begin = tensor.storage_offset() * static_cast<int64_t>(tensor.element_size());
+  return static_cast<int64_t>(tensor.storage().nbytes()) >= begin + extent(tensor);
+}
+
 inline void check_tensors(const char* op, const char* name, at::TensorList tensors) {
   TORCH_CHECK(!tensors.empty(), op, ": expected at least one tensor (got: ", name, " is empty)");
   const at::Tensor& first = tensors[0];
@@ -48,6 +66,8 @@ inline void check_tensors(const char* op, const char* name, at::TensorList tenso
                 "[0]: ", first.device(), ", ", name, "[", i, "]: ", tensor.device(), ")");
     TORCH_CHECK(tensor.scalar_type() == first.scalar_type(), op, ": expected tensors of one dtype (", name,
                 "[0]: ", first.scalar_type(), ", ", name, "[", i, "]: ", tensor.scalar_type(), ")");
+    TORCH_CHECK(has_memory(tensor), op, ": expected tensors whose storage was not freed (", name, "[", i, "]: shape ",
+                tensor.sizes(), ")");
   }
 }
 

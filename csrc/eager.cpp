@@ -13,6 +13,8 @@
 #include <torch/csrc/autograd/python_variable.h>
 #include <torch/csrc/utils/pybind.h>
 
+#include <algorithm>
+#include <functional>
 #include <memory>
 #include <optional>
 #include <utility>
@@ -63,7 +65,22 @@ bool is_plain(const at::Tensor& tensor) {
   static const auto harmless = c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
   const auto rest = tensor.key_set() - harmless;
   return c10::toFunctionalityKey(rest.highestPriorityTypeId()) == c10::DispatchKey::Dense &&
-         tensor.layout() == c10::kStrided && tensor.is_non_overlapping_and_dense() && !tensor.is_inference();
+         tensor.layout() == c10::kStrided && tensor.is_non_overlapping_and_dense() && !tensor.is_inference() &&
+         has_memory(tensor);
+}
+
+// Whether another tensor may hold the same memory, as far as the storage tells: another tensor uses it, or it was made
+// of memory that its owner shares (NumPy, DLPack).
+bool may_share_memory(const at::Tensor& tensor) {
+  const c10::Storage& storage = tensor.unsafeGetTensorImpl()->unsafe_storage();
+  return storage.use_count() > 1 || !storage.resizable();
+}
+
+// Whether another parameter may hold the same gradient, to which the parameter and the caller have a reference each,
+// and a third one its Python object, if it was ever asked for.
+bool may_be_shared(const at::Tensor& grad) {
+  const bool has_object = grad.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr;
+  return grad.use_count() > (has_object ? 3 : 2) || may_share_memory(grad);
 }
 
 bool is_plain_layer(const at::Tensor& param, const at::Tensor& grad) {
@@ -75,6 +92,15 @@ bool is_plain_layer(const at::Tensor& param, const at::Tensor& grad) {
 bool is_fsdp_flattened(PyObject* param) {
   static PyObject* const name = PyUnicode_InternFromString("_fsdp_flattened");
   return PyObject_HasAttr(param, name) != 0;
+}
+
+// What a dict holds under a key; null if nothing.
+py::object item_of(const py::handle& dict, PyObject* key) {
+  PyObject* const item = PyDict_GetItemWithError(dict.ptr(), key);
+  if (!item && PyErr_Occurred()) {
+    throw py::error_already_set();
+  }
+  return py::reinterpret_borrow<py::object>(item);
 }
 
 // Tensors lie scattered in memory: those further on are fetched while one is looked at.
@@ -93,35 +119,41 @@ void fetch_ahead([[maybe_unused]] PyObject* param) {
 
 using Seen = ska::flat_hash_set<const c10::TensorImpl*>;
 
+// How often a tensor was written in place.
+int64_t version_of(const at::Tensor& tensor) {
+  return tensor.unsafeGetTensorImpl()->version_counter().current_version();
+}
+
 // Calls take(param, grad, the parameter as a Python object) for every plain layer of a group that was not seen before;
 // it may decline by returning false. Returns the positions of all others that may have a gradient.
+//
+// take may run Python code (the hash of a parameter), and with it other threads and signal handlers, which may change
+// the group's list and replace gradients. So its size and items are read anew each time, and references are held.
 template <typename Take>
 std::vector<int64_t> for_plain_layers(const py::sequence& params, Seen& seen, const Take& take) {
   const auto fast = py::reinterpret_steal<py::object>(PySequence_Fast(params.ptr(), "expected a sequence"));
   if (!fast) {
     throw py::error_already_set();
   }
-  const Py_ssize_t count = PySequence_Fast_GET_SIZE(fast.ptr());
-  PyObject* const* const items = PySequence_Fast_ITEMS(fast.ptr());
-  seen.reserve(seen.size() + count);
+  seen.reserve(seen.size() + PySequence_Fast_GET_SIZE(fast.ptr()));
   std::vector<int64_t> others;
-  for (Py_ssize_t position = 0; position < count; ++position) {
-    PyObject* const item = items[position];
-    if (position + kAhead < count) {
-      fetch_ahead(items[position + kAhead]);
+  for (Py_ssize_t position = 0; position < PySequence_Fast_GET_SIZE(fast.ptr()); ++position) {
+    const auto item = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(fast.ptr(), position));
+    if (position + kAhead < PySequence_Fast_GET_SIZE(fast.ptr())) {
+      fetch_ahead(PySequence_Fast_GET_ITEM(fast.ptr(), position + kAhead));
     }
-    if (!THPVariable_CheckExact(item) || is_fsdp_flattened(item)) {
+    if (!THPVariable_CheckExact(item.ptr()) || is_fsdp_flattened(item.ptr())) {
       others.push_back(position);
       continue;
     }
-    const at::Tensor& param = THPVariable_Unpack(item);
-    at::Tensor grad = param.grad();  // owned: take may run Python code, in which another thread may replace it
+    const at::Tensor& param = THPVariable_Unpack(item.ptr());
+    at::Tensor grad = param.grad();
     if (!grad.defined()) {
       continue;
     }
     if (!is_plain_layer(param, grad)) {
       others.push_back(position);
-    } else if (seen.insert(param.unsafeGetTensorImpl()).second && !take(param, std::move(grad), item)) {
+    } else if (seen.insert(param.unsafeGetTensorImpl()).second && !take(param, std::move(grad), item.ptr())) {
       others.push_back(position);
     }
   }
@@ -239,6 +271,8 @@ class LarsLayers {
     const Dialect dialect{decayed_norm, clip, lr_in_momentum};
     const c10::TensorImpl* const lr_key = lr.has_value() ? key_of(*lr) : nullptr;
     return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
+      shares_memory = shares_memory || may_be_shared(grad);
+      versions += version_of(param);
       LarsBucket& bucket =
           bucket_for(buckets, LarsBucket::Key{param.device(), param.scalar_type(), maximize, dialect, lr_key});
       bucket.params.add(object);
@@ -257,6 +291,8 @@ class LarsLayers {
   }
 
   std::vector<std::shared_ptr<LarsBucket>> buckets;
+  bool shares_memory = false;  // whether any gradient may share its memory
+  int64_t versions = 0;        // the sum of those of all parameters
 
  private:
   Seen seen_;
@@ -334,28 +370,28 @@ class SgdLayers {
                          maximize,
                          trust_coef.has_value(),
                          Dialect{decayed_norm, clip, lr_in_momentum}};
-      PyObject* found = nullptr;
+      py::object found;
       if (momentum != 0) {
-        PyObject* const own_state = PyDict_GetItemWithError(state.ptr(), object);
-        found = own_state && PyDict_Check(own_state) ? PyDict_GetItemWithError(own_state, momentum_buffer) : nullptr;
-        if (PyErr_Occurred()) {
-          throw py::error_already_set();
-        }
-        if (!found || !THPVariable_CheckExact(found)) {
+        const py::object own_state = item_of(state, object);
+        found = own_state && PyDict_Check(own_state.ptr()) ? item_of(own_state, momentum_buffer) : py::object();
+        if (!found || !THPVariable_CheckExact(found.ptr())) {
           return false;
         }
-        const at::Tensor& buffer = THPVariable_Unpack(found);
+        const at::Tensor& buffer = THPVariable_Unpack(found.ptr());
         key.momentum_dtype = momentum_in_float32 && param.element_size() == 2 ? c10::kFloat : param.scalar_type();
         if (!is_plain(buffer) || buffer.scalar_type() != *key.momentum_dtype || buffer.device() != param.device() ||
             buffer.sizes() != param.sizes() || !same_strides(param, buffer)) {
           return false;
         }
+        // Beside this reference, the state and Python's own object have one each.
+        shares_memory = shares_memory || Py_REFCNT(found.ptr()) > 2 || may_share_memory(buffer);
       }
+      shares_memory = shares_memory || may_share_memory(param);
       SgdBucket& bucket = bucket_for(buckets, key);
       bucket.params.add(object);
       bucket.grads.push_back(std::move(grad));
       if (found) {
-        bucket.momentum_buffers.add(found);
+        bucket.momentum_buffers.add(found.ptr());
       }
       if (key.lr) {
         bucket.lr = *tensor_in(lr);
@@ -371,14 +407,67 @@ class SgdLayers {
   }
 
   std::vector<std::shared_ptr<SgdBucket>> buckets;
+  bool shares_memory = false;  // whether any parameter or momentum buffer may share its memory
 
  private:
   Seen seen_;
 };
 
+// The positions of those tensors whose memory overlaps that of another one. Where a storage's pointer need not be an
+// address, only tensors of one storage can overlap.
+std::vector<int64_t> overlapping(const Tensors& tensors) {
+  struct Span {
+    const c10::StorageImpl* storage;  // null: begin and end are addresses
+    uintptr_t begin;
+    uintptr_t end;
+    int64_t position;
+  };
+  std::vector<Span> spans;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const at::Tensor& tensor = tensors[i];
+    if (tensor.layout() != c10::kStrided || !tensor.has_storage() || tensor.numel() == 0) {
+      continue;
+    }
+    const c10::StorageImpl* const storage = tensor.storage().unsafeGetStorageImpl();
+    const bool has_address = (tensor.is_cpu() || tensor.is_cuda()) && storage->data() != nullptr;
+    const uintptr_t begin = (has_address ? reinterpret_cast<uintptr_t>(storage->data()) : 0) +
+                            tensor.storage_offset() * tensor.element_size();
+    spans.push_back({has_address ? nullptr : storage, begin, begin + extent(tensor), static_cast<int64_t>(i)});
+  }
+  std::sort(spans.begin(), spans.end(), [](const Span& a, const Span& b) {
+    return a.storage != b.storage ? std::less<>()(a.storage, b.storage) : a.begin < b.begin;
+  });
+  std::vector<int64_t> positions;
+  const Span* furthest = nullptr;  // of those before, in this storage: the one that ends last
+  for (const Span& span : spans) {
+    if (furthest && span.storage == furthest->storage && span.begin < furthest->end) {
+      positions.push_back(furthest->position);
+      positions.push_back(span.position);
+    }
+    if (!furthest || span.storage != furthest->storage || span.end > furthest->end) {
+      furthest = &span;
+    }
+  }
+  std::sort(positions.begin(), positions.end());
+  positions.erase(std::unique(positions.begin(), positions.end()), positions.end());
+  return positions;
+}
+
 }  // namespace
 
 void bind_eager_door(py::module_& m) {
+  m.def("overlapping", &overlapping, py::arg("tensors"),
+        "Return the positions of those tensors whose memory overlaps that of another one.");
+  m.def(
+      "of_other_layout",
+      [](const py::sequence& params) {
+        Seen seen;
+        return for_plain_layers(params, seen, [](const at::Tensor& param, const at::Tensor& grad, PyObject*) {
+          return same_strides(param, grad);
+        });
+      },
+      py::arg("params"),
+      "Return the positions of the parameters whose gradient may lie in memory in another order than they do.");
   py::class_<LarsBucket, std::shared_ptr<LarsBucket>>(m, "LarsBucket", "Plain layers that one call adapts.")
       .def_property_readonly("params", [](const LarsBucket& bucket) { return bucket.params.objects(); })
       .def("adapt", &LarsBucket::adapt, py::arg("inv_scale") = py::none(),
@@ -388,7 +477,9 @@ void bind_eager_door(py::module_& m) {
       .def("add", &LarsLayers::add, py::arg("params"), py::arg("weight_decay"), py::arg("maximize"),
            py::arg("trust_coef"), py::arg("eps"), py::arg("decayed_norm"), py::arg("clip"), py::arg("lr_in_momentum"),
            py::arg("lr"), "Take a group's plain layers. Return the positions of those that need a closer look.")
-      .def_readonly("buckets", &LarsLayers::buckets);
+      .def_readonly("buckets", &LarsLayers::buckets)
+      .def_readonly("shares_memory", &LarsLayers::shares_memory, "Whether any gradient may share its memory.")
+      .def_readonly("versions", &LarsLayers::versions, "The sum of the versions of all parameters.");
   py::class_<SgdBucket, std::shared_ptr<SgdBucket>>(m, "SgdBucket", "Plain layers that one call updates.")
       .def_property_readonly("params", [](const SgdBucket& bucket) { return bucket.params.objects(); })
       .def("update", &SgdBucket::update, py::arg("inv_scale") = py::none(),
@@ -400,7 +491,9 @@ void bind_eager_door(py::module_& m) {
            py::arg("momentum"), py::arg("dampening"), py::arg("nesterov"), py::arg("maximize"),
            py::arg("momentum_in_float32"),
            "Take a group's plain layers. Return the positions of those that need a closer look.")
-      .def_readonly("buckets", &SgdLayers::buckets);
+      .def_readonly("buckets", &SgdLayers::buckets)
+      .def_readonly("shares_memory", &SgdLayers::shares_memory,
+                    "Whether any parameter or momentum buffer may share its memory.");
 }
 
 }  // namespace torchlars

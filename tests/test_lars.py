@@ -169,7 +169,7 @@ def test_trust_coef_of_zero_or_none_is_refused_and_eps_of_zero_is_not():
     assert LARS(base, eps=0).eps == 0
 
 
-@pytest.mark.parametrize("weight_decay", [-0.1, float("nan"), "much", True, torch.tensor(0.1)], ids=repr)
+@pytest.mark.parametrize("weight_decay", [-0.1, float("nan"), "much", True, torch.tensor(-0.1)], ids=repr)
 def test_a_groups_weight_decay_must_be_a_number(weight_decay):
     params, base = make()
     base.param_groups[0]["weight_decay"] = weight_decay

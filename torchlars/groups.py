@@ -163,7 +163,7 @@ class ZeroLayers:
         for bucket in _buckets(param for param in params if not _is_readable(param)):
             # This is no more than a courtesy, and devices differ in what they can do.
             with suppress(RuntimeError, TypeError):
-                if not _is_capturing(bucket[0].device):
+                if not is_capturing(bucket[0].device):
                     flags = (ops.squared_norms(bucket) == 0).to("cpu", non_blocking=True)
                     self._answers.append(({param: _stamp(param) for param in bucket}, flags, _record(bucket[0].device)))
 
@@ -223,7 +223,7 @@ class ZeroLayers:
         elsewhere = {param for param in params if _is_plain(param) and not _is_readable(param)}
         for stamps, answer, event in self._answers:
             # While a graph is captured, even to ask an event is forbidden.
-            if elsewhere.isdisjoint(stamps) or _is_capturing(next(iter(stamps)).device) or not event.query():
+            if elsewhere.isdisjoint(stamps) or is_capturing(next(iter(stamps)).device) or not event.query():
                 continue
             for (param, stamp), is_zero in zip(stamps.items(), answer.tolist(), strict=True):
                 if is_zero and param in elsewhere and stamp == _stamp(param):  # not filled or moved meanwhile
@@ -248,7 +248,8 @@ def _is_readable(param: Tensor) -> bool:
     return param.device.type == "cpu"
 
 
-def _is_capturing(device: torch.device) -> bool:
+def is_capturing(device: torch.device) -> bool:
+    """Tell whether what a device is asked for goes into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 

@@ -12,8 +12,15 @@ from torch.optim import Optimizer
 
 from torchlars import ops, sharding
 from torchlars.amp import GradScale
-from torchlars.layers import TrustRatioWrapper, check_update, check_update_is_scalable, copies
-from torchlars.wrapper import learning_rate, non_negative_number, positive_number, true_or_false
+from torchlars.layers import (
+    TrustRatioWrapper,
+    check_update,
+    check_update_is_scalable,
+    copies,
+    lay_out_gradients,
+    scale_updates,
+)
+from torchlars.wrapper import learning_rate, non_negative_number, positive_number, step_of_base, true_or_false
 
 __all__ = ["LAMB"]
 
@@ -121,6 +128,7 @@ class LAMB(TrustRatioWrapper):
             with torch.enable_grad():
                 loss = closure()  # type: ignore[misc]
             gather()
+            lay_out_gradients(self.param_groups)
             return loss
 
         if closure is not None:
@@ -130,14 +138,17 @@ class LAMB(TrustRatioWrapper):
         grad_scale = GradScale.of(self)  # for the base, whose gradients these are; a step that it skips is no update
         try:
             gather()
+            lay_out_gradients(self.param_groups)
             grad_scale.hand_to(self.optim)
-            loss = self.optim.step(*args, **kwargs)
+            try:
+                loss = step_of_base(self.optim)(*args, **kwargs)
+            finally:
+                grad_scale.take_from(self.optim)
+            self._last_step[:] = _scale_updates(buckets, old_params)
         except BaseException:
+            grad_scale.take_from(self.optim)  # an interrupt may have come before the above was done
             grad_scale.take_from(self)  # else the scaler does so
             raise
-        finally:
-            grad_scale.take_from(self.optim)
-        self._last_step[:] = _scale_updates(buckets, old_params)
         return loss
 
     def _gather(self, gradients_may_come: bool) -> list[Bucket]:
@@ -206,6 +217,9 @@ class Bucket:
         """Scale the updates. Return the trust ratios."""
         trust_coefs, eps, lrs = zip(*(self.layers[param] for param in self.params), strict=True)
         lr_scale = None if self.lr is None else ops.lr_scale(self.lr, self.params[0].device)
+        shares_memory = not torch.compiler.is_compiling() and len(ops.overlapping(self.local_params)) > 0
+        if self.squared_norms is None and shares_memory:
+            self.measure()
         if self.squared_norms is None:
             return ops.scale_updates_by_trust_ratios_(
                 self.local_params, self.old_params, trust_coefs, eps, lrs, self.clip, lr_scale
@@ -223,6 +237,5 @@ class Bucket:
             self.clip,
             of_updates=True,
         )
-        ops.apply_trust_ratios_to_updates_(self.local_params, self.old_params, ratios)
-        sharding.note_writes(self.params)
+        scale_updates(self.params, self.old_params, ratios)
         return ratios

@@ -12,24 +12,28 @@ from torch.optim import Optimizer
 
 from torchlars import ops, sharding
 from torchlars.amp import GradScale
-from torchlars.groups import ZeroLayers
+from torchlars.groups import ZeroLayers, is_capturing
 from torchlars.layers import (
     TrustRatioWrapper,
     check_layer,
     check_update,
     check_update_is_scalable,
     copies,
+    lay_out_gradients,
+    own_gradients,
     readable_gradient,
+    scale_updates,
+    undo_adaptation,
     writable_gradient,
 )
 from torchlars.wrapper import (
-    HiddenHyperParameters,
     decouples,
     is_base,
     learning_rate,
     non_negative_number,
     one_of,
     positive_number,
+    step_of_base,
     true_or_false,
     weight_decay_of,
 )
@@ -178,7 +182,7 @@ class LARS(TrustRatioWrapper):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._zero_layers = None  # only from the constructor to the first step
+        self.__dict__.setdefault("_zero_layers", None)  # only from the constructor to the first step
 
     def check_options(self, of_group: str, options: dict[str, Any]) -> None:
         """Raise if options do not go together, or not with the base."""
@@ -226,8 +230,12 @@ class LARS(TrustRatioWrapper):
 
         Raises:
             TypeError, ValueError, RuntimeError: a group, parameter or gradient cannot be adapted; the message names it.
-                Nothing has changed then. Whatever raises, hyper-parameters are back as they were.
+                Nothing has changed then.
+
+        Whatever raises, hyper-parameters are back as they were. If the base raises before it has written to any adapted
+        parameter, gradients are put back as they were, but for their rounding (and for what underflowed in float16).
         """
+        self._hidden.restore_what_was_left()
         this = Step(self, gradients_may_come=closure is not None)
 
         def adapted_closure() -> Any:
@@ -246,20 +254,23 @@ class LARS(TrustRatioWrapper):
         if this.base_takes:
             kwargs["trust_ratios"] = this
         try:
-            this.read_groups()
-            if self._zero_layers is not None and not torch.compiler.is_compiling():
-                zero_layers, self._zero_layers = self._zero_layers, None
-                closure = zero_layers.before_step(self, closure)
-            if closure is None:
-                this.adapt()
-            this.hide()
-            loss = self.optim.step(*args, **kwargs)
+            try:
+                this.read_groups()
+                if self._zero_layers is not None and not torch.compiler.is_compiling():
+                    zero_layers, self._zero_layers = self._zero_layers, None
+                    closure = zero_layers.before_step(self, closure)
+                if closure is None:
+                    this.adapt()
+                this.hide()
+                loss = step_of_base(self.optim)(*args, **kwargs)
+            finally:
+                this.restore()
+            this.scale_updates()
         except BaseException:
+            this.restore()  # an interrupt may have come before the above was done
+            this.put_back_gradients()
             GradScale.of(self).take_from(self)  # else the scaler does so
             raise
-        finally:
-            this.restore()
-        this.scale_updates()
         self._last_step[:] = this.reported
         return loss
 
@@ -375,11 +386,14 @@ class Step:
     def __init__(self, lars: LARS, gradients_may_come: bool) -> None:
         self._lars = lars
         self.base_takes = bool(getattr(lars.optim, "takes_trust_ratios", False))
-        self._hidden = HiddenHyperParameters()
+        self._hidden = lars._hidden
         self._grad_scale = self._scale_for_base = GradScale.of(lars)
         self._unscales = False
         self.reported: list[tuple[Sequence[Tensor], Tensor]] = []
         self._scaled_later: list[tuple[Sequence[Tensor], Tensor]] = []
+        self._written: list[tuple[Sequence[Tensor], Tensor | None]] = []  # whose gradients were, and by what ratios
+        self._buckets: Sequence[Any] = ()
+        self._versions = 0  # of the parameters in them, before the base's step
         self._gradients_may_come = gradients_may_come
         self._old_params: dict[Tensor, Tensor] = {}
         self._adaptations: dict[int, Adaptation] = {}
@@ -414,26 +428,45 @@ class Step:
         """Measure, complete, decide, apply; all but what the base does by itself."""
         self.reported.clear()
         self._scaled_later.clear()
+        self._written.clear()
+        lay_out_gradients(self._lars.param_groups)
         if all(map(self._is_for_base, self._adaptations.values())):
             return
         with torch.no_grad():
-            plain_buckets, buckets = self._gather()
-            for plain_bucket in plain_buckets:
-                inv_scale = self._grad_scale.inv_scale(plain_bucket.params[0].device)
-                self.report(plain_bucket.params, plain_bucket.adapt(inv_scale))
+            plain_layers, buckets = self._gather()
+            self._buckets = [*plain_layers.buckets, *buckets]
+            self._versions = plain_layers.versions + _versions(buckets)
+            for plain_bucket in plain_layers.buckets:
+                params = plain_bucket.params
+                ratios = plain_bucket.adapt(self._grad_scale.inv_scale(params[0].device))
+                self._written.append((params, ratios))
+                self.report(params, ratios)
             _measure([bucket for bucket in buckets if bucket.is_measured_apart])
             for bucket in buckets:
                 ratios = bucket.adapt()
+                is_of_updates = bucket.how.apply_to == "update"
+                if bucket.is_written:
+                    self._written.append((bucket.params, None if is_of_updates else ratios))
                 if ratios is not None:
                     self.report(bucket.params, ratios)
-                    if bucket.how.apply_to == "update":
+                    if is_of_updates:
                         self._scaled_later.append((bucket.params, ratios))
 
-    def _gather(self) -> tuple[Sequence[Any], Sequence[Bucket]]:
+    def _gather(self) -> tuple[Any, Sequence[Bucket]]:
         """Return all layers to adapt, in buckets: the plain ones, and the others.
 
         What there is to raise is raised before anything changes.
         """
+        plain_layers, buckets = self._gather_as_they_are()
+        if plain_layers.shares_memory or any(bucket.is_written for bucket in buckets):
+            written = [param for bucket in plain_layers.buckets for param in bucket.params]
+            written += [param for bucket in buckets if bucket.is_written for param in bucket.params]
+            if own_gradients(written, (param for group in self._lars.param_groups for param in group["params"])):
+                return self._gather_as_they_are()
+        return plain_layers, buckets
+
+    def _gather_as_they_are(self) -> tuple[Any, Sequence[Bucket]]:
+        """Do so for the gradients that are there, some of which may share memory."""
         plain_layers = ops.plain_layers("LarsLayers")
         buckets: dict[Any, Bucket] = {}
         seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
@@ -453,14 +486,36 @@ class Step:
                     continue
                 seen.add(param)
                 if index in self._adaptations:
-                    check_layer(index, position, param, how.weight_decay)
+                    check_layer(index, position, param, how.weight_decay, self._lars.optim)
                 groups = sharding.process_groups(param)
                 key = (param.device, param.dtype, param.grad.dtype, param.grad.is_sparse, groups, how.kind())
                 if key not in buckets:
                     is_written = how.apply_to == "gradient" or self._unscales
                     buckets[key] = Bucket(how, groups, is_written, self._grad_scale.inv_scale(param.device))
                 buckets[key].add(param, how)
-        return plain_layers.buckets, list(buckets.values())
+        return plain_layers, list(buckets.values())
+
+    def put_back_gradients(self) -> None:
+        """Undo what was done to gradients, if none of their parameters was written since."""
+        written, self._written = self._written, []
+        if not written or torch.compiler.is_compiling() or _versions(self._buckets) != self._versions:
+            return
+        if any(is_capturing(params[0].device) for params, _ in written):  # into a CUDA graph: nothing has run yet
+            return
+        adapted = filter(self._is_written, self._adaptations.values())  # all others were only unscaled
+        hows = {param: how for how in adapted for param in how.group["params"]}
+        with torch.no_grad():
+            for params, ratios in written:
+                factors = [1.0] * len(params) if ratios is None else ratios.tolist()
+                for param, factor in zip(params, factors, strict=True):
+                    how = hows.get(param, Adaptation({}))
+                    inv_scale = self._grad_scale.inv_scale(param.device)
+                    undo_adaptation(
+                        param,
+                        factor * float(how.lr) if how.lr_in_momentum and how.lr is not None else factor,
+                        -how.weight_decay if how.maximize else how.weight_decay,
+                        1.0 if inv_scale is None else float(inv_scale),
+                    )
 
     def hide(self) -> None:
         """Hide what the gradients hold already: weight decay, lr where it is in the momentum, and the loss's scale."""
@@ -485,8 +540,7 @@ class Step:
         with torch.no_grad():
             for params, ratios in self._scaled_later:
                 old_params = [self._old_params[param] for param in params]
-                ops.apply_trust_ratios_to_updates_([sharding.local(param) for param in params], old_params, ratios)
-                sharding.note_writes(params)
+                scale_updates(params, old_params, ratios)
 
     # To a base that takes trust ratios.
 
@@ -526,7 +580,7 @@ class Step:
                 raise ValueError(f"params must be of the group (group: {index}, got one of shape {tuple(param.shape)})")
             if param.grad is None:
                 raise ValueError(f"params must have gradients (group: {index}, parameter: {position})")
-            check_layer(index, position, param, how.weight_decay)
+            check_layer(index, position, param, how.weight_decay, self._lars.optim)
             if (param.device, param.dtype) != (params[0].device, params[0].dtype):
                 raise ValueError(
                     f"params must be of one device and dtype (group: {index}, parameter: {position}, {param.dtype} on "
@@ -670,6 +724,11 @@ class Bucket:
     def _ones(self) -> Tensor:
         dtype = ops.compute_dtype(self.grads[0].dtype, self.params[0].dtype)
         return torch.ones(len(self.grads), dtype=dtype, device=self.grads[0].device)
+
+
+def _versions(buckets: Iterable[Any]) -> int:
+    """Return how often the parameters of some buckets were written in place, all together."""
+    return 0 if torch.compiler.is_compiling() else sum(param._version for bucket in buckets for param in bucket.params)
 
 
 def _measure(buckets: Sequence[Bucket]) -> None:

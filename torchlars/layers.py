@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from torchlars import ops, sharding
-from torchlars.wrapper import OptimizerWrapper, is_base
+from torchlars.wrapper import OptimizerWrapper, bases, is_base
 
 __all__: list[str] = []
 
@@ -50,7 +51,7 @@ def copies(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
 
 def check_param(group: int, position: int, param: Tensor) -> None:
     """Raise if a parameter cannot be a layer."""
-    problem = sharding.problem_of(param)
+    problem = sharding.problem_of(param) or problem_of_memory(param)
     if problem is None and param.dtype not in ops.DTYPES:
         raise TypeError(
             f"parameters must be of a real or complex floating dtype with at least 16 bits (group: {group}, "
@@ -60,10 +61,45 @@ def check_param(group: int, position: int, param: Tensor) -> None:
         raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
 
 
-def check_layer(group: int, position: int, param: Tensor, weight_decay: float) -> None:
-    """Raise if a parameter with its gradient cannot be adapted."""
+# Of torch's own. They raise where they come to a sparse gradient, which may be after they have moved other layers.
+_WITHOUT_SPARSE = frozenset(
+    getattr(torch.optim, name)
+    for name in (
+        "ASGD", "Adadelta", "Adafactor", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop"
+    )
+)  # fmt: skip
+
+
+def _problem_of_sparse(optim: Optimizer, group: int) -> str | None:
+    """Return why a base does not take sparse gradients, as far as that is known, or None."""
+    base = bases(optim)[-1]
+    if type(base) in _WITHOUT_SPARSE:
+        return f"sparse gradients need a base that takes them (got: {type(base).__name__}), as SGD and SparseAdam do"
+    if type(base) in (torch.optim.SGD, torch.optim.Adagrad) and optim.param_groups[group].get("fused", False):
+        return "sparse gradients need fused=False (got: True)"
+    return None
+
+
+def problem_of_memory(param: Tensor) -> str | None:
+    """Return why a parameter with its gradient has no memory that can be written, or None."""
+    if torch.compiler.is_compiling():  # to ask would break a graph
+        return None
+    here = sharding.local(param)
+    if here.is_inference():
+        return "parameters must not be inference tensors, which can be written in inference mode only; clone them"
+    if not ops.has_memory(here):
+        return "parameters must have memory (got: one whose storage was freed)"
+    if param.grad is not None and not ops.has_memory(memory_of(param.grad)):
+        return "gradients must have memory (got: one whose storage was freed)"
+    return None
+
+
+def check_layer(group: int, position: int, param: Tensor, weight_decay: float, optim: Optimizer) -> None:
+    """Raise if a parameter with its gradient cannot be adapted, or the base is known not to take it."""
     check_param(group, position, param)
     problem = _problem_of_gradient(param, weight_decay)
+    if problem is None and param.grad is not None and param.grad.is_sparse:
+        problem = _problem_of_sparse(optim, group)
     if problem is not None:
         raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
 
@@ -83,6 +119,11 @@ def _problem_of_gradient(param: Tensor, weight_decay: float) -> str | None:
     if grad.dtype not in ops.DTYPES or grad.is_complex() != param.is_complex():
         return f"gradients must be of their parameter's kind (parameter: {param.dtype}, gradient: {grad.dtype})"
     return sharding.problem_of_gradient(param)
+
+
+def memory_of(tensor: Tensor) -> Tensor:
+    """Return what holds the numbers of a tensor that are here."""
+    return tensor._values() if tensor.is_sparse else sharding.local(tensor)
 
 
 def writable_gradient(param: Tensor) -> Tensor:
@@ -110,6 +151,95 @@ def writable_gradient(param: Tensor) -> Tensor:
     if grad is not param.grad:
         param.grad = grad
     return grad._values() if grad.is_sparse else sharding.local(grad)
+
+
+def own_gradients(written: Iterable[Tensor], params: Iterable[Tensor]) -> bool:
+    """Give gradients that are to be written memory of their own. Return whether any had to be replaced by a copy.
+
+    Two parameters may have the same gradient, or such that overlap: to scale it for one layer would scale it for the
+    other, too. A gradient may also be the memory of a parameter.
+
+    Args:
+        written: the parameters whose gradients are to be written.
+        params: all parameters.
+    """
+    params = list(dict.fromkeys(params))
+    layers = [(param, param.grad) for param in params if param.grad is not None]
+    if torch.compiler.is_compiling():  # memory has no address there
+        counts: dict[Tensor, int] = {}
+        for _, grad in layers:
+            counts[grad] = counts.get(grad, 0) + 1
+        shared = [i for i, (_, grad) in enumerate(layers) if counts[grad] > 1]
+    else:
+        memory = [memory_of(grad) for _, grad in layers]
+        shared = ops.overlapping([*memory, *(sharding.local(param) for param in params)])
+    if len(shared) == 0:
+        return False
+    written = set(written)
+    copied = [layers[i] for i in shared if i < len(layers) and layers[i][0] in written]
+    for param, grad in copied:
+        param.grad = grad.clone()
+    return len(copied) > 0
+
+
+def undo_adaptation(param: Tensor, factor: float, weight_decay: float, inv_scale: float) -> None:
+    """Undo g ← factor · (inv_scale · g + λw), but for what was lost to rounding.
+
+    Args:
+        param: w, with its gradient.
+        factor: that of the gradient. Where it is 0 or not finite, nothing can be undone.
+        weight_decay: λ, negative where the group maximizes.
+        inv_scale: 0 if nothing was done.
+    """
+    if factor == 0 or not math.isfinite(factor) or inv_scale == 0 or param.grad is None:
+        return
+    grad, here = memory_of(param.grad), sharding.local(param)
+    dtype = ops.compute_dtype(grad.dtype, here.dtype)
+    inverse = torch.full((1,), 1 / (factor * inv_scale), dtype=dtype, device=grad.device)
+    ops.apply_trust_ratios_([grad], [here], inverse, [abs(weight_decay) * factor], maximize=weight_decay > 0)
+
+
+def lay_out_gradients(groups: Iterable[dict[str, Any]]) -> None:
+    """Lay out gradients in memory as their parameters are, in groups with ``fused=True``.
+
+    torch's fused optimizers sweep both side by side, whatever their strides (2.11 to 2.14), and update the wrong
+    elements where these differ.
+
+    Raises:
+        RuntimeError: there are gaps in a parameter, which those optimizers do not know either.
+    """
+    for index, group in enumerate(groups):
+        if not group.get("fused", False):
+            continue
+        params = group["params"]
+        for position in ops.of_other_layout(params):
+            param = params[position]
+            grad = param.grad
+            if grad is None or sharding.is_distributed(param) or grad.layout != torch.strided:
+                continue
+            if _strides(param) != _strides(torch.empty_like(param, device="meta")):
+                raise RuntimeError(
+                    f"parameters must fill their memory without gaps where fused=True (group: {index}, parameter: "
+                    f"{position}, shape: {tuple(param.shape)}, strides: {param.stride()}); use fused=False"
+                )
+            if grad.shape == param.shape and _strides(grad) != _strides(param):
+                param.grad = torch.empty_like(param, dtype=grad.dtype, requires_grad=False).copy_(grad)
+
+
+def _strides(tensor: Tensor) -> list[int]:
+    """Return the strides that matter: those of dimensions with more than one element."""
+    return [stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+
+
+def scale_updates(params: Sequence[Tensor], old_params: Sequence[Tensor], ratios: Tensor) -> None:
+    """Apply trust ratios to updates. Parameters that share memory are written one after the other."""
+    here = [sharding.local(param) for param in params]
+    if not torch.compiler.is_compiling() and ops.overlapping(here):
+        for i in range(len(here)):
+            ops.apply_trust_ratios_to_updates_(here[i : i + 1], old_params[i : i + 1], ratios[i : i + 1])
+    else:
+        ops.apply_trust_ratios_to_updates_(here, old_params, ratios)
+    sharding.note_writes(params)
 
 
 def readable_gradient(param: Tensor) -> Tensor:

@@ -24,10 +24,13 @@ __all__ = [
     "apply_trust_ratios_",
     "apply_trust_ratios_to_updates_",
     "compute_dtype",
+    "has_memory",
     "inv_scale",
     "is_writable_in_place",
     "lars_sgd_",
     "lr_scale",
+    "of_other_layout",
+    "overlapping",
     "scale_by_trust_ratios_",
     "scale_updates_by_trust_ratios_",
     "sgd_",
@@ -50,6 +53,7 @@ OPS = (
 )
 DTYPES = reference.DTYPES
 compute_dtype = reference.compute_dtype
+has_memory = reference.has_memory
 is_writable_in_place = reference.is_writable_in_place
 
 _backend: Any = reference
@@ -64,6 +68,8 @@ class NoPlainLayers:
     """Takes none: every layer gets the closer look."""
 
     buckets = ()
+    shares_memory = False
+    versions = 0
 
     def add(self, params: Sequence[Tensor], *args: Any, **kwargs: Any) -> range:
         """Return all positions."""
@@ -79,6 +85,23 @@ def plain_layers(kind: str) -> Any:
     if torch.compiler.is_compiling() or _backend is reference:
         return NoPlainLayers()
     return getattr(extension, kind)()
+
+
+def of_other_layout(params: Sequence[Tensor]) -> Sequence[int]:
+    """Return the positions of the parameters whose gradient may lie in memory in another order than they do."""
+    if torch.compiler.is_compiling() or extension is None or _backend is reference:
+        return range(len(params))
+    return extension.of_other_layout(params)  # type: ignore[no-any-return]
+
+
+def overlapping(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the positions of those tensors whose memory overlaps that of another one.
+
+    The memory of a tensor is that from its first element to its last one, with all gaps.
+    """
+    if extension is None or _backend is reference:
+        return reference.overlapping(tensors)
+    return extension.overlapping(tensors)  # type: ignore[no-any-return]
 
 
 def lr_scale(lr: Tensor, device: torch.device) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -369,6 +370,10 @@ def _check_tensors(op: str, name: str, tensors: Sequence[Tensor]) -> None:
             tensor.dtype == first.dtype,
             f"{op}: expected tensors of one dtype ({name}[0]: {first.dtype}, {name}[{i}]: {tensor.dtype})",
         )
+        _check(
+            has_memory(tensor),
+            f"{op}: expected tensors whose storage was not freed ({name}[{i}]: shape {list(tensor.shape)})",
+        )
 
 
 def _check_pairs(op: str, name: str, tensors: Sequence[Tensor], other_name: str, others: Sequence[Tensor]) -> None:
@@ -543,3 +548,40 @@ def is_writable_in_place(tensor: Tensor) -> bool:
             return tensor.numel() == 0
         extent += stride * (size - 1)
     return True
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Tell whether a tensor's storage is as large as the tensor; it is not after ``untyped_storage().resize_(0)``."""
+    if torch.compiler.is_compiling() or tensor.numel() == 0 or not torch._C._has_storage(tensor):
+        return True
+    begin = tensor.storage_offset() * tensor.element_size()
+    return tensor.untyped_storage().nbytes() >= begin + _extent(tensor)
+
+
+def overlapping(tensors: Sequence[Tensor]) -> list[int]:
+    """Return the positions of those tensors whose memory overlaps that of another one.
+
+    Where a storage's pointer need not be an address, only tensors of one storage can overlap.
+    """
+    spans = []
+    for i, tensor in enumerate(tensors):
+        if tensor.layout == torch.strided and tensor.numel() > 0 and torch._C._has_storage(tensor):
+            storage = tensor.untyped_storage()
+            has_address = tensor.device.type in ("cpu", "cuda") and storage.data_ptr() != 0
+            begin = (storage.data_ptr() if has_address else 0) + tensor.storage_offset() * tensor.element_size()
+            spans.append((0 if has_address else storage._cdata, begin, begin + _extent(tensor), i))
+    found: set[int] = set()
+    furthest: tuple[Any, ...] = (0, 0, 0, 0)  # of those before: the one that ends last
+    for span in sorted(spans):
+        storage_of, begin, end, i = span
+        if storage_of == furthest[0] and begin < furthest[2]:
+            found |= {furthest[3], i}
+        if storage_of != furthest[0] or end > furthest[2]:
+            furthest = span
+    return sorted(found)
+
+
+def _extent(tensor: Tensor) -> int:
+    """Return how many bytes there are from a tensor's first element to the end of its last one."""
+    strides = zip(tensor.shape, tensor.stride(), strict=True)
+    return (1 + sum((size - 1) * stride for size, stride in strides)) * tensor.element_size()

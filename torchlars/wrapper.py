@@ -57,6 +57,7 @@ class OptimizerWrapper(Optimizer):
     _is_over_a_base: ClassVar[bool] = False
 
     optim: Optimizer
+    _hidden: HiddenHyperParameters
 
     def __init__(self, optimizer: Optimizer, **options: Any) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -214,7 +215,12 @@ class OptimizerWrapper(Optimizer):
         return {"optim": self.optim, **{name: getattr(self, name) for name in self.options}}
 
     def __setstate__(self, state: StateDict) -> None:
-        self.__dict__.update(state)
+        """Set what is given. What is the base's is given to the base: ``__setstate__({"state": ...})`` resets that."""
+        of_base = {name: value for name, value in state.items() if name in ("param_groups", "state", "defaults")}
+        self.__dict__.update((name, value) for name, value in state.items() if name not in of_base)
+        if of_base:
+            self.optim.__setstate__(of_base)
+        self.__dict__.setdefault("_hidden", HiddenHyperParameters())
         had_differentiable = "differentiable" in self.defaults
         Optimizer.__setstate__(self, {})  # makes every hook table that this torch knows, and hooks step
         if not had_differentiable:
@@ -239,15 +245,19 @@ class OptimizerWrapper(Optimizer):
         What it says nothing of stays as it is: the wrapper's own values, and the options that the groups hold.
 
         Raises:
-            TypeError, ValueError: the wrapper's entry or an option in a group is wrong; nothing was loaded then.
+            TypeError, ValueError: the wrapper's entry, an option in a group or the state is wrong.
+
+        Whatever raises, nothing was loaded then.
         """
         state_dict = state_dict.copy()  # hooks may edit it
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             replaced = pre_hook(self, state_dict)
             state_dict = state_dict if replaced is None else replaced
         own_values = self._checked(state_dict.get(self.state_key, {}))
+        self._check_state_of_base(state_dict)
         group_options = [self._group_keys(group) for group in self.param_groups]
         before = {name: getattr(self, name) for name in self.options}
+        param_groups, state = self.param_groups, self.state
         self.__dict__.update(own_values)
         try:
             self.check_options(f" of state_dict[{self.state_key!r}]", {**before, **own_values})
@@ -256,12 +266,33 @@ class OptimizerWrapper(Optimizer):
             self.optim.load_state_dict({key: value for key, value in state_dict.items() if key != self.state_key})
         except BaseException:
             self.__dict__.update(before)
+            self.param_groups, self.state = param_groups, state  # torch replaces both, and does not change them
             raise
         for group, options in zip(self.param_groups, group_options, strict=True):
             for name, value in options.items():
                 group.setdefault(name, value)
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+    def _check_state_of_base(self, state_dict: StateDict) -> None:
+        """Raise if what a base is to load would be loaded in part, or be found to be wrong in a later step only."""
+        groups, state = state_dict.get("param_groups", ()), state_dict.get("state", {})
+        if not isinstance(state, dict):
+            raise TypeError(f"state_dict['state'] must be a dict (got: {type(state).__name__})")
+        for key, value in state.items():
+            # Some bases keep what is no parameter's beside it, under a name.
+            if not isinstance(value, dict) and not isinstance(key, str):
+                raise TypeError(f"state_dict['state'][{key!r}] must be a dict (got: {type(value).__name__})")
+        for index, group in enumerate(groups):
+            if not isinstance(group, dict):
+                raise TypeError(f"state_dict['param_groups'][{index}] must be a dict (got: {type(group).__name__})")
+            for name in ("lr", "weight_decay"):
+                value = group.get(name)
+                is_on_device = isinstance(value, Tensor) and value.device.type != "cpu"  # then it is not looked at
+                may_be_none = index >= len(self.param_groups) or self.param_groups[index].get(name) is None
+                if not is_on_device and not (value is None and (name not in group or may_be_none)):
+                    what = f"{name} of parameter group {index}"
+                    non_negative_number(what, number_in(what, value))
 
     def _checked(self, own_values: Any) -> StateDict:
         where = f"state_dict[{self.state_key!r}]"
@@ -310,18 +341,60 @@ class HiddenHyperParameters:
     """Hyper-parameters that the base must not see while its own arithmetic runs."""
 
     def __init__(self) -> None:
-        self._hidden: list[tuple[Group, str, Any]] = []
+        self._hidden: list[tuple[Group, str, Any, Any]] = []
 
     def hide(self, group: Group, name: str, value: Any) -> None:
         """Put ``value`` in the place of what the group holds."""
-        self._hidden.append((group, name, group[name]))
+        self._hidden.append((group, name, group[name], value))
         group[name] = value
 
     def restore(self) -> None:
         """Put back the very objects that were there."""
         while self._hidden:
-            group, name, value = self._hidden.pop()
-            group[name] = value
+            group, name, before, _ = self._hidden[-1]
+            group[name] = before
+            self._hidden.pop()  # last, so that nothing is lost if this is interrupted
+
+    def restore_what_was_left(self) -> None:
+        """Put back what an interrupted step left, unless the user has set it since."""
+        while self._hidden:
+            group, name, before, value = self._hidden[-1]
+            if group.get(name) is value:
+                group[name] = before
+            self._hidden.pop()
+
+
+#: What torch makes of every ``step``: a function that calls global hooks and the optimizer's own around it.
+_HOOKED = Optimizer.profile_hook_step(lambda self: None).__code__
+
+
+def step_of_base(optim: Optimizer) -> Callable[..., Any]:
+    """Return a base's ``step`` without torch's global hooks, which are called once a step, for the wrapper.
+
+    The base's own hooks are called. Where something else stands in the place of its step, such as a scheduler's
+    counter, that is returned.
+    """
+    hooked: Any = getattr(optim.step, "__func__", None)
+    if torch.compiler.is_compiling() or getattr(hooked, "__code__", None) is not _HOOKED:
+        return optim.step
+
+    def step(*args: Any, **kwargs: Any) -> Any:
+        all_args: Any = (optim, *args)
+        for pre_hook in optim._optimizer_step_pre_hooks.values():
+            replaced = pre_hook(optim, all_args, kwargs)
+            if replaced is not None:
+                if not (isinstance(replaced, tuple) and len(replaced) == 2):
+                    raise RuntimeError(
+                        f"step pre-hooks must return None or a tuple of new args and kwargs (got: {replaced!r})"
+                    )
+                all_args, kwargs = replaced
+        result = hooked.__wrapped__(*all_args, **kwargs)
+        optim._optimizer_step_code()
+        for post_hook in optim._optimizer_step_post_hooks.values():
+            post_hook(optim, all_args, kwargs)
+        return result
+
+    return step
 
 
 def bases(optim: Any) -> list[Optimizer]:
@@ -352,7 +425,8 @@ def weight_decay_of(index: int, group: Group) -> float:
     Raises:
         TypeError, ValueError: it is not a non-negative number.
     """
-    return non_negative_number(f"weight_decay of parameter group {index}", group.get("weight_decay", 0.0))
+    name = f"weight_decay of parameter group {index}"
+    return non_negative_number(name, number_in(name, group.get("weight_decay", 0.0)))
 
 
 def learning_rate(optim: Optimizer, index: int, group: Group) -> float | Tensor:
@@ -432,3 +506,17 @@ def _number(name: str, value: Any, kind: str, in_range: Callable[[float], bool])
     if not math.isfinite(number) or not in_range(number):
         raise ValueError(f"{name} must be a {kind} number (got: {value!r})")
     return number
+
+
+def number_in(name: str, value: Any) -> Any:
+    """Return the number in a tensor of one element, as schedulers leave in groups, and all else as it is."""
+    if not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be a number (got: a tensor of shape {tuple(value.shape)} and {value.dtype})")
+    if value.device.type != "cpu":
+        raise TypeError(
+            f"{name} must be a number or a tensor on the CPU (got: one on {value.device}, whose value the host would "
+            "have to wait for in every step); pass its .item()"
+        )
+    return float(value.detach())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchlars import amp, ops, sharding
 from torchlars.amp import GradScale
-from torchlars.wrapper import check_can_be_captured, finite_number, non_negative_number
+from torchlars.layers import memory_of, problem_of_memory
+from torchlars.wrapper import check_can_be_captured, finite_number, non_negative_number, number_in
 
 if TYPE_CHECKING:
     from torchlars.optim import TrustRatios
@@ -144,6 +145,19 @@ class SGD(torch.optim.SGD):
 
     def _gather(self, trust_ratios: TrustRatios | None) -> tuple[Sequence[Any], list[Bucket]]:
         """Return all layers to update in buckets: the plain ones, and the others with their trust ratios."""
+        plain_layers, buckets = self._gather_all_but(frozenset(), trust_ratios)
+        if plain_layers.shares_memory or buckets:
+            apart = self._layers_that_share_memory()
+            if apart:
+                plain_layers, buckets = self._gather_all_but(apart, trust_ratios)
+        if trust_ratios is not None and buckets:  # of all groups at once: shards are completed together
+            measured = trust_ratios.measure_all([(bucket.group, bucket.params) for bucket in buckets])
+            for bucket, ratios in zip(buckets, measured, strict=True):
+                bucket.ratios = ratios
+        return plain_layers.buckets, buckets
+
+    def _gather_all_but(self, apart: Collection[Tensor], trust_ratios: TrustRatios | None) -> tuple[Any, list[Bucket]]:
+        """Do so, with layers ``apart`` in buckets of their own, in order, and with copies of their gradients."""
         plain_layers = ops.plain_layers("SgdLayers")
         buckets: list[Bucket] = []
         seen: set[Tensor] = set()
@@ -151,25 +165,41 @@ class SGD(torch.optim.SGD):
             numbers = _hyper_parameters(f" of parameter group {index}", {**self.defaults, **group})
             options: dict[str, Any] | None = None if trust_ratios is None else trust_ratios.options(index)
             others = []
-            for position in plain_layers.add(group["params"], self.state, **{**numbers, **_in_one_pass(options)}):
+            positions: Iterable[int] = range(len(group["params"]))
+            if not apart:
+                positions = plain_layers.add(group["params"], self.state, **{**numbers, **_in_one_pass(options)})
+            for position in positions:
                 param = group["params"][position]
                 if param.grad is not None and param not in seen:
                     seen.add(param)
                     others.append((position, param))
-            buckets += self._closer_look(index, others, numbers)
-        if trust_ratios is not None and buckets:  # of all groups at once: shards are completed together
-            measured = trust_ratios.measure_all([(bucket.group, bucket.params) for bucket in buckets])
-            for bucket, ratios in zip(buckets, measured, strict=True):
-                bucket.ratios = ratios
-        return plain_layers.buckets, buckets
+            buckets += self._closer_look(index, others, numbers, apart)
+        return plain_layers, buckets
 
-    def _closer_look(self, index: int, layers: list[tuple[int, Tensor]], numbers: dict[str, Any]) -> Iterable[Bucket]:
+    def _layers_that_share_memory(self) -> Collection[Tensor]:
+        """Return the layers whose memory another one would write or read while they are written."""
+        if torch.compiler.is_compiling():  # memory has no address there
+            return ()
+        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
+        params = list(dict.fromkeys(params))
+        memory: list[tuple[Tensor, Tensor]] = []
+        for param in params:
+            buffer = self.state.get(param, {}).get("momentum_buffer")
+            memory += [(param, memory_of(x)) for x in (param, param.grad, buffer) if isinstance(x, Tensor)]
+        return {memory[i][0] for i in ops.overlapping([tensor for _, tensor in memory])}
+
+    def _closer_look(
+        self, index: int, layers: list[tuple[int, Tensor]], numbers: dict[str, Any], apart: Collection[Tensor]
+    ) -> Iterable[Bucket]:
         """Return the buckets of those layers of a group that are not plain."""
         buckets: dict[Any, Bucket] = {}
         for position, param in layers:
             grad = _gradient(index, position, param, numbers, self.state.get(param, {}).get("momentum_buffer"))
+            own: Any = None
+            if param in apart:
+                own, grad = param, grad.clone()
             kind = (type(param), sharding.process_groups(param), _is_for_torch(param, grad))
-            key = (param.device, param.dtype, grad.dtype, grad.layout, *kind)
+            key = (param.device, param.dtype, grad.dtype, grad.layout, own, *kind)
             if key not in buckets:
                 buckets[key] = Bucket(index, self.state, **numbers)
             buckets[key].params.append(param)
@@ -193,19 +223,36 @@ class SGD(torch.optim.SGD):
 
         Momentum becomes of the dtype that ``momentum_dtype`` asks for. A group keeps a key of its own where the state
         dict has none, as those of :class:`torch.optim.SGD` have.
+
+        Raises:
+            TypeError, ValueError: a hyper-parameter or a momentum is impossible.
+
+        Whatever raises, nothing was loaded then.
         """
         own_keys = [{key: group[key] for key in ("momentum_dtype",) if key in group} for group in self.param_groups]
         loaded: dict[str, Any] = {}
-        handle = self.register_load_state_dict_pre_hook(lambda _, final: loaded.update(final))  # after all others
+
+        def check(_: Any, final: dict[str, Any]) -> None:
+            _check_state_dict(final, self.defaults)
+            loaded.update(final)
+
+        handle = self.register_load_state_dict_pre_hook(check)  # after all others
+        before = self.param_groups, self.state
         try:
             super().load_state_dict(state_dict)
+            self._load_momentum(loaded, own_keys)
+        except BaseException:
+            self.param_groups, self.state = before  # torch replaces both, and does not change them
+            raise
         finally:
             handle.remove()
+
+    def _load_momentum(self, loaded: dict[str, Any], own_keys: Sequence[dict[str, Any]]) -> None:
+        """Give the momentum that was loaded the dtype that groups ask for: torch has rounded it to the parameters'."""
         for group, own in zip(self.param_groups, own_keys, strict=True):
             group.update({**own, **group})
             if group.get("momentum_dtype") == "float32":
                 group["momentum_dtype"] = torch.float32
-        # torch has rounded all state to the parameters' dtype.
         ids: Iterator[Any] = (i for group in loaded["param_groups"] for i in group["params"])
         for group in self.param_groups:
             for param, i in zip(group["params"], ids, strict=False):  # the next group goes on with ids
@@ -345,11 +392,14 @@ def _hyper_parameters(of_group: str, group: dict[str, Any]) -> dict[str, Any]:
     momentum_dtype = group.get("momentum_dtype")
     if momentum_dtype not in (None, torch.float32):
         raise ValueError(f"momentum_dtype{of_group} must be None or torch.float32 (got: {momentum_dtype!r})")
+    momentum, dampening, weight_decay = (
+        number_in(f"{name}{of_group}", group[name]) for name in ("momentum", "dampening", "weight_decay")
+    )
     numbers = {
         "lr": lr,
-        "momentum": non_negative_number(f"momentum{of_group}", group["momentum"]),
-        "dampening": finite_number(f"dampening{of_group}", group["dampening"]),
-        "weight_decay": non_negative_number(f"weight_decay{of_group}", group["weight_decay"]),
+        "momentum": non_negative_number(f"momentum{of_group}", momentum),
+        "dampening": finite_number(f"dampening{of_group}", dampening),
+        "weight_decay": non_negative_number(f"weight_decay{of_group}", weight_decay),
         "nesterov": bool(group["nesterov"]),
         "maximize": bool(group["maximize"]),
         "momentum_in_float32": momentum_dtype is not None,
@@ -360,6 +410,25 @@ def _hyper_parameters(of_group: str, group: dict[str, Any]) -> dict[str, Any]:
             f"(momentum: {numbers['momentum']}, dampening: {numbers['dampening']})"
         )
     return numbers
+
+
+def _check_state_dict(state_dict: dict[str, Any], defaults: dict[str, Any]) -> None:
+    """Raise if no step could be taken with what a state dict holds."""
+    for index, group in enumerate(state_dict["param_groups"]):
+        dtype = group.get("momentum_dtype", defaults.get("momentum_dtype"))
+        numbers = {**defaults, **group, "momentum_dtype": torch.float32 if dtype == "float32" else dtype}
+        lr = _hyper_parameters(f" of parameter group {index}", numbers)["lr"]
+        if isinstance(lr, Tensor) and lr.device.type == "cpu":
+            non_negative_number(f"lr of parameter group {index}", number_in("lr", lr))
+    if not isinstance(state_dict["state"], dict):
+        raise TypeError(f"state_dict['state'] must be a dict (got: {type(state_dict['state']).__name__})")
+    for key, state in state_dict["state"].items():
+        where = f"state_dict['state'][{key!r}]"
+        if not isinstance(state, dict):
+            raise TypeError(f"{where} must be a dict (got: {type(state).__name__})")
+        buffer = state.get("momentum_buffer")
+        if buffer is not None and not isinstance(buffer, Tensor):
+            raise TypeError(f"{where}['momentum_buffer'] must be a tensor or None (got: {type(buffer).__name__})")
 
 
 def _gradient(group: int, position: int, param: Tensor, numbers: dict[str, Any], momentum_buffer: Any) -> Tensor:
@@ -381,6 +450,9 @@ def _problem_of(param: Tensor, grad: Tensor, numbers: dict[str, Any], momentum_b
     """Return why no step can be taken with a parameter, its gradient and its momentum, or None."""
     weight_decay = numbers["weight_decay"]
     has_momentum = numbers["momentum"] != 0
+    no_memory = problem_of_memory(param)
+    if no_memory is not None:
+        return no_memory
     if param.dtype not in ops.DTYPES or grad.dtype not in ops.DTYPES or grad.is_complex() != param.is_complex():
         return (
             "parameters and gradients must be both real or both complex, of a floating dtype with at least 16 bits "
