@@ -595,21 +595,19 @@ def test_updates_of_weights_that_share_memory(backend, threads, wrap):
     def step(number):
         threads(number)
         random = torch.Generator().manual_seed(0)
-        buffer = torch.randn(60_000, generator=random)
-        a, b = nn.Parameter(buffer[:40_000]), nn.Parameter(buffer[20_000:])
+        buffer = torch.randn(400_000, generator=random)
+        a, b = nn.Parameter(buffer), nn.Parameter(buffer)
         for param in (a, b):
             param.grad = 3 * torch.randn(param.shape, generator=random)
         before = buffer.clone()
         optimizer = wrap(SGD([a, b], lr=0.5, weight_decay=0.1))
         optimizer.step()
-        plain = [nn.Parameter(x.clone()) for x in (before[:40_000], before[20_000:])]
-        updated = before.clone()
-        updated[:40_000] -= 0.5 * (a.grad + 0.1 * updated[:40_000])
-        updated[20_000:] -= 0.5 * (b.grad + 0.1 * updated[20_000:])
-        for part, ratio in zip((slice(0, 40_000), slice(20_000, None)), optimizer.trust_ratios().values(), strict=True):
-            updated[part] = before[part] + ratio * (updated[part] - before[part])
-        assert len(plain) == 2
-        torch.testing.assert_close(buffer, updated, rtol=1e-5, atol=1e-6)
+        expected = before.clone()
+        for param in (a, b):
+            expected -= 0.5 * (param.grad + 0.1 * expected)
+        for ratio in optimizer.trust_ratios().values():
+            expected = before + ratio * (expected - before)
+        torch.testing.assert_close(buffer, expected, rtol=1e-5, atol=1e-6)
         return buffer
 
     expected = step(1)
@@ -1058,9 +1056,9 @@ def test_a_group_that_changes_while_it_is_walked(extension):
     how = {"trust_coef": None, "eps": None, "decayed_norm": False, "clip": False, "lr_in_momentum": False}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "__hash__", shrinks)
-        layers.add(base.param_groups[0]["params"], base.state, 0.0, **how, lr=0.1, momentum=0.9, dampening=0.0,
+        left = layers.add(base.param_groups[0]["params"], base.state, 0.0, **how, lr=0.1, momentum=0.9, dampening=0.0,
                    nesterov=False, maximize=False, momentum_in_float32=False)  # fmt: skip
-    assert 98 <= sum(len(bucket.params) for bucket in layers.buckets) <= 101
+    assert sum(len(bucket.params) for bucket in layers.buckets) + len(left) == 100
 
 
 # Memory that is not there
