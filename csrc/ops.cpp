@@ -4,8 +4,39 @@
 #include <pybind11/stl.h>
 #include <torch/library.h>
 
+#include <limits>
+#include <string>
+#include <utility>
+#include <vector>
+
 #include "eager.h"
 #include "plan.h"
+
+namespace {
+
+void check_value(bool holds, const std::string& message) {
+  if (!holds) {
+    throw pybind11::value_error(message);
+  }
+}
+
+// A plan of sizes from Python, where no arithmetic of plan.h overflows.
+torchlars::Plan plan_of(const char* function, std::vector<int64_t> numels) {
+  check_value(!numels.empty(), c10::str(function, ": expected at least one size (got: numels is empty)"));
+  constexpr int64_t kMaxWork = std::numeric_limits<int64_t>::max() / 2;
+  constexpr int64_t kMaxChunkWork = torchlars::kMaxChunks * torchlars::kChunkWork;  // of one tensor
+  int64_t work = 0;
+  for (size_t i = 0; i < numels.size(); ++i) {
+    const auto got = [&] { return c10::str(" (numels[", i, "]: ", numels[i], ")"); };
+    check_value(numels[i] >= 0, c10::str(function, ": expected non-negative sizes", got()));
+    check_value(numels[i] <= kMaxWork - kMaxChunkWork - work,
+                c10::str(function, ": expected sizes whose work stays below 2^62", got()));
+    work += numels[i] + kMaxChunkWork;
+  }
+  return torchlars::Plan(std::move(numels));
+}
+
+}  // namespace
 
 TORCH_LIBRARY(torchlars, m) {
   m.def("squared_norms(Tensor[] tensors, Tensor? inv_scale=None) -> Tensor");
@@ -49,7 +80,7 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "chunks",
       [](std::vector<int64_t> numels) {
-        const torchlars::Plan plan(std::move(numels));
+        const auto plan = plan_of("chunks", std::move(numels));
         std::vector<std::tuple<int64_t, int64_t, int64_t>> chunks;
         for (size_t tensor = 0; tensor < plan.numel.size(); ++tensor) {
           for (int64_t chunk = 0; chunk < torchlars::num_chunks(plan.numel[tensor]); ++chunk) {
@@ -63,7 +94,10 @@ PYBIND11_MODULE(_C, m) {
   m.def(
       "chunks_starting_in",
       [](std::vector<int64_t> numels, int64_t begin, int64_t end, bool backwards) {
-        const torchlars::Plan plan(std::move(numels));
+        const auto plan = plan_of("chunks_starting_in", std::move(numels));
+        check_value(0 <= begin && begin <= end && end <= plan.work,
+                    c10::str("chunks_starting_in: expected 0 <= begin <= end <= ", plan.work,
+                             ", the plan's work (begin: ", begin, ", end: ", end, ")"));
         std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> chunks;
         const auto order = backwards ? torchlars::Order::kBackwards : torchlars::Order::kForwards;
         plan.for_chunks_starting_in(begin, end, order, [&](int64_t tensor, int64_t chunk, torchlars::Range range) {

@@ -126,6 +126,41 @@ def test_shares_hold_the_chunks_whose_work_begins_in_them() -> None:
     assert extension.chunks_starting_in(numels, second, second) == []
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize(
+    ("numels", "begin", "end", "message"),
+    [
+        ([], 0, 0, r"at least one size \(got: numels is empty\)"),
+        ([], -1, 5, r"at least one size \(got: numels is empty\)"),
+        ([5, -1], 0, 1, r"non-negative sizes \(numels\[1\]: -1\)"),
+        ([-(2**63)], 0, 1, r"non-negative sizes \(numels\[0\]: -9223372036854775808\)"),
+        ([2**63 - 1], 0, 1, r"sizes whose work stays below 2\^62 \(numels\[0\]: 9223372036854775807\)"),
+        ([2**61, 5, 2**61], 0, 1, r"sizes whose work stays below 2\^62 \(numels\[2\]: 2305843009213693952\)"),
+        ([5], -1, 1, r"0 <= begin <= end <= 1029, the plan's work \(begin: -1, end: 1\)"),
+        ([5], 2, 1, r"0 <= begin <= end <= 1029, the plan's work \(begin: 2, end: 1\)"),
+        ([5, 0], 0, 2054, r"0 <= begin <= end <= 2053, the plan's work \(begin: 0, end: 2054\)"),
+        ([5], 2**63 - 1, 2**63 - 1, r"0 <= begin <= end <= 1029, the plan's work \(begin: 9223372036854775807"),
+        ([5], -(2**63), 2**63 - 1, r"0 <= begin <= end <= 1029, the plan's work \(begin: -9223372036854775808"),
+    ],
+)
+def test_shares_of_what_is_no_plan_are_refused(
+    numels: list[int], begin: int, end: int, message: str, backwards: bool
+) -> None:
+    """Negative and empty ones read memory that is not theirs, and ended the process."""
+    with pytest.raises(ValueError, match=f"^chunks_starting_in: expected {message}"):
+        extension.chunks_starting_in(numels, begin, end, backwards)
+    if "begin" not in message:
+        with pytest.raises(ValueError, match=f"^chunks: expected {message}"):
+            extension.chunks(numels)
+
+
+def test_the_largest_sizes_have_shares() -> None:
+    largest = 2**62 - 1 - 5 - 2 * MAX_CHUNKS * CHUNK_WORK
+    chunks = [(1, 1 + i, begin, end) for i, (_, begin, end) in enumerate(extension.chunks([largest]))]
+    work = 5 + CHUNK_WORK + largest + len(chunks) * CHUNK_WORK
+    assert extension.chunks_starting_in([5, largest], 0, work) == [(0, 0, 0, 5), *chunks]
+
+
 def test_runs_stay_within_the_limit() -> None:
     for seed in range(300):
         rng = random.Random(seed)
