@@ -204,6 +204,41 @@ def test_after_a_step_gradients_are_unscaled_and_after_a_skipped_one_as_they_wer
     assert scaler.get_scale() == 4.0
 
 
+@pytest.mark.parametrize("overflows", [False, True])
+@pytest.mark.parametrize("base", ["SGD", "Adam", "torchlars SGD"])
+@pytest.mark.parametrize("wrapper", ["LARS, of updates", "LAMB"])
+def test_gradients_of_scaled_updates_are_what_the_base_alone_leaves(wrapper, base, overflows, backend):
+    """Torch's fused bases unscale them, as their kernels write gradients; torchlars.optim.SGD leaves them scaled."""
+    model, twin = network(torch.float32), network(torch.float32)
+    optimizer, expected = WRAPPERS[wrapper](BASES[base](groups_of(model))), BASES[base](groups_of(twin))
+    for one, opt in ((model, optimizer), (twin, expected)):
+        train(opt, one, torch.amp.GradScaler("cpu", init_scale=2.0**10), 1, overflows)
+    for param, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(param.grad, other.grad, rtol=0, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("base", ["SGD", "Adam", "torchlars SGD with momentum"])
+@pytest.mark.parametrize("wrapper", ["LARS", "LARS, of updates", "LAMB"])
+@pytest.mark.parametrize(
+    ("grad_scale", "found_inf"), [(8.0, None), (None, 0.0), (None, 1.0), (8.0, 0.0), (8.0, 1.0), (None, None)]
+)
+def test_a_scaler_may_leave_either_tensor_out(grad_scale, found_inf, wrapper, base, backend):
+    """To ``unscale_`` beforehand leaves no scale; who needs no skipped steps passes no ``found_inf``."""
+    model, twin = network(torch.float32), network(torch.float32)
+    optimizer, expected = (WRAPPERS[wrapper](BASES[base](groups_of(one))) for one in (model, twin))
+    (loss_of(model, 1) * (grad_scale or 1.0)).backward()
+    loss_of(twin, 1).backward()
+    if found_inf != 1.0:
+        expected.step()
+    given = [None if number is None else torch.tensor(number) for number in (grad_scale, found_inf)]
+    optimizer.grad_scale, optimizer.found_inf = given
+    optimizer.step()
+    assert [optimizer.grad_scale, optimizer.found_inf] == given  # the scaler takes them away
+    assert not hasattr(optimizer.optim, "grad_scale")
+    assert not hasattr(optimizer.optim, "found_inf")
+    assert all(map(torch.equal, model.parameters(), twin.parameters()))
+
+
 @pytest.mark.parametrize("wrapper", ["LARS", "LAMB", "no wrapper"])
 def test_float16_gradients(wrapper, backend):
     """The path that waits refuses them; here they are unscaled in float32, and rounded once."""

@@ -743,6 +743,11 @@ def test_clip_needs_an_lr(defaults, error, message):
             RuntimeError,
             r"parameters must not be lazily conjugated or negated, .* \(group: 1, parameter: 1",
         ),
+        (
+            "negated",
+            RuntimeError,
+            r"parameters must not be lazily conjugated or negated, .* \(group: 1, parameter: 1",
+        ),
     ],
 )
 def test_a_parameter_whose_update_cannot_be_scaled_is_named_and_nothing_changes(kind, error, message, wrap, backend):
@@ -755,6 +760,10 @@ def test_a_parameter_whose_update_cannot_be_scaled_is_named_and_nothing_changes(
         param = nn.Parameter(torch.rand(1, 4).expand(3, 4))
     elif kind == "conjugated":
         param = nn.Parameter(torch.rand(3, 4, dtype=torch.complex64).conj())
+    elif kind == "negated":
+        param = nn.Parameter(torch.rand(3, 4, dtype=torch.complex64).conj().imag)
+        assert param.is_neg()
+    before = param.detach().clone()
     base = torch.optim.SGD([{"params": [fine]}, {"params": [nn.Parameter(torch.ones(1)), param]}], lr=0.5)
     for one in (fine, param):
         one.grad = torch.ones(one.shape, dtype=one.dtype) if kind != "float8" else torch.ones_like(one)
@@ -762,6 +771,7 @@ def test_a_parameter_whose_update_cannot_be_scaled_is_named_and_nothing_changes(
     with pytest.raises(error, match=message):
         optimizer.step()
     assert fine.tolist() == [1.0, 1.0]
+    assert torch.equal(param.detach(), before)
     assert not base.state
     base.param_groups[1]["trust_coef"] = None
     base.param_groups[1]["params"].pop()

@@ -262,6 +262,7 @@ def test_expanded_values_of_a_sparse_gradient_are_replaced(backend, shape):
     param.grad = torch.sparse_coo_tensor(indices, values, (5, 4), is_coalesced=True, check_invariants=True)
     expected = adapted(param, 0.0, grad=param.grad.to_dense())
     LARS(SGD([param], lr=0.1)).step()
+    assert param.grad.is_coalesced()
     torch.testing.assert_close(param.grad.to_dense(), expected, rtol=1e-13, atol=0)
 
 
@@ -310,14 +311,25 @@ def test_a_conjugated_gradient_is_replaced_by_its_values(backend):
     torch.testing.assert_close(params[0].grad, expected, rtol=1e-13, atol=0)
 
 
-def test_gradients_are_written_in_place(backend):
-    params, base = make()
-    flat = torch.randn(12, dtype=torch.float64)
-    params[0].grad = bucket_view = flat[:12].view(3, 4)
-    expected = adapted(params[0])
+VIEWS = {
+    "in one piece": lambda flat: flat[:12].view(3, 4),
+    "transposed": lambda flat: flat[:12].view(4, 3).mT,
+    "with gaps": lambda flat: flat.view(3, 6)[:, 1:5],
+    "every other column": lambda flat: flat.view(3, 6)[:, ::2],
+}
+
+
+@pytest.mark.parametrize("view", VIEWS.values(), ids=VIEWS)
+def test_gradients_are_written_in_place(backend, view):
+    flat = torch.randn(18, dtype=torch.float64)
+    params, base = make([view(flat).shape, (5,)])
+    params[0].grad = bucket_view = view(flat)
+    expected_flat = flat.clone()
+    expected = view(expected_flat).copy_(adapted(params[0]))
     LARS(base).step()
     assert params[0].grad is bucket_view
-    torch.testing.assert_close(flat.view(3, 4), expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(view(flat), expected, rtol=1e-13, atol=0)
+    torch.testing.assert_close(flat, expected_flat, rtol=1e-13, atol=0)  # and nothing around it
 
 
 def test_gradients_with_a_graph_are_adapted_without_it(backend):
@@ -391,6 +403,7 @@ def test_sparse_gradients_without_weight_decay(backend, coalesced):
     ratio = 0.001 * before.norm() / (grad.norm() + 1e-8)
     optimizer.step()
     torch.testing.assert_close(embedding.weight.detach(), before - ratio * grad, rtol=1e-13, atol=0)
+    assert embedding.weight.grad.is_coalesced()  # else the base sorts it once more
     torch.testing.assert_close(embedding.weight.grad.to_dense(), ratio * grad, rtol=1e-13, atol=0)
     torch.testing.assert_close(optimizer.trust_ratios()[embedding.weight], ratio, rtol=1e-13, atol=0)
 

@@ -626,6 +626,21 @@ BAD_CALLS = {
         (d.view(2, 1), d, [0.1] * 2, [1.0] * 2, [0.0] * 2, f32),
         r"vector of float64",
     ),
+    "norms on two devices": (
+        "trust_ratios",
+        (d, d.to("meta"), [0.1] * 2, [1.0] * 2, [0.0] * 2, f32),
+        r"one device \(param_squared_norms: cpu, grad_squared_norms: meta\)",
+    ),
+    "norms with gaps": (
+        "trust_ratios",
+        (torch.ones(4, dtype=torch.float64)[::2], d, [0.1] * 2, [1.0] * 2, [0.0] * 2, f32),
+        r"a contiguous vector of float64 \(param_squared_norms: shape \[2\]",
+    ),
+    "norms of gradients with gaps": (
+        "trust_ratios",
+        (d, torch.ones(4, dtype=torch.float64)[::2], [0.1] * 2, [1.0] * 2, [0.0] * 2, f32),
+        r"a contiguous vector of float64 \(grad_squared_norms: shape \[2\]",
+    ),
     "ratios in float16": (
         "trust_ratios",
         (d, d, [0.1] * 2, [1.0] * 2, [0.0] * 2, torch.float16),
