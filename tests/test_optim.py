@@ -282,6 +282,25 @@ def test_a_16_bit_step_under_lars_is_one_in_float64_that_was_rounded_once(option
                 assert_within_ulps(ratios[p], theirs.trust_ratios()[q].float(), 1, f"ratio {index}")
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"dampening": 0.25}, {"dampening": 1.0}, {"nesterov": True}, {"nesterov": True, "maximize": True}],
+    ids=str,
+)
+@both
+def test_momentum_may_be_exactly_1(pair_of, options, backend):
+    """A sum of all gradients, and with a dampening of 1 the first one for good."""
+    ours, theirs = pair_of({"momentum": 1.0, **options})
+    for optimizer in (ours, theirs):
+        for group in optimizer.param_groups:
+            group["momentum"] = 1.0
+    for step in range(4):
+        give_gradients([ours, theirs], step)
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs, 1e-12)
+
+
 @both
 def test_momentum_may_come_and_go(pair_of, backend):
     """A buffer that is missing is begun undampened; one that is there is kept for as long as there is no momentum."""
@@ -362,6 +381,27 @@ def test_loaded_momentum_of_another_memory_order_is_taken_over(pair_of, order, b
         theirs.step()
         assert_same(ours, theirs, 1e-12)
     assert all(ours.state[p]["momentum_buffer"].stride() == p.stride() for p in ours.state if p.grad is not None)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@both
+def test_momentum_that_requires_a_gradient_is_stepped_as_any_other(pair_of, order, backend):
+    """Also one that is copied into the parameter's memory order first; what is new requires none."""
+    ours, theirs = pair_of({"momentum": 0.9})
+    run([ours, theirs], range(2))
+    for state in ours.state.values():
+        buffer = state["momentum_buffer"]
+        assert not buffer.requires_grad
+        if buffer.dim() == (4 if order == "channels_last" else 2):
+            buffer = ORDERS[order](buffer.contiguous())
+        state["momentum_buffer"] = buffer.requires_grad_()
+    for step in range(2, 4):
+        give_gradients([ours, theirs], step)
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs, 1e-12)
+    assert all(value.is_leaf for state in ours.state.values() for value in state.values())
+    assert all(param.is_leaf for param in params_of(ours))
 
 
 @both
@@ -735,6 +775,9 @@ PLAIN = {
 }
 ODD = {
     "sparse": lambda: with_gradient(parameter(5, 2), sparse_gradient([1, 3, 1], (5, 2))),
+    "sparse, of an expanded parameter": lambda: with_gradient(  # torch adds row after row
+        torch.nn.Parameter(torch.rand(1, 2).expand(5, 2)), sparse_gradient([1, 3, 1], (5, 2), scale=0.1)
+    ),
     "complex": lambda: with_gradient(parameter(3, dtype=torch.complex64)),
     "conjugated": lambda: with_gradient(
         parameter(3, dtype=torch.complex64), torch.rand(3, dtype=torch.complex64).conj()
@@ -977,7 +1020,7 @@ def odd_pair(name, under_lars, **options):
         odd = ODD[name]()
         real = torch.float32 if odd.dtype.is_complex else odd.dtype
         one, other = (with_gradient(parameter(n, dtype=real, scale=n)) for n in (4, 6))
-        its_own = {"params": [odd], "weight_decay": 0.0 if name == "sparse" else 0.2}
+        its_own = {"params": [odd], "weight_decay": 0.0 if name.startswith("sparse") else 0.2}
         base = sgd([{"params": [one]}, its_own, {"params": [other], "lr": 0.1}], lr=0.5, weight_decay=0.1, **options)
         optimizers.append(LARS(base, eps=EPS, trust_coef=TRUST_COEF) if under_lars else base)
     return optimizers
@@ -1103,6 +1146,20 @@ def test_a_parameter_that_overlaps_itself_is_refused_and_nothing_changes(under_l
         {"params": [with_gradient(torch.nn.Parameter(torch.rand(1, 4).expand(3, 4)), torch.rand(3, 4))]}
     )
     message = r"^elements of a parameter must not share memory \(strides: \(0, 1\)\) \(group: 3, parameter: 0, shape: \(3, 4\)\)$"
+    raises_and_changes_nothing(ours, RuntimeError, message)
+
+
+@unders
+def test_a_gradient_of_another_shape_is_refused_and_nothing_changes(under_lars, backend):
+    """A parameter may grow by ``.data`` after its gradient came."""
+    ours, _ = odd_pair("complex", under_lars, momentum=0.9)
+    grown = with_gradient(parameter(3, 4))
+    grown.data = torch.rand(5, 4)
+    ours.add_param_group({"params": [grown]})
+    message = (
+        r"^gradients must have their parameter's shape \(gradient: \(3, 4\)\) "
+        r"\(group: 3, parameter: 0, shape: \(5, 4\)\)$"
+    )
     raises_and_changes_nothing(ours, RuntimeError, message)
 
 
