@@ -575,7 +575,7 @@ class Recorder(torch.optim.Optimizer):
     """A base of another house. Evaluates ``evaluations`` times, with gradients as they are, and notes what it sees."""
 
     def __init__(self, params, evaluations=1, fails=None, **defaults):
-        super().__init__(params, {"lr": 0.1, "weight_decay": 0.25, **defaults})
+        super().__init__(params, {"lr": 0.1, "weight_decay": 0.25, "decoupled_weight_decay": False, **defaults})
         self.evaluations = evaluations
         self.fails = fails
         self.calls = []

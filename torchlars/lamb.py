@@ -67,7 +67,8 @@ class LAMB(TrustRatioWrapper):
     Raises:
         TypeError: ``optimizer`` is no optimizer, has no lr or searches along a line (LBFGS), or an argument is of the
             wrong kind.
-        ValueError: a number is out of its range, or the base is differentiable.
+        ValueError: a number is out of its range, the base is differentiable, or a group holds an option under the name
+            of another library, such as ``trust_coefficient``, which the base does not own.
 
     Source: You et al., *Large Batch Optimization for Deep Learning: Training BERT in 76 minutes*, 2020,
     arXiv:1904.00962, with their φ(‖w‖) = ‖w‖. As in optax and timm, AdamW's bias correction stays.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -28,12 +29,12 @@ from torchlars.layers import (
 )
 from torchlars.wrapper import (
     decouples,
-    is_base,
     learning_rate,
     non_negative_number,
     one_of,
     positive_number,
     step_of_base,
+    steps_as,
     true_or_false,
     weight_decay_of,
 )
@@ -71,9 +72,13 @@ class LARS(TrustRatioWrapper):
     ``p.grad`` stays as it was, and no weight decay is hidden from the base.
 
     **Weight decay** that the base would add to the gradient (SGD, Adam, RMSprop, ...) is taken over, and hidden from
-    the base while it steps. Decoupled weight decay (AdamW, Muon, Adafactor, ``decoupled_weight_decay=True``) stays the
-    base's: then λ = 0. A base of another library that decouples without saying so needs ``weight_decay="decoupled"``,
-    or ``decoupled_weight_decay=True`` in its groups.
+    the base while it steps. Decoupled weight decay (AdamW, Muon, Adafactor) stays the base's: then λ = 0. Whether it is
+    decoupled is read from a group, or from the base's defaults, as ``decoupled_weight_decay``, ``weight_decouple``,
+    ``decoupled_decay``, ``decoupled``, ``decouple``, ``use_decoupled_weight_decay``, ``stable_weight_decay``,
+    ``weight_decay_type`` or ``adam_w_mode``; the classes of timm, pytorch_optimizer and bitsandbytes that say nothing
+    are known by name. So are bases that another optimizer keeps as an attribute (Lookahead, SAM). One warning is given
+    for a base of which nothing is known, and its decay is taken for coupled. ``weight_decay="decoupled"``, or
+    ``decoupled_weight_decay`` in its groups, says which it is.
 
     **Other bases.** The Adam family, Muon, Adafactor and Rprop barely notice a gradient's scale, so that LARS does
     almost nothing over them: :class:`torchlars.LAMB` is their wrapper.
@@ -117,10 +122,13 @@ class LARS(TrustRatioWrapper):
             :class:`torch.optim.SGD` or a subclass.
         apply_to: ``"gradient"`` or ``"update"``, what *r* multiplies.
         weight_decay: None to ask the base which kind it has; ``"decoupled"`` where it decouples and does not say so.
+            A group says it by a key ``decoupled_weight_decay``, True or False.
 
     Raises:
         TypeError: ``optimizer`` is no optimizer, an argument is of the wrong kind, or the base's steps do not allow it.
-        ValueError: an argument is out of its range, two contradict each other, or the base is differentiable.
+        ValueError: an argument is out of its range, two contradict each other, the base is differentiable, or a group
+            holds an option under the name of another library, such as ``trust_coefficient``, which the base does not
+            own. Loading a state dict raises likewise.
 
     Source: You, Gitman and Ginsburg, *Large Batch Training of Convolutional Networks*, 2017, arXiv:1708.03888. The
     formula of the ratio is theirs, with ε added. Where they keep lr inside the momentum (``lr_in_momentum=True``) the
@@ -179,6 +187,8 @@ class LARS(TrustRatioWrapper):
         self._zero_layers = ZeroLayers()
         for group in self.param_groups:
             self._zero_layers.watch(group["params"])
+        if self._guesses_decay():
+            self._warn_of_guess()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -200,7 +210,7 @@ class LARS(TrustRatioWrapper):
                 f"lr_in_momentum=True{of_group} needs apply_to='gradient' (got: 'update', which scales the whole step, "
                 "with lr and momentum in it)"
             )
-        if not is_base(self.optim, torch.optim.SGD):
+        if not steps_as(self.optim, torch.optim.SGD):
             raise TypeError(
                 f"lr_in_momentum=True{of_group} needs a base whose step is linear in lr: torch.optim.SGD, "
                 f"torchlars.optim.SGD or a subclass (got: {type(self.optim).__name__})"
@@ -208,10 +218,37 @@ class LARS(TrustRatioWrapper):
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group to the base. It may hold any of the wrapper's options as keys."""
+        guessed = self._guesses_decay()
         super().add_param_group(param_group)
+        if self._guesses_decay() and not guessed:
+            self._warn_of_guess()
         if self._zero_layers is None:
             self._zero_layers = ZeroLayers()
         self._zero_layers.watch(self.param_groups[-1]["params"])
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state dict, as :meth:`torchlars.wrapper.OptimizerWrapper.load_state_dict` does."""
+        guessed = self._guesses_decay()
+        super().load_state_dict(state_dict)
+        if self._guesses_decay() and not guessed:
+            self._warn_of_guess()
+
+    def _guesses_decay(self) -> bool:
+        """Tell whether there is weight decay of which nobody says whether it is coupled."""
+        for index, group in enumerate(self.param_groups):
+            if decouples(self.optim, group) is None:
+                adaptation = self.adaptation(index)
+                if adaptation is not None and adaptation.weight_decay != 0:
+                    return True
+        return False
+
+    def _warn_of_guess(self) -> None:
+        warnings.warn(
+            f"{type(self.optim).__name__} does not say whether it adds weight decay to gradients, and is taken to; "
+            f'{type(self).__name__} adds it there instead. If it shrinks weights by itself, give weight_decay="decoupled" '
+            f"to {type(self).__name__}; if not, put decoupled_weight_decay=False into its groups",
+            stacklevel=3,
+        )
 
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
         """Scale every gradient by its layer's trust ratio, then let the base take its step.
@@ -287,7 +324,7 @@ class LARS(TrustRatioWrapper):
         options = super().group_options(index, group) or self._options_of_unadapted(index, group)
         if options is None:
             return None
-        is_decoupled = options.pop("weight_decay", None) == "decoupled" or decouples(self.optim, group)
+        is_decoupled = options.pop("weight_decay", None) == "decoupled" or bool(decouples(self.optim, group))
         if is_decoupled and options["lr_in_momentum"] and group.get("weight_decay", 0) != 0:
             raise ValueError(
                 f"lr_in_momentum=True of parameter group {index} hides lr from the base, which decoupled weight decay "

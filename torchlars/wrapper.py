@@ -74,6 +74,7 @@ class OptimizerWrapper(Optimizer):
         self.__setstate__({"optim": optimizer, **checked})
         self.check_options("", checked)
         for index, group in enumerate(self.param_groups):
+            self._check_keys(index, group)
             self.group_options(index, group)
 
     @classmethod
@@ -148,6 +149,7 @@ class OptimizerWrapper(Optimizer):
     def add_param_group(self, param_group: Group) -> None:
         """Add a parameter group to the base. It may hold any of the wrapper's options as keys."""
         if isinstance(param_group, dict):  # else the base says so
+            self._check_keys(len(self.param_groups), param_group)
             self.group_options(len(self.param_groups), param_group)
         self.optim.add_param_group(param_group)
 
@@ -198,6 +200,16 @@ class OptimizerWrapper(Optimizer):
             for name in self.options
             if name in group and not self._is_of_base(name) and name not in self.wrapper_only
         }
+
+    def _check_keys(self, index: int, group: Group) -> None:
+        """Raise if a group has another implementation's name for one of our options, which nothing would read."""
+        foreign = [name for name in FOREIGN_KEYS if name in group and not self._is_of_base(name)]
+        if foreign:
+            got = ", ".join(f"{name}={group[name]!r}" for name in foreign)
+            ours = "; ".join(f"instead of {name} say {FOREIGN_KEYS[name]}" for name in foreign)
+            raise ValueError(
+                f"parameter group {index} must hold torchlars's names of options, not other libraries' (got: {got}); {ours}"
+            )
 
     def _is_of_base(self, name: str) -> bool:
         """Tell whether a key of a group is the base's own, or that of a base which the base is wrapped around."""
@@ -262,6 +274,7 @@ class OptimizerWrapper(Optimizer):
         try:
             self.check_options(f" of state_dict[{self.state_key!r}]", {**before, **own_values})
             for index, (own, group) in enumerate(zip(group_options, state_dict.get("param_groups", ()), strict=False)):
+                self._check_keys(index, group)
                 self.group_options(index, {**own, **group})
             self.optim.load_state_dict({key: value for key, value in state_dict.items() if key != self.state_key})
         except BaseException:
@@ -398,11 +411,16 @@ def step_of_base(optim: Optimizer) -> Callable[..., Any]:
 
 
 def bases(optim: Any) -> list[Optimizer]:
-    """Return a base optimizer and those it is wrapped around, as ZeroRedundancyOptimizer is without saying so."""
-    found = []
-    while isinstance(optim, Optimizer):
-        found.append(optim)
-        optim = getattr(optim, "optim", None)
+    """Return a base optimizer and those it is wrapped around, the outermost first.
+
+    Wrappers keep theirs under many names (``optim``, ``optimizer``, ``base_optimizer``, ``_base_optimizer``), and none
+    says so. So every attribute counts that is an optimizer. Only stored ones: reading a property runs foreign code.
+    """
+    found = [optim] if isinstance(optim, Optimizer) else []
+    for outer in found:  # grows meanwhile
+        for inner in vars(outer).values():
+            if isinstance(inner, Optimizer) and not any(inner is other for other in found):
+                found.append(inner)
     return found
 
 
@@ -411,12 +429,114 @@ def is_base(optim: Optimizer, *kinds: type[Optimizer]) -> bool:
     return any(isinstance(base, kinds) for base in bases(optim))
 
 
-def decouples(optim: Optimizer, group: Group) -> bool:
-    """Tell whether the base shrinks the weights of a group apart from the gradient, as far as it says so.
+def steps_as(optim: Any, kind: type[Optimizer]) -> bool:
+    """Tell whether a base optimizer is of a kind, or hands its step on to one that is, as ZeroRedundancyOptimizer does.
 
-    Adam, AdamW, NAdam and RAdam say which of the two they do; Muon and Adafactor always decouple, and do not say so.
+    What keeps its base under another name than ``optim`` may use the lr itself, as ScheduleFreeWrapper does.
     """
-    return bool(group.get("decoupled_weight_decay", is_base(optim, torch.optim.Adafactor, torch.optim.Muon)))
+    seen: list[Optimizer] = []
+    while isinstance(optim, Optimizer) and optim not in seen:
+        if isinstance(optim, kind):
+            return True
+        seen.append(optim)
+        optim = vars(optim).get("optim")
+    return False
+
+
+#: The keys of groups and defaults that say whether weight decay is decoupled: by truth, or by any value but "l2".
+DECOUPLED_FLAGS = frozenset(
+    {
+        "decoupled_weight_decay",  # torch
+        "weight_decouple",  # pytorch_optimizer, adabelief_pytorch
+        "decoupled_decay",  # timm
+        "decoupled",  # timm's Adopt
+        "decouple",  # Prodigy and D-Adaptation
+        "use_decoupled_weight_decay",  # Meta's Distributed Shampoo
+        "stable_weight_decay",  # pytorch_optimizer's Adai
+        "weight_decay_type",  # pytorch_optimizer's ApolloDQN
+        "adam_w_mode",  # Transformer Engine
+    }
+)
+
+#: The classes whose weight decay does not go through the gradient, and whose groups do not say so. Some have a flag
+#: for the way in which it does not, whose False means another way (Kron, NovoGrad, Adan).
+DECOUPLED_CLASSES: dict[str, frozenset[str]] = {
+    library: frozenset(names.split())
+    for library, names in {
+        "torch": "Adafactor Muon",
+        "timm": "Adafactor AdafactorBigVision Adahessian AdamP AdamWLegacy Adan Kron LaProp Lamb Lars Lion Mars Muon "
+        "NAdamW NvNovoGrad RAdamLegacy SGDP SGDW",
+        "pytorch_optimizer": "Adan Conda DAdaptAdan DAdaptSGD DASH FAdam FOCUS Fira FlashAdamW GaLore LARS LoRARite "
+        "NovoGrad SOAP SPAM SaRA ScheduleFreeAdamW ScheduleFreeRAdam StableSPAM",
+        "bitsandbytes": "Optimizer2State Lion Lion8bit Lion32bit PagedLion PagedLion8bit PagedLion32bit",
+    }.items()
+}
+
+#: Those whose weight decay does, and whose groups do not say so, beside torch's own.
+COUPLED_CLASSES: dict[str, frozenset[str]] = {
+    "timm": frozenset({"NAdamLegacy"}),
+    "pytorch_optimizer": frozenset({"AccSGD", "ScheduleFreeSGD"}),
+    "bitsandbytes": frozenset({"Optimizer1State", "PytorchLARS"}),
+}
+
+
+def decouples(optim: Optimizer, group: Group) -> bool | None:
+    """Tell whether the base shrinks the weights of a group apart from the gradient.
+
+    The group says so, else the defaults of the base or of one that it is wrapped around, else the name of a known
+    class. None where nobody says.
+    """
+    says = _says_decoupled(group)
+    if says:
+        return True
+    known = None
+    for base in bases(optim):
+        of_class = _class_decouples(type(base))
+        if of_class:
+            return True
+        known = of_class if known is None else known
+        says = _says_decoupled(base.defaults) if says is None else says
+    return known if says is None else says
+
+
+def _says_decoupled(options: Group) -> bool | None:
+    """Return what a group or defaults say."""
+    if DECOUPLED_FLAGS.isdisjoint(options):
+        return None
+    return any(options[flag] not in (False, None, "l2") for flag in DECOUPLED_FLAGS if flag in options)
+
+
+def _class_decouples(cls: type[Optimizer]) -> bool | None:
+    """Return what is known of a class, or of the nearest one that it is derived from, without importing its library."""
+    for known in cls.__mro__:
+        library = known.__module__.partition(".")[0]
+        if known.__name__ in DECOUPLED_CLASSES.get(library, ()):
+            return True
+        if known is Optimizer:
+            return None
+        if library in ("torch", "torchlars") or known.__name__ in COUPLED_CLASSES.get(library, ()):
+            return False
+    return None
+
+
+#: What other implementations of LARS and LAMB call their options in parameter groups, and what to say here instead.
+FOREIGN_KEYS = {
+    "trust_coefficient": "trust_coef",  # apex, quadra, lightning-bolts, lightly, pytorch_optimizer
+    "trust_coeff": "trust_coef",  # timm
+    "eta": "trust_coef",  # Barlow Twins, VICReg, VISSL, the 2018 blog
+    "eeta": "trust_coef",  # SimCLR, MLPerf, ColossalAI
+    "lars_coeff": "trust_coef",  # Paddle
+    "trust_clip": "clip",  # timm
+    "clip_lr": "clip",  # solo-learn
+    "epsilon": "eps",  # SimCLR, ColossalAI, Paddle
+    "lars_weight_decay": "weight_decay",  # Paddle
+    "always_adapt": "trust_coef=None in groups without weight decay, where it is False",  # timm
+    "max_unorm": "the trust_coef of LAMB(..., clip=True)",  # bitsandbytes
+    "weight_decay_filter": "weight_decay=0 in a group of what it excludes",  # Barlow Twins, VICReg
+    "lars_adaptation_filter": "trust_coef=None in a group of what it excludes",  # Barlow Twins, VICReg
+    "exclude_bias_n_norm": "trust_coef=None in a group of biases and norms",  # solo-learn
+    "lars_exclude": "trust_coef=None, where it is True",  # OpenMMLab
+}
 
 
 def weight_decay_of(index: int, group: Group) -> float:
