@@ -150,6 +150,142 @@ def test_decoupled_weight_decay(backend):
     assert_close(param.grad, trust_ratio() * float64([-0.4, 0.3]))
 
 
+class Shrinks(torch.optim.Optimizer):
+    """A base of another house whose decay is decoupled where what it holds says so, and else goes through gradients."""
+
+    def __init__(self, params, defaults=None, shrinks=True):
+        super().__init__(params, {"lr": 0.1, "weight_decay": 0.5, **(defaults or {})})
+        self.shrinks = shrinks
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            for param in group["params"]:
+                decay = group["weight_decay"] * param
+                grad = param.grad + (0 if self.shrinks else decay)
+                param.sub_(group["lr"] * (grad.sign() + (decay if self.shrinks else 0)))
+
+
+FLAGS = [
+    *(
+        (name, True)
+        for name in ("decoupled_weight_decay", "weight_decouple", "decoupled", "decoupled_decay", "decouple")
+    ),
+    *(("use_decoupled_weight_decay", True), ("stable_weight_decay", True), ("adam_w_mode", 1)),
+    *(("weight_decay_type", "decoupled"), ("weight_decay_type", "stable")),
+]
+
+
+def assert_decay_stays(param):
+    """One step of Shrinks by the sign of the gradient, and the decay of 0.1 · 0.5 of the weights beside it."""
+    assert_close(param, float64([3.0 * 0.95 + 0.1, 4.0 * 0.95 - 0.1]))
+    assert_close(param.grad, trust_ratio() * float64([-0.4, 0.3]))
+
+
+@pytest.mark.parametrize("where", ["group", "defaults"])
+@pytest.mark.parametrize(("flag", "value"), FLAGS)
+def test_decoupled_weight_decay_by_another_name(flag, value, where, backend):
+    """Only ``decoupled_weight_decay`` was read, so that bases of other libraries lost their decay.
+
+    pytorch_optimizer's AdaBelief and Lion, timm's Adopt and AdaBelief, and Prodigy say it by other names. LARS took
+    their decay and added it to the gradients, where the sign or the division by their size swallows it. A name can
+    stand in the defaults alone: a checkpoint from before it existed replaces the groups.
+    """
+    param = layer()
+    base = Shrinks([param], {flag: value})
+    if where == "group":
+        del base.defaults[flag]
+    else:
+        del base.param_groups[0][flag]
+    LARS(base).step()
+    assert_decay_stays(param)
+
+
+@pytest.mark.parametrize(("flag", "value"), [*((flag, False) for flag, _ in FLAGS[:8]), ("weight_decay_type", "l2")])
+def test_coupled_weight_decay_by_another_name(flag, value):
+    """Such names also say that decay is coupled: then LARS takes it over as ever, and has nothing to warn of."""
+    param = layer()
+    optimizer = LARS(Shrinks([param], {flag: value}, shrinks=False))
+    optimizer.step()
+    assert_close(param.grad, trust_ratio(weight_decay=0.5) * float64([-0.4 + 1.5, 0.3 + 2.0]))
+
+
+def test_what_a_group_says_of_its_weight_decay_comes_before_the_defaults():
+    """One group may decouple and its neighbour not."""
+    one, other = layer(), layer()
+    base = Shrinks([{"params": [one], "weight_decouple": False}, {"params": [other]}], {"weight_decouple": True})
+    LARS(base).step()
+    assert_close(one.grad, trust_ratio(weight_decay=0.5) * float64([-0.4 + 1.5, 0.3 + 2.0]))
+    assert_decay_stays(other)
+
+
+@pytest.mark.parametrize(
+    ("library", "name"),
+    [("timm", "NAdamW"), ("timm", "Kron"), ("pytorch_optimizer", "SOAP"), ("bitsandbytes", "Optimizer2State")],
+)
+def test_decoupled_weight_decay_of_classes_that_do_not_say_so(library, name):
+    """timm's NAdamW, Lion and LaProp say nothing, and its Kron says ``decoupled_decay=False`` of another kind of its own.
+
+    They are known by name, and so are classes derived from them.
+    """
+    param = layer()
+    known = type(name, (Shrinks,), {"__module__": f"{library}.optim.any"})
+    base = type("Own", (known,), {})([param], {"decoupled_decay": False} if name == "Kron" else {})
+    LARS(base).step()
+    assert_decay_stays(param)
+
+
+class Keeps(torch.optim.Optimizer):
+    """A wrapper that borrows what its base has, and keeps the base under some name."""
+
+    def __init__(self, name, base):
+        super().__init__(base.param_groups, {})
+        self.param_groups = base.param_groups
+        self.__dict__.update({name: base, "itself": self, "number": 3})
+
+    @property
+    def optim(self):
+        raise RuntimeError("not to be read")
+
+    def step(self, closure=None):
+        next(value for value in vars(self).values() if isinstance(value, Shrinks)).step()
+
+
+@pytest.mark.parametrize("name", ["optimizer", "base_optimizer", "_base_optimizer", "_optimizer", "inner"])
+def test_decoupled_weight_decay_inside_of_a_wrapper(name):
+    """Only ``.optim`` was followed to what a base is wrapped around.
+
+    Lookahead and SAM keep theirs as ``_base_optimizer``, ``base_optimizer`` or ``optimizer``. What else they hold,
+    themselves included, must not confuse the search, and what is LBFGS inside is LBFGS.
+    """
+    param = layer()
+    base = Shrinks([param], {"decouple": True})
+    del base.param_groups[0]["decouple"]
+    LARS(Keeps(name, base)).step()
+    assert_decay_stays(param)
+    with pytest.raises(TypeError, match="LBFGS"):
+        LAMB(Keeps(name, LBFGS([layer()])))
+
+
+def test_weight_decay_of_a_base_that_says_nothing():
+    """The decay of a base that nobody knows was taken for coupled in silence. Now that is said, once, before training."""
+    with pytest.warns(UserWarning, match="Shrinks does not say .* give weight_decay='decoupled' to LARS") as warned:
+        optimizer = LARS(Shrinks([layer()]))
+    assert warned[0].filename == __file__
+    optimizer.add_param_group({"params": [layer()]})  # said already
+
+    optimizer = LARS(Shrinks([layer()], {"weight_decay": 0.0}))  # nothing to say
+    with pytest.warns(UserWarning, match="Shrinks does not say"):
+        optimizer.add_param_group({"params": [layer()], "weight_decay": 0.5})
+    optimizer = LARS(Shrinks([layer()], {"weight_decay": 0.0}))
+    with pytest.warns(UserWarning, match="Shrinks does not say"):
+        optimizer.load_state_dict(Shrinks([layer()]).state_dict())
+
+    LARS(Shrinks([layer()]), weight_decay="decoupled")
+    LARS(Shrinks([{"params": [layer()], "trust_coef": None}]))  # left to the base
+    LARS(type("Own", (SGD,), {})([layer()], lr=0.1, weight_decay=0.5))  # known
+
+
 # Gradients
 
 
@@ -346,6 +482,78 @@ def test_no_deprecated_calls():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LARS(SGD([layer()], lr=1.0, weight_decay=0.1)).step()
+
+
+# Options under the names of other libraries
+
+
+FOREIGN = [
+    ("trust_coefficient", 0.02, "say trust_coef$"),
+    ("trust_coeff", 0.02, "say trust_coef$"),
+    ("eta", 0.02, "say trust_coef$"),
+    ("eeta", 0.02, "say trust_coef$"),
+    ("lars_coeff", 0.02, "say trust_coef$"),
+    ("trust_clip", True, "say clip$"),
+    ("clip_lr", True, "say clip$"),
+    ("epsilon", 0.1, "say eps$"),
+    ("lars_weight_decay", 0.1, "say weight_decay$"),
+    ("always_adapt", False, "say trust_coef=None in groups without weight decay"),
+    ("max_unorm", 0.02, r"say the trust_coef of LAMB\(..., clip=True\)$"),
+    ("weight_decay_filter", None, "say weight_decay=0 in a group"),
+    ("lars_adaptation_filter", None, "say trust_coef=None in a group"),
+    ("exclude_bias_n_norm", True, "say trust_coef=None in a group"),
+    ("lars_exclude", True, "say trust_coef=None"),
+]
+
+
+@pytest.mark.parametrize("wrap", [LARS, LAMB])
+@pytest.mark.parametrize(("key", "value", "remedy"), FOREIGN)
+def test_options_under_the_names_of_other_libraries(key, value, remedy, wrap):
+    """A group's ``trust_coefficient`` was ignored, so that an apex or timm checkpoint's 0.02 became 0.001.
+
+    It is refused wherever a group comes in, and nothing has changed then.
+    """
+    message = rf"(?s)parameter group {{}} must hold .*\(got: {key}={value!r}\); instead of {key} {remedy}"
+    group = {"params": [layer()], key: value}
+    with pytest.raises(ValueError, match=message.format(1)):
+        wrap(SGD([{"params": [layer()]}, group], lr=1.0))
+    optimizer = wrap(SGD([layer()], lr=1.0, momentum=0.9))
+    optimizer.step()
+    with pytest.raises(ValueError, match=message.format(1)):
+        optimizer.add_param_group(group)
+    assert len(optimizer.param_groups) == 1
+
+    before = copy.deepcopy(optimizer.state_dict())
+    checkpoint = copy.deepcopy(before)
+    checkpoint["param_groups"][0].update({"lr": 3.0, key: value})
+    checkpoint["state"][0]["momentum_buffer"] += 1
+    checkpoint[wrap.state_key]["eps"] = 0.5
+    with pytest.raises(ValueError, match=message.format(0)):
+        optimizer.load_state_dict(checkpoint)
+    after = optimizer.state_dict()
+    assert torch.equal(after["state"][0].pop("momentum_buffer"), before["state"][0].pop("momentum_buffer"))
+    assert after == before
+
+
+def test_a_checkpoint_of_timm():
+    """Every key that is to be renamed is named at once."""
+    optimizer = LARS(SGD([layer()], lr=1.0))
+    checkpoint = optimizer.state_dict()
+    checkpoint["param_groups"][0].update(trust_coeff=0.02, trust_clip=True, always_adapt=False)
+    with pytest.raises(ValueError, match=r"\(got: trust_coeff=0.02, trust_clip=True, always_adapt=False\)"):
+        optimizer.load_state_dict(checkpoint)
+
+
+@pytest.mark.parametrize("wrap", [LARS, LAMB])
+@pytest.mark.parametrize("inside", [False, True])
+def test_options_of_the_base_under_such_names(inside, wrap):
+    """What the base has in its defaults, or one that it is wrapped around, is the base's, and nobody's key is let be."""
+    base = Shrinks([layer()], {"trust_coefficient": 0.02, "max_unorm": 0.1, "decouple": True})
+    optimizer = wrap(Keeps("base_optimizer", base) if inside else base)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer = wrap(base)
+    optimizer.add_param_group({"params": [layer()], "trust_coefficient": 0.1, "color": "red"})
+    assert optimizer.param_groups[1]["trust_coefficient"] == 0.1
 
 
 # Sharded parameters

@@ -243,10 +243,11 @@ class LARS(TrustRatioWrapper):
         return False
 
     def _warn_of_guess(self) -> None:
+        name = type(self).__name__
         warnings.warn(
-            f"{type(self.optim).__name__} does not say whether it adds weight decay to gradients, and is taken to; "
-            f'{type(self).__name__} adds it there instead. If it shrinks weights by itself, give weight_decay="decoupled" '
-            f"to {type(self).__name__}; if not, put decoupled_weight_decay=False into its groups",
+            f"{type(self.optim).__name__} does not say whether its weight decay is decoupled; {name} takes it for "
+            f"coupled, and adds it to gradients. If it is decoupled, give weight_decay='decoupled' to {name}; if not, "
+            "put decoupled_weight_decay=False into its parameter groups",
             stacklevel=3,
         )
 

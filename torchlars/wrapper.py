@@ -208,7 +208,7 @@ class OptimizerWrapper(Optimizer):
             got = ", ".join(f"{name}={group[name]!r}" for name in foreign)
             ours = "; ".join(f"instead of {name} say {FOREIGN_KEYS[name]}" for name in foreign)
             raise ValueError(
-                f"parameter group {index} must hold torchlars's names of options, not other libraries' (got: {got}); {ours}"
+                f"parameter group {index} must hold options under their names in torchlars (got: {got}); {ours}"
             )
 
     def _is_of_base(self, name: str) -> bool:
