@@ -418,6 +418,8 @@ def bases(optim: Any) -> list[Optimizer]:
     """
     found = [optim] if isinstance(optim, Optimizer) else []
     for outer in found:  # grows meanwhile
+        if type(outer).__module__.startswith(("torch.optim.", "torchlars.optim.")):
+            continue  # wraps nothing, and this runs in every step
         for inner in vars(outer).values():
             if isinstance(inner, Optimizer) and not any(inner is other for other in found):
                 found.append(inner)
