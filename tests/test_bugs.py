@@ -3,6 +3,8 @@
 import copy
 import gc
 import io
+import math
+import pickle
 import warnings
 from collections import defaultdict
 from functools import partial
@@ -12,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW
-from torch.optim.lr_scheduler import CyclicLR, OneCycleLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LinearLR, OneCycleLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import torchlars
@@ -73,7 +75,7 @@ def test_closure_that_the_base_calls_many_times(backend):
 
     def train(adapt, wrap):
         param = layer(grad=False)
-        optimizer = wrap(LBFGS([param], lr=0.1, max_iter=4))
+        optimizer = wrap(LBFGS([param], lr=0.1, max_iter=4, line_search_fn="strong_wolfe"))
         evaluations = 0
 
         def closure():
@@ -100,6 +102,72 @@ def test_closure_that_the_base_calls_many_times(backend):
 
 def test_closure_sees_the_weight_decay():
     """In 0.1.2, ``group["weight_decay"]`` was 0 while the closure ran, for all that it penalised or logged by it."""
+
+
+def quadratic(condition=10.0, layers=1):
+    """Parameters, and a convex loss of them whose least value is 0."""
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    axes, _ = torch.linalg.qr(normal(10, 10))
+    curvature = axes * torch.logspace(0, math.log10(condition), 10, dtype=torch.float64) @ axes.T
+    least = normal(10)
+    params = [nn.Parameter(part.clone()) for part in normal(10).chunk(layers)]
+
+    def loss():
+        distance = torch.cat(params) - least
+        return distance @ curvature @ distance / 2
+
+    return params, loss
+
+
+@pytest.mark.parametrize("trust_coef", [0.001, 0.02, 1.0])
+@pytest.mark.parametrize(("condition", "layers"), [(1.0, 1), (10.0, 1), (1000.0, 1), (10.0, 2)])
+def test_lbfgs_with_a_line_search(condition, layers, trust_coef):
+    """LARS over LBFGS climbed, at any trust_coef: convex losses rose hundredfold, where LBFGS alone reaches 0.
+
+    Scaled gradients are not those of the loss, so that LBFGS's estimate of the curvature is wrong, and with it the
+    length of its steps. A line search measures the loss itself.
+    """
+    params, loss = quadratic(condition, layers)
+    optimizer = LARS(LBFGS(params, line_search_fn="strong_wolfe"), trust_coef=trust_coef)
+
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        value.backward()
+        return value
+
+    before = loss().item()
+    for _ in range(20):
+        optimizer.step(closure)
+    assert loss().item() < 1e-8 < 1 < before
+
+
+def test_lbfgs_without_a_line_search():
+    """LARS over LBFGS without a line search climbed, which is its default: now it is refused, wherever it comes in."""
+    params, _ = quadratic()
+    message = r"^LBFGS needs a line search under LARS \(parameter group: 0, got: line_search_fn=None\)"
+    with pytest.raises(TypeError, match=message):
+        LARS(LBFGS(params))
+    with pytest.raises(TypeError, match=message):
+        LARS.over(LBFGS)(params)
+    around = SGD(params)
+    around.optim, around.param_groups = (base := LBFGS(params)), base.param_groups  # as ZeroRedundancyOptimizer is
+    with pytest.raises(TypeError, match=message):
+        LARS(around)
+
+    optimizer = LARS(LBFGS(params, lr=0.5, line_search_fn="strong_wolfe"))
+    with pytest.raises(TypeError, match=message):
+        optimizer.load_state_dict(LBFGS(params, lr=0.25).state_dict())
+    assert (optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["line_search_fn"]) == (0.5, "strong_wolfe")
+    optimizer.param_groups[0]["line_search_fn"] = None
+    with pytest.raises(TypeError, match=message):
+        optimizer.step(lambda: pytest.fail("the closure was evaluated"))
+    LARS(LBFGS([{"params": params, "trust_coef": None}]))  # nothing is scaled
+
     param = layer()
     optimizer = LARS(SGD([param], lr=0.5, weight_decay=0.1))
     seen = []

@@ -127,10 +127,11 @@ def test_properties_are_live_after_a_state_dict_was_loaded(wrap, load):
 )
 def test_it_adds_no_key_to_groups_or_defaults(wrap, name):
     model, other = network(), network()
-    plain = getattr(torch.optim, name)(model.parameters(), lr=0.1)
+    options = {"line_search_fn": "strong_wolfe"} if name == "LBFGS" else {}
+    plain = getattr(torch.optim, name)(model.parameters(), lr=0.1, **options)
     if name == "LBFGS" and not wrap.consumes_gradients:
         return  # it is refused
-    optimizer = wrap(getattr(torch.optim, name)(other.parameters(), lr=0.1))
+    optimizer = wrap(getattr(torch.optim, name)(other.parameters(), lr=0.1, **options))
     copied = pickle.loads(pickle.dumps(optimizer))
     plain = pickle.loads(pickle.dumps(plain))  # where torch adds a key itself
     optimizer.step(lambda: loss_of(other, 0))
@@ -141,7 +142,7 @@ def test_it_adds_no_key_to_groups_or_defaults(wrap, name):
 
 
 def test_a_base_without_differentiable_gets_no_such_default():
-    optimizer = LARS(torch.optim.LBFGS(network().parameters()))
+    optimizer = LARS(torch.optim.LBFGS(network().parameters(), line_search_fn="strong_wolfe"))
     assert "differentiable" not in optimizer.defaults
 
 

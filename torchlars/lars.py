@@ -50,6 +50,16 @@ def _none_or_decoupled(name: str, value: Any) -> str | None:
     )
 
 
+def _check_line_search(optim: Optimizer, index: int, group: dict[str, Any]) -> None:
+    """Raise if LBFGS is to take steps whose length it works out from gradients that are not those of its loss."""
+    if "line_search_fn" in group and group["line_search_fn"] is None and is_base(optim, torch.optim.LBFGS):
+        raise TypeError(
+            f"LBFGS needs a line search under LARS (parameter group: {index}, got: line_search_fn=None): scaled "
+            "gradients are not those of the loss, and the steps that LBFGS derives from them climb; pass "
+            "line_search_fn='strong_wolfe'"
+        )
+
+
 class LARS(TrustRatioWrapper):
     r"""Layer-wise adaptive rate scaling around a base optimizer.
 
@@ -81,7 +91,8 @@ class LARS(TrustRatioWrapper):
     ``decoupled_weight_decay`` in its groups, says which it is.
 
     **Other bases.** The Adam family, Muon, Adafactor and Rprop barely notice a gradient's scale, so that LARS does
-    almost nothing over them: :class:`torchlars.LAMB` is their wrapper.
+    almost nothing over them: :class:`torchlars.LAMB` is their wrapper. LBFGS needs ``line_search_fn="strong_wolfe"``:
+    scaled gradients are not those of the loss, and steps of a length that is derived from them alone climb.
 
     **Dialects.** Other implementations of LARS differ in four places, with γ for the group's lr at this step:
 
@@ -327,6 +338,7 @@ class LARS(TrustRatioWrapper):
             return None
         is_decoupled = options.pop("weight_decay", None) == "decoupled" or bool(decouples(self.optim, group))
         if is_decoupled and options["lr_in_momentum"] and group.get("weight_decay", 0) != 0:
+        _check_line_search(self.optim, index, group)
             raise ValueError(
                 f"lr_in_momentum=True of parameter group {index} hides lr from the base, which decoupled weight decay "
                 "is multiplied by (got: decoupled_weight_decay=True)"

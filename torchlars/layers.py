@@ -271,5 +271,5 @@ def check_update_is_scalable(optim: Optimizer, who: str) -> None:
     if is_base(optim, torch.optim.LBFGS):
         raise TypeError(
             f"{who} needs a base that takes one step along one direction (got: LBFGS, which searches along many, "
-            "over all layers at once); LARS(LBFGS(...)) scales its gradients"
+            "over all layers at once)"
         )
