@@ -160,6 +160,18 @@ std::vector<int64_t> for_plain_layers(const py::sequence& params, Seen& seen, co
   return others;
 }
 
+// The positions of all items whose type is not exactly nn.Parameter. No Python code runs while the list is walked.
+std::vector<int64_t> positions_of_non_parameters(const py::list& params) {
+  const auto* const parameter = reinterpret_cast<const PyTypeObject*>(ParameterClass);
+  std::vector<int64_t> positions;
+  for (Py_ssize_t position = 0; position < PyList_GET_SIZE(params.ptr()); ++position) {
+    if (Py_TYPE(PyList_GET_ITEM(params.ptr(), position)) != parameter) {
+      positions.push_back(position);
+    }
+  }
+  return positions;
+}
+
 // The bucket for a layer among those there are, or a new one; most often it is the last one's.
 template <typename Bucket, typename Key>
 Bucket& bucket_for(std::vector<std::shared_ptr<Bucket>>& buckets, const Key& key) {
@@ -468,6 +480,8 @@ void bind_eager_door(py::module_& m) {
       },
       py::arg("params"),
       "Return the positions of the parameters whose gradient may lie in memory in another order than they do.");
+  m.def("positions_of_non_parameters", &positions_of_non_parameters, py::arg("params"),
+        "Return the positions of all items whose type is not exactly nn.Parameter.");
   py::class_<LarsBucket, std::shared_ptr<LarsBucket>>(m, "LarsBucket", "Plain layers that one call adapts.")
       .def_property_readonly("params", [](const LarsBucket& bucket) { return bucket.params.objects(); })
       .def("adapt", &LarsBucket::adapt, py::arg("inv_scale") = py::none(),

@@ -12,12 +12,12 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW
-from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LinearLR, OneCycleLR
-from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 import torchlars
+from torch import Tensor, nn
+from torch.optim import Adagrad, Adam, AdamW, LBFGS, SGD
+from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LinearLR, OneCycleLR
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torchlars import LAMB, LARS, ops
 
 
@@ -168,6 +168,9 @@ def test_lbfgs_without_a_line_search():
         optimizer.step(lambda: pytest.fail("the closure was evaluated"))
     LARS(LBFGS([{"params": params, "trust_coef": None}]))  # nothing is scaled
 
+
+def test_closure_sees_the_weight_decay():
+    """In 0.1.2, ``group["weight_decay"]`` was 0 while the closure ran, for all that it penalised or logged by it."""
     param = layer()
     optimizer = LARS(SGD([param], lr=0.5, weight_decay=0.1))
     seen = []
@@ -636,6 +639,187 @@ def test_flattened_parameters_of_fsdp():
     param._fsdp_flattened = True
     with pytest.raises(RuntimeError, match="FSDP1 flattens and splits them"):
         LARS(SGD([param], lr=1.0)).step()
+
+    class FlatParameter(nn.Parameter):  # of fairscale, where FSDP1 comes from
+        _param_numels = (1, 1)
+
+    param = FlatParameter(layer().detach())
+    param.grad = torch.ones_like(param)
+    with pytest.raises(RuntimeError, match="FSDP1 flattens and splits them"):
+        LARS(SGD([param], lr=1.0)).step()
+
+
+FLATTENING = {
+    "LARS": lambda params: LARS(SGD(params, lr=0.5, weight_decay=0.1)),
+    "LARS, torchlars.optim.SGD": lambda params: LARS(torchlars.optim.SGD(params, lr=0.5, weight_decay=0.1)),
+    "LARS, update": lambda params: LARS(SGD(params, lr=0.5, weight_decay=0.1), apply_to="update"),
+    "LARS.over": lambda params: LARS.over(SGD)(params, lr=0.5, weight_decay=0.1),
+    "LAMB": lambda params: LAMB(AdamW(params, lr=0.5, weight_decay=0.1)),
+}
+flattening = pytest.mark.parametrize("build", FLATTENING.values(), ids=FLATTENING.keys())
+FLAT = r"^parameters must be whole layers, but this tensor is no torch.nn.Parameter .*\(group: 0, parameter: 0, shape: {}\)$"
+
+
+def two_layers(*shapes):
+    """Layers with gradients; unless told otherwise, a weight and a bias."""
+    params = [nn.Parameter(torch.ones(shape, dtype=torch.float64)) for shape in shapes or ((3, 4), (3,))]
+    for param in params:
+        param.grad = torch.full_like(param, 0.25)
+    return params
+
+
+def master(param):
+    """A copy as engines make them: a plain tensor, a leaf."""
+    copied = param.detach().clone().requires_grad_()
+    copied.grad = param.grad.clone()
+    return copied
+
+
+def flatten(group, ranks=1):
+    """Do what the ZeRO optimizers of DeepSpeed do to a group: a rank's piece of one flat copy of all its layers."""
+    flat = torch.cat([param.detach().flatten() for param in group["params"]])
+    flat = flat[: len(flat) // ranks].clone().requires_grad_()
+    flat.grad = torch.full_like(flat, 0.25)
+    group["params"] = [flat]
+    return flat
+
+
+def assert_refused(optimizer, flat):
+    before = flat.detach().clone(), flat.grad.clone(), optimizer.param_groups[0]["weight_decay"]
+    with pytest.raises(RuntimeError, match=FLAT.format(rf"\({len(flat)},\)")):
+        optimizer.step()
+    assert torch.equal(flat, before[0])
+    assert torch.equal(flat.grad, before[1])
+    assert optimizer.param_groups[0]["weight_decay"] == before[2]
+
+
+@flattening
+def test_flat_partitions(build, backend):
+    """DeepSpeed's ZeRO trained with one ratio for all layers, silently, or with that of a rank's piece of them all.
+
+    After the optimizer was wrapped, it puts one flat vector into each group, a plain tensor with no mark on it.
+    """
+    for ranks in (1, 2, 5):
+        optimizer = build(two_layers())
+        flat = flatten(optimizer.param_groups[0], ranks)
+        assert_refused(optimizer, flat)
+        optimizer.load_state_dict(optimizer.state_dict())
+        assert_refused(optimizer, flat)
+
+    optimizer = build(two_layers((3, 4)))  # one layer, but this rank's piece of it only
+    assert_refused(optimizer, flatten(optimizer.param_groups[0], ranks=2))
+    optimizer = build(two_layers((4,), (12,)))  # the piece has the shape of a layer
+    assert_refused(optimizer, flatten(optimizer.param_groups[0], ranks=4))
+
+    optimizer = build(two_layers())  # ZeRO 3: one piece after another, and none between steps
+    flat = flatten(optimizer.param_groups[0])
+    for piece in flat.detach().split(4):
+        optimizer.param_groups[0]["params"] = []
+        optimizer.step()
+        optimizer.param_groups[0]["params"] = [piece.clone().requires_grad_()]
+        optimizer.step()  # there is no gradient yet
+        optimizer.param_groups[0]["params"][0].grad = torch.ones_like(piece)
+        assert_refused(optimizer, optimizer.param_groups[0]["params"][0])
+
+
+@flattening
+def test_flat_partitions_of_a_group_that_opts_out(build, backend):
+    optimizer = build([{"params": two_layers(), "trust_coef": None}, {"params": two_layers()}])
+    flat = flatten(optimizer.param_groups[0])
+    optimizer.step()
+    assert not torch.equal(flat, torch.ones_like(flat))
+
+
+def steps(optimizer):
+    """Whether a step changes every tensor there is, each by a trust ratio of its own."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    before = [param.detach().clone() for param in params]
+    optimizer.step()
+    assert list(optimizer.trust_ratios()) == params
+    return all(not torch.equal(param, old) for param, old in zip(params, before, strict=True))
+
+
+@flattening
+def test_parameters_that_are_replaced_one_by_one(build, backend):
+    """They hold whole layers, whoever replaced them, and whatever their type."""
+    params = two_layers()
+    optimizer = build(params)
+    optimizer.param_groups[0]["params"][:] = [
+        nn.Parameter(param.detach().clone()) for param in two_layers((5, 4), (7,))
+    ]
+    for param in optimizer.param_groups[0]["params"]:  # a model's own: other Parameters, of other shapes
+        param.grad = torch.ones_like(param)
+    assert steps(optimizer)
+
+    optimizer = build(params)  # float32 copies of layers in float16, as apex, Megatron and DeepSpeed make them
+    optimizer.param_groups[0]["params"] = [master(param) for param in optimizer.param_groups[0]["params"]]
+    assert steps(optimizer)
+
+    params = two_layers()
+    optimizer = build(params)
+    params[0].grad = None
+    torch.utils.swap_tensors(params[0], torch.full((3, 4), 2.0, dtype=torch.float64, requires_grad=True))
+    params[0].grad = torch.ones_like(params[0])
+    assert type(params[0]) is torch.Tensor  # types are swapped, too
+    assert steps(optimizer)
+
+
+@flattening
+def test_plain_tensors_that_the_user_gave(build, backend):
+    params = [master(param) for param in two_layers()]
+    optimizer = build(params)
+    optimizer.add_param_group({"params": [master(param) for param in two_layers((5,))]})
+    assert steps(optimizer)
+    optimizer.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups.reverse()
+    assert steps(optimizer)
+    for make in (copy.copy, copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))):
+        copied = make(optimizer)
+        for group in copied.param_groups:
+            for param in group["params"]:
+                param.grad = torch.full_like(param, 0.25)
+        assert steps(copied)
+
+    params[0].data = torch.ones(6, 4, dtype=torch.float64)  # it grows
+    params[0].grad = torch.full_like(params[0], 0.25)
+    optimizer.state.clear()
+    assert steps(optimizer)
+    params[0].grad = None
+    torch.utils.swap_tensors(params[0], torch.ones(2, 2, dtype=torch.float64, requires_grad=True))
+    params[0].grad = torch.full_like(params[0], 0.25)
+    optimizer.state.clear()
+    assert steps(optimizer)
+
+
+def test_parameters_that_are_sharded_after_the_optimizer_was_wrapped(workers):
+    """accelerate puts placeholders into the groups, shards the model, and then puts DTensors there."""
+    for names in workers(2, shard_as_accelerate_does):
+        assert names == ["DTensor"] * 4
+
+
+def shard_as_accelerate_does():
+    """One rank of two."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    model = nn.Linear(4, 2)
+    nn.init.ones_(model.bias)
+    optimizers = [LARS(SGD(model.parameters(), lr=1.0)), LAMB(AdamW(model.parameters(), lr=1.0))]
+    names = {param.data_ptr(): name for name, param in model.named_parameters()}
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            for position, param in enumerate(group["params"]):
+                group["params"][position] = torch.empty(1)
+                group["params"][position].data_ptr = param.data_ptr()
+    fully_shard(model, mesh=init_device_mesh("cpu", (2,)))
+    sharded = dict(model.named_parameters())
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            group["params"] = [sharded[names[param.data_ptr]] for param in group["params"]]
+    model(torch.ones(3, 4)).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    return [type(param).__name__ for optimizer in optimizers for param in optimizer.trust_ratios()]
 
 
 def test_sharded_parameters(workers):

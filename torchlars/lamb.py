@@ -156,8 +156,9 @@ class LAMB(TrustRatioWrapper):
         """Return all layers that the base may update, in buckets."""
         buckets: dict[Any, Bucket] = {}
         seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
-        for index, group in enumerate(self.param_groups):
-            options = self.group_options(index, group)
+        all_options = [self.group_options(index, group) for index, group in enumerate(self.param_groups)]
+        self.check_groups([index for index, options in enumerate(all_options) if options is not None])
+        for index, (group, options) in enumerate(zip(self.param_groups, all_options, strict=True)):
             if options is None:
                 continue
             for position, param in enumerate(group["params"]):

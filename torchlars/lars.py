@@ -111,7 +111,9 @@ class LARS(TrustRatioWrapper):
     **Sharded layers** (``DTensor``, as FSDP2 and tensor parallelism make them) have the trust ratios of whole layers.
     All ranks must take the step, with gradients of the same layers, which nobody checks: one all-reduce for each
     process group over which layers are split sums their squared norms, in order. (Two, where a base that takes trust
-    ratios asks for those of some groups, and others are adapted here.) FSDP1 is refused.
+    ratios asks for those of some groups, and others are adapted here.) FSDP1 is refused, and so are flat partitions of
+    several layers, which DeepSpeed ZeRO puts into the groups: tensors that are no :class:`torch.nn.Parameter`, were not
+    there when the optimizer was wrapped, and do not have the shape of the layer that was.
 
     **Mixed precision.** Over a base that unscales gradients itself (``fused=True``, :class:`torchlars.optim.SGD`), a
     :class:`torch.amp.GradScaler` leaves that to :meth:`step`, which reads neither scale nor overflow on the host.
@@ -336,9 +338,9 @@ class LARS(TrustRatioWrapper):
         options = super().group_options(index, group) or self._options_of_unadapted(index, group)
         if options is None:
             return None
+        _check_line_search(self.optim, index, group)
         is_decoupled = options.pop("weight_decay", None) == "decoupled" or bool(decouples(self.optim, group))
         if is_decoupled and options["lr_in_momentum"] and group.get("weight_decay", 0) != 0:
-        _check_line_search(self.optim, index, group)
             raise ValueError(
                 f"lr_in_momentum=True of parameter group {index} hides lr from the base, which decoupled weight decay "
                 "is multiplied by (got: decoupled_weight_decay=True)"
@@ -452,6 +454,7 @@ class Step:
         """Read from the groups how they are adapted. Raise what can be told from them."""
         hows = {index: self._lars.adaptation(index) for index in range(len(self._lars.param_groups))}
         self._adaptations = {index: how for index, how in hows.items() if how is not None}
+        self._lars.check_groups([index for index, how in self._adaptations.items() if how.trust_coef is not None])
         new_params = [param for param in self._to_be_updated() if param not in self._old_params]
         if len(new_params) > 0:
             self._old_params.update(copies(new_params))

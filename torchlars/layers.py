@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torchlars import ops, sharding
@@ -22,6 +23,51 @@ class TrustRatioWrapper(OptimizerWrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._last_step: list[tuple[Sequence[Tensor], Tensor]] = []  # changed in place, which torch 2.11 can trace
+        if "optim" not in state:
+            return
+        # Tensors that are no parameters, but were given by the user. The references are strong, since
+        # torch.utils.swap_tensors refuses tensors that have weak ones.
+        self._given: set[Tensor] = set()
+        self._shapes: dict[int, list[torch.Size | None]] = {}  # of the layers that were given, by group
+        for index in range(len(self.param_groups)):
+            self._note_layers(index)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the base. It may hold any of the wrapper's options as keys."""
+        super().add_param_group(param_group)
+        self._note_layers(len(self.param_groups) - 1)
+
+    def _note_layers(self, index: int) -> None:
+        params = self.param_groups[index]["params"]
+        self._given.update(params[position] for position in ops.positions_of_non_parameters(params))
+        self._shapes[index] = [None if is_lazy(param) else param.shape for param in params]
+
+    def check_groups(self, adapted: Sequence[int]) -> None:
+        """Check the groups at a step, of which some are adapted, before anything changes.
+
+        Raises:
+            RuntimeError: one that is adapted holds what may be a flat partition of several layers.
+        """
+        for index in adapted:
+            params = self.param_groups[index]["params"]
+            for position in ops.positions_of_non_parameters(params):
+                if not self._is_whole(index, position, params) and params[position].grad is not None:
+                    raise RuntimeError(
+                        f"{sharding.FLAT_PARTITION} (group: {index}, parameter: {position}, "
+                        f"shape: {tuple(params[position].shape)})"
+                    )
+
+    def _is_whole(self, index: int, position: int, params: Sequence[Tensor]) -> bool:
+        """Tell whether a tensor in a group can be taken for a whole layer.
+
+        It can if it is a parameter, if the user gave it, if it knows how it is sharded, or if it stands where a layer
+        of its shape was given, as master copies of a layer in float32 do.
+        """
+        param = params[position]
+        if sharding.is_distributed(param) or isinstance(param, torch.nn.Parameter) or param in self._given:
+            return True
+        shapes = self._shapes.get(index, [])
+        return len(shapes) == len(params) and shapes[position] == param.shape
 
     def trust_ratios(self) -> dict[Tensor, Tensor]:
         """Return the trust ratio of every layer that the last step adapted, by parameter.

@@ -31,6 +31,7 @@ __all__ = [
     "lr_scale",
     "of_other_layout",
     "overlapping",
+    "positions_of_non_parameters",
     "scale_by_trust_ratios_",
     "scale_updates_by_trust_ratios_",
     "sgd_",
@@ -102,6 +103,13 @@ def overlapping(tensors: Sequence[Tensor]) -> list[int]:
     if extension is None or _backend is reference:
         return reference.overlapping(tensors)
     return extension.overlapping(tensors)  # type: ignore[no-any-return]
+
+
+def positions_of_non_parameters(params: Sequence[Tensor]) -> Sequence[int]:
+    """Return the positions of all tensors whose type is not exactly :class:`torch.nn.Parameter`."""
+    if torch.compiler.is_compiling() or _backend is reference or extension is None or type(params) is not list:
+        return [position for position, param in enumerate(params) if type(param) is not torch.nn.Parameter]
+    return extension.positions_of_non_parameters(params)  # type: ignore[no-any-return]
 
 
 def lr_scale(lr: Tensor, device: torch.device) -> Tensor:

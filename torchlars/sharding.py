@@ -18,6 +18,15 @@ from torch import Tensor
 __all__: list[str] = []
 
 
+#: What is wrong with a tensor that has come into a group in the place of several layers.
+FLAT_PARTITION = (
+    "parameters must be whole layers, but this tensor is no torch.nn.Parameter and came into its group after the "
+    "optimizer was wrapped, as the flat partitions of DeepSpeed ZeRO do, which hold pieces of several layers; shard by "
+    "fully_shard (FSDP2) from torch.distributed.fsdp, or use DDP; give whole layers that are plain tensors to "
+    "add_param_group"
+)
+
+
 def is_distributed(tensor: Tensor) -> bool:
     """Tell whether a tensor is a DTensor, without importing what would make one."""
     return getattr(tensor, "device_mesh", None) is not None
@@ -50,7 +59,7 @@ def process_groups(param: Any) -> tuple[Any, ...]:
 
 def problem_of(param: Any) -> str | None:
     """Return why a parameter cannot be a layer whose shards are told apart, or None."""
-    if getattr(param, "_fsdp_flattened", False):
+    if getattr(param, "_fsdp_flattened", False) or hasattr(param, "_param_numels"):  # of torch, or of fairscale
         return (
             "parameters must be whole layers, but FSDP1 flattens and splits them; use fully_shard (FSDP2) from "
             "torch.distributed.fsdp"
