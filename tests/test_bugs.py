@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from torch.optim import Adagrad, Adam, AdamW, LBFGS, SGD
 from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LinearLR, OneCycleLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torchlars import LAMB, LARS, ops
+from torchlars import LAMB, LARS, ops, param_groups
+from torch.optim.swa_utils import SWALR
 
 
 def float64(values):
@@ -454,6 +455,90 @@ def test_schedulers_that_move_the_momentum(scheduler):
     schedule.step()
     assert base["lr"] > 0.1
     assert base["momentum"] < 0.95
+
+
+SETS_LRS = {  # scheduler of an optimizer and lrs, one for all groups or one for each
+    "OneCycleLR": lambda optimizer, lrs: OneCycleLR(optimizer, max_lr=lrs, total_steps=9),
+    "CyclicLR": lambda optimizer, lrs: CyclicLR(optimizer, base_lr=[0.1, 0.01], max_lr=lrs, step_size_up=4),
+    "SWALR": lambda optimizer, lrs: SWALR(optimizer, swa_lr=lrs, anneal_epochs=4),
+    "eta_min": lambda optimizer, lr: CosineAnnealingLR(optimizer, T_max=8, eta_min=lr),
+    "multiplies": lambda optimizer, _: LinearLR(optimizer, 0.1, total_iters=4),
+}
+
+
+def lr_warnings(optimizer, scheduler=None, steps=8):
+    """What eight steps of two layers warn of."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(steps):
+            for group in optimizer.param_groups:
+                for param in group["params"]:
+                    param.grad = torch.ones_like(param)
+            optimizer.step()
+            if scheduler is not None:
+                scheduler.step()
+    return [str(warning.message) for warning in caught]
+
+
+def weights_and_biases(lr=16.0, bias_lr=None):
+    """Two groups, adapted and not, of layers that are not 0."""
+    model = nn.Linear(2, 3)
+    nn.init.ones_(model.bias)
+    return param_groups(model, lr=lr, weight_decay=1e-4, bias_lr=bias_lr)
+
+
+LARGE_LR = "a group with trust_coef=None takes its lr whole, without a trust ratio, and one of 1 or more is made for"
+
+
+@pytest.mark.parametrize("base", [SGD, torchlars.optim.SGD])
+@pytest.mark.parametrize("wrap", [LARS, LAMB])
+@pytest.mark.parametrize(
+    ("name", "lrs"),
+    [("OneCycleLR", 16.0), ("CyclicLR", 16.0), ("SWALR", 4.0), ("eta_min", 1.5)],
+)
+def test_schedulers_that_set_one_lr_for_all_groups(name, lrs, wrap, base):
+    """OneCycleLR(max_lr=16) gave the biases of ``param_groups``, which have no trust ratio, the weights' lr of 16.
+
+    So did CyclicLR, SWALR and an ``eta_min``, and nothing told why the training broke down. Most of them do it after
+    some steps only, and one warning is enough.
+    """
+    optimizer = wrap(base(weights_and_biases(), momentum=0.9), trust_coef=0.001)
+    (message,) = lr_warnings(optimizer, SETS_LRS[name](optimizer, lrs))
+    assert message.startswith(LARGE_LR)
+    assert "(group: 1, lr: " in message
+    assert "max_lr=[16, 0.05]" in message
+
+
+@pytest.mark.parametrize(
+    ("name", "lrs"),
+    [
+        ("OneCycleLR", [16.0, 0.05]),
+        ("CyclicLR", [16.0, 0.05]),
+        ("SWALR", [4.0, 0.01]),
+        ("eta_min", 0.0),
+        ("multiplies", None),
+    ],
+)
+def test_schedulers_that_set_an_lr_for_each_group(name, lrs):
+    optimizer = LARS(SGD(weights_and_biases(), momentum=0.9))
+    assert lr_warnings(optimizer, SETS_LRS[name](optimizer, lrs)) == []
+
+
+def test_large_lr_of_a_group_that_opts_out():
+    """Whoever gave it: one warning where there are adapted layers beside, and the base does not find its step itself."""
+    for lr in (2.0, torch.tensor(2.0)):
+        assert len(lr_warnings(LARS(SGD(weights_and_biases(bias_lr=lr))))) == 1
+    weights, biases = weights_and_biases(bias_lr=2.0)
+    assert len(lr_warnings(LARS(SGD([weights, {**biases, "lr_in_momentum": True}]), lr_in_momentum=True))) == 1
+    weights, biases = weights_and_biases(bias_lr=2.0)
+    with pytest.warns(UserWarning, match=LARGE_LR):  # its gradients come from the closure
+        LARS(SGD([weights, biases])).step(lambda: biases["params"][0].sum().backward())
+
+    assert lr_warnings(LARS(SGD([biases]))) == []
+    assert lr_warnings(LARS(SGD([biases, {"params": []}]))) == []
+    assert lr_warnings(LARS(SGD([{**group, "trust_coef": 0.001} for group in (weights, biases)]))) == []
+    assert lr_warnings(LARS(torch.optim.Adadelta(weights_and_biases(bias_lr=1.0)))) == []
+    assert lr_warnings(LARS(SGD(weights_and_biases(bias_lr=0.999)))) == []
 
 
 def test_hooks():

@@ -7,15 +7,17 @@ import warnings
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from fnmatch import fnmatchcase
+from functools import cache
 from numbers import Real
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+from torch.optim import Optimizer
 
 from torchlars import ops
-from torchlars.wrapper import Group, non_negative_number
+from torchlars.wrapper import Group, bases, non_negative_number
 
 if TYPE_CHECKING:
     from torchlars.wrapper import OptimizerWrapper
@@ -51,7 +53,10 @@ def param_groups(
     **Why the second lr matters.** Under LARS, lr is of another size than the base's own: trust ratios of a thousandth
     or so stand before it. Biases that are left to the base at that lr, or that start at 0 and so have the trust ratio
     1, take a step a hundred times too long, and training collapses. A scheduler that multiplies keeps the two lrs in
-    proportion.
+    proportion. One that sets lrs gives the weights' lr to all groups, unless it is told one for each, in their order:
+    ``OneCycleLR(optimizer, max_lr=[16, 0.05], ...)``, and likewise ``base_lr`` and ``max_lr`` of ``CyclicLR`` and
+    ``swa_lr`` of ``SWALR``. An ``eta_min`` is one for all groups: leave it at 0, or below ``bias_lr``. Learning rate
+    finders set one for all, too. The wrapper warns once if a group with ``trust_coef=None`` is about to take an lr ≥ 1.
 
     Args:
         model: any module. Names are those of its ``named_parameters()``.
@@ -253,13 +258,50 @@ def is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
+def large_lr_of_unadapted(optimizer: OptimizerWrapper, adapted: Sequence[int]) -> str | None:
+    """Return what to warn of if a group that opts out is about to take an lr for trust ratios, beside adapted ones.
+
+    Schedulers that set an lr, and do not multiply it, do that. An lr that is a tensor on an accelerator is not read.
+    """
+    groups = optimizer.param_groups
+    if len(adapted) == len(groups):
+        return None
+    for index, group in enumerate(groups):
+        if index in adapted or not _is_at_least_1(group.get("lr")) or _finds_its_step(optimizer):
+            continue
+        if any(param.grad is not None for param in group["params"]) and any(groups[i]["params"] for i in adapted):
+            return (
+                "a group with trust_coef=None takes its lr whole, without a trust ratio, and one of 1 or more is made "
+                f"for trust ratios (group: {index}, lr: {float(group['lr']):g}); a scheduler that sets lrs needs one "
+                "for each group, as in OneCycleLR(optimizer, max_lr=[16, 0.05], ...)"
+            )
+    return None
+
+
+def _is_at_least_1(lr: Any) -> bool:
+    """Return whether an lr is known to be 1 or more without waiting for a device."""
+    if isinstance(lr, Tensor):
+        return lr.device.type == "cpu" and lr.numel() == 1 and lr.item() >= 1
+    return isinstance(lr, Real) and float(lr) >= 1
+
+
+def _finds_its_step(optimizer: OptimizerWrapper) -> bool:
+    """Return whether the base finds its step itself, as those do that come with an lr of 1, such as Adadelta."""
+    return any(_is_at_least_1(_default_lr(type(base))) for base in bases(optimizer.optim))  # type: ignore[arg-type]
+
+
+@cache
+def _default_lr(base: type[Optimizer]) -> Any:
+    parameter = inspect.signature(base.__init__).parameters.get("lr")
+    return None if parameter is None else parameter.default
+
+
 def _is_lars_sized(lr: Any, optimizer: OptimizerWrapper) -> bool:
     """Return whether an lr is known to be one for trust ratios: a number ≥ 1 that the base did not come with.
 
     Bases that find their step themselves, such as Adadelta, come with an lr of 1, and do not mind.
     """
-    default = inspect.signature(type(optimizer.optim).__init__).parameters.get("lr")
-    return isinstance(lr, Real) and float(lr) >= 1 and (default is None or lr != default.default)
+    return isinstance(lr, Real) and float(lr) >= 1 and lr != _default_lr(type(optimizer.optim))  # type: ignore[arg-type]
 
 
 def _stamp(param: Tensor) -> tuple[int, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torchlars import ops, sharding
+from torchlars.groups import large_lr_of_unadapted
 from torchlars.wrapper import OptimizerWrapper, bases, is_base
 
 __all__: list[str] = []
@@ -25,6 +27,7 @@ class TrustRatioWrapper(OptimizerWrapper):
         self._last_step: list[tuple[Sequence[Tensor], Tensor]] = []  # changed in place, which torch 2.11 can trace
         if "optim" not in state:
             return
+        self._warns_of_large_lr = True
         # Tensors that are no parameters, but were given by the user. The references are strong, since
         # torch.utils.swap_tensors refuses tensors that have weak ones.
         self._given: set[Tensor] = set()
@@ -56,6 +59,11 @@ class TrustRatioWrapper(OptimizerWrapper):
                         f"{sharding.FLAT_PARTITION} (group: {index}, parameter: {position}, "
                         f"shape: {tuple(params[position].shape)})"
                     )
+        if self._warns_of_large_lr and not torch.compiler.is_compiling():
+            found = large_lr_of_unadapted(self, adapted)
+            if found is not None:
+                self._warns_of_large_lr = False
+                warnings.warn(found, stacklevel=5)
 
     def _is_whole(self, index: int, position: int, params: Sequence[Tensor]) -> bool:
         """Tell whether a tensor in a group can be taken for a whole layer.
