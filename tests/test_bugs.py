@@ -12,14 +12,14 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-
-import torchlars
 from torch import Tensor, nn
-from torch.optim import Adagrad, Adam, AdamW, LBFGS, SGD
+from torch.optim import LBFGS, SGD, Adagrad, Adam, AdamW
 from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LinearLR, OneCycleLR
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
-from torchlars import LAMB, LARS, ops, param_groups
 from torch.optim.swa_utils import SWALR
+
+import torchlars
+from torchlars import LAMB, LARS, ops, param_groups
 
 
 def float64(values):
@@ -99,10 +99,6 @@ def test_closure_that_the_base_calls_many_times(backend):
     param, evaluations = train(lambda param: None, lambda base: LARS(base, trust_coef=0.02))
     assert evaluations == expected_evaluations > 6
     assert_close(param, expected.detach())
-
-
-def test_closure_sees_the_weight_decay():
-    """In 0.1.2, ``group["weight_decay"]`` was 0 while the closure ran, for all that it penalised or logged by it."""
 
 
 def quadratic(condition=10.0, layers=1):

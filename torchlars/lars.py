@@ -29,6 +29,7 @@ from torchlars.layers import (
 )
 from torchlars.wrapper import (
     decouples,
+    is_base,
     learning_rate,
     non_negative_number,
     one_of,
