@@ -146,7 +146,7 @@ def test_shares_hold_the_chunks_whose_work_begins_in_them() -> None:
 def test_shares_of_what_is_no_plan_are_refused(
     numels: list[int], begin: int, end: int, message: str, backwards: bool
 ) -> None:
-    """Negative and empty ones read memory that is not theirs, and ended the process."""
+    """An empty list and a negative begin ended the process; sizes that overflow had shares of tensors that do not exist."""
     with pytest.raises(ValueError, match=f"^chunks_starting_in: expected {message}"):
         extension.chunks_starting_in(numels, begin, end, backwards)
     if "begin" not in message:
