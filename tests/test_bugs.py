@@ -349,6 +349,10 @@ def test_weight_decay_of_a_base_that_says_nothing():
     with pytest.warns(UserWarning, match="Shrinks does not say"):
         optimizer.load_state_dict(Shrinks([layer()]).state_dict())
 
+    around = type("Around", (Keeps,), {"__module__": "torch.distributed.optim.any"})  # torch's, but not its base
+    with pytest.warns(UserWarning, match="Around does not say"):
+        LARS(around("optim_", Shrinks([layer()])))
+
     LARS(Shrinks([layer()]), weight_decay="decoupled")
     LARS(Shrinks([{"params": [layer()], "trust_coef": None}]))  # left to the base
     LARS(type("Own", (SGD,), {})([layer()], lr=0.1, weight_decay=0.5))  # known

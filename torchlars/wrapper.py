@@ -418,8 +418,6 @@ def bases(optim: Any) -> list[Optimizer]:
     """
     found = [optim] if isinstance(optim, Optimizer) else []
     for outer in found:  # grows meanwhile
-        if type(outer).__module__.startswith(("torch.optim.", "torchlars.optim.")):
-            continue  # wraps nothing, and this runs in every step
         for inner in vars(outer).values():
             if isinstance(inner, Optimizer) and not any(inner is other for other in found):
                 found.append(inner)
@@ -474,6 +472,9 @@ DECOUPLED_CLASSES: dict[str, frozenset[str]] = {
     }.items()
 }
 
+#: Where the optimizers are that are themselves no wrappers, and coupled unless they say so. (Others of torch are.)
+PLAIN_BASES = ("torch.optim.", "torchlars.optim.")
+
 #: Those whose weight decay does, and whose groups do not say so, beside torch's own.
 COUPLED_CLASSES: dict[str, frozenset[str]] = {
     "timm": frozenset({"NAdamLegacy"}),
@@ -492,7 +493,8 @@ def decouples(optim: Optimizer, group: Group) -> bool | None:
     if says:
         return True
     known = None
-    for base in bases(optim):
+    wraps_nothing = type(optim).__module__.startswith(PLAIN_BASES)  # and this runs in every step
+    for base in [optim] if wraps_nothing else bases(optim):
         of_class = _class_decouples(type(base))
         if of_class:
             return True
@@ -516,7 +518,7 @@ def _class_decouples(cls: type[Optimizer]) -> bool | None:
             return True
         if known is Optimizer:
             return None
-        if library in ("torch", "torchlars") or known.__name__ in COUPLED_CLASSES.get(library, ()):
+        if known.__module__.startswith(PLAIN_BASES) or known.__name__ in COUPLED_CLASSES.get(library, ()):
             return False
     return None
 
