@@ -836,6 +836,13 @@ def test_parameters_that_are_replaced_one_by_one(build, backend):
         param.grad = torch.ones_like(param)
     assert steps(optimizer)
 
+    class OfALibrary(nn.Parameter):
+        pass
+
+    optimizer.param_groups[0]["params"] = [OfALibrary(torch.ones(6, 4, dtype=torch.float64))]
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(6, 4, dtype=torch.float64)
+    assert steps(optimizer)
+
     optimizer = build(params)  # float32 copies of layers in float16, as apex, Megatron and DeepSpeed make them
     optimizer.param_groups[0]["params"] = [master(param) for param in optimizer.param_groups[0]["params"]]
     assert steps(optimizer)

@@ -22,7 +22,10 @@ from torch import nn
 
 import torchlars.optim
 
-pytestmark = pytest.mark.filterwarnings("ignore:a layer whose weights are all 0:UserWarning")  # they are, on purpose
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:a layer whose weights are all 0:UserWarning"),  # they are, on purpose
+    pytest.mark.filterwarnings("ignore:a group with trust_coef=None takes its lr whole:UserWarning"),  # as in the peers
+]
 
 ROOT = Path(__file__).resolve().parent.parent
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
