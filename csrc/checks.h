@@ -35,20 +35,23 @@ inline c10::ScalarType compute_dtype(c10::ScalarType grad, c10::ScalarType param
 
 // Bytes from a tensor's first element to the end of its last one. The tensor is not empty.
 inline int64_t extent(const at::Tensor& tensor) {
-  int64_t elements = 1;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    elements += (tensor.size(d) - 1) * tensor.stride(d);
+  int64_t elements = tensor.numel();
+  if (!tensor.is_non_overlapping_and_dense()) {
+    elements = 1;
+    for (int64_t d = 0; d < tensor.dim(); ++d) {
+      elements += (tensor.size(d) - 1) * tensor.stride(d);
+    }
   }
   return elements * static_cast<int64_t>(tensor.element_size());
 }
 
 // False where the storage is smaller than the tensor, as after untyped_storage().resize_(0).
 inline bool has_memory(const at::Tensor& tensor) {
-  if (tensor.numel() == 0 || !tensor.has_storage()) {
+  if (!tensor.has_storage() || tensor.numel() == 0) {
     return true;
   }
   const int64_t begin = tensor.storage_offset() * static_cast<int64_t>(tensor.element_size());
-  return static_cast<int64_t>(tensor.storage().nbytes()) >= begin + extent(tensor);
+  return static_cast<int64_t>(tensor.unsafeGetTensorImpl()->unsafe_storage().nbytes()) >= begin + extent(tensor);
 }
 
 inline void check_tensors(const char* op, const char* name, at::TensorList tensors) {

@@ -69,18 +69,22 @@ bool is_plain(const at::Tensor& tensor) {
          has_memory(tensor);
 }
 
+// Whether more refer to something than those that are known, and its Python object if it was ever asked for.
+template <typename Impl>
+bool has_more_uses(const Impl* impl, size_t uses, size_t known) {
+  return uses > known + (impl->pyobj_slot()->load_pyobj() != nullptr ? 1 : 0);
+}
+
 // Whether another tensor may hold the same memory, as far as the storage tells: another tensor uses it, or it was made
 // of memory that its owner shares (NumPy, DLPack).
 bool may_share_memory(const at::Tensor& tensor) {
   const c10::Storage& storage = tensor.unsafeGetTensorImpl()->unsafe_storage();
-  return storage.use_count() > 1 || !storage.resizable();
+  return has_more_uses(storage.unsafeGetStorageImpl(), storage.use_count(), 1) || !storage.resizable();
 }
 
-// Whether another parameter may hold the same gradient, to which the parameter and the caller have a reference each,
-// and a third one its Python object, if it was ever asked for.
+// Whether another parameter may hold the same gradient, to which the parameter and the caller have a reference each.
 bool may_be_shared(const at::Tensor& grad) {
-  const bool has_object = grad.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj() != nullptr;
-  return grad.use_count() > (has_object ? 3 : 2) || may_share_memory(grad);
+  return has_more_uses(grad.unsafeGetTensorImpl(), grad.use_count(), 2) || may_share_memory(grad);
 }
 
 bool is_plain_layer(const at::Tensor& param, const at::Tensor& grad) {
@@ -468,6 +472,7 @@ std::vector<int64_t> overlapping(const Tensors& tensors) {
 }  // namespace
 
 void bind_eager_door(py::module_& m) {
+  m.def("has_memory", &has_memory, py::arg("tensor"), "Return whether a tensor's storage is as large as the tensor.");
   m.def("overlapping", &overlapping, py::arg("tensors"),
         "Return the positions of those tensors whose memory overlaps that of another one.");
   m.def(

@@ -1082,6 +1082,8 @@ def test_what_is_shared_is_looked_for_only_where_it_may_be(extension):
         assert shares_memory() == (False, False)
     nn.utils.clip_grad_norm_(params, 1.0)  # gradients have Python objects now
     held = [param.grad for param in params]
+    for tensor in (*params, *held):
+        assert tensor.untyped_storage().nbytes() > 0  # and so have storages
     assert shares_memory() == (False, False)
     params[0].grad = held[0].detach()
     assert shares_memory() == (True, False)

@@ -143,7 +143,8 @@ def problem_of_memory(param: Tensor) -> str | None:
         return "parameters must not be inference tensors, which can be written in inference mode only; clone them"
     if not ops.has_memory(here):
         return "parameters must have memory (got: one whose storage was freed)"
-    if param.grad is not None and not ops.has_memory(memory_of(param.grad)):
+    grad = param.grad
+    if grad is not None and not ops.has_memory(memory_of(grad)):
         return "gradients must have memory (got: one whose storage was freed)"
     return None
 

@@ -54,7 +54,6 @@ OPS = (
 )
 DTYPES = reference.DTYPES
 compute_dtype = reference.compute_dtype
-has_memory = reference.has_memory
 is_writable_in_place = reference.is_writable_in_place
 
 _backend: Any = reference
@@ -86,6 +85,13 @@ def plain_layers(kind: str) -> Any:
     if torch.compiler.is_compiling() or _backend is reference:
         return NoPlainLayers()
     return getattr(extension, kind)()
+
+
+def has_memory(tensor: Tensor) -> bool:
+    """Tell whether a tensor's storage is as large as the tensor; it is not after ``untyped_storage().resize_(0)``."""
+    if extension is None or _backend is reference or torch.compiler.is_compiling():
+        return reference.has_memory(tensor)
+    return extension.has_memory(tensor)  # type: ignore[no-any-return]
 
 
 def of_other_layout(params: Sequence[Tensor]) -> Sequence[int]:

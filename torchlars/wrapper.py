@@ -634,7 +634,7 @@ def _number(name: str, value: Any, kind: str, in_range: Callable[[float], bool])
 
 def number_in(name: str, value: Any) -> Any:
     """Return the number in a tensor of one element, as schedulers leave in groups, and all else as it is."""
-    if not isinstance(value, Tensor):
+    if type(value) is float or not isinstance(value, Tensor):  # the first is quick: this runs in every step
         return value
     if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
         raise TypeError(f"{name} must be a number (got: a tensor of shape {tuple(value.shape)} and {value.dtype})")

@@ -392,14 +392,12 @@ def _hyper_parameters(of_group: str, group: dict[str, Any]) -> dict[str, Any]:
     momentum_dtype = group.get("momentum_dtype")
     if momentum_dtype not in (None, torch.float32):
         raise ValueError(f"momentum_dtype{of_group} must be None or torch.float32 (got: {momentum_dtype!r})")
-    momentum, dampening, weight_decay = (
-        number_in(f"{name}{of_group}", group[name]) for name in ("momentum", "dampening", "weight_decay")
-    )
+    names = f"momentum{of_group}", f"dampening{of_group}", f"weight_decay{of_group}"
     numbers = {
         "lr": lr,
-        "momentum": non_negative_number(f"momentum{of_group}", momentum),
-        "dampening": finite_number(f"dampening{of_group}", dampening),
-        "weight_decay": non_negative_number(f"weight_decay{of_group}", weight_decay),
+        "momentum": non_negative_number(names[0], number_in(names[0], group["momentum"])),
+        "dampening": finite_number(names[1], number_in(names[1], group["dampening"])),
+        "weight_decay": non_negative_number(names[2], number_in(names[2], group["weight_decay"])),
         "nesterov": bool(group["nesterov"]),
         "maximize": bool(group["maximize"]),
         "momentum_in_float32": momentum_dtype is not None,
