@@ -82,9 +82,12 @@ bool may_share_memory(const at::Tensor& tensor) {
   return has_more_uses(storage.unsafeGetStorageImpl(), storage.use_count(), 1) || !storage.resizable();
 }
 
-// Whether another parameter may hold the same gradient, to which the parameter and the caller have a reference each.
+// Whether another parameter, or the state of one, may hold the same gradient, to which the parameter and the caller
+// have a reference each, and to its Python object the gradient itself.
 bool may_be_shared(const at::Tensor& grad) {
-  return has_more_uses(grad.unsafeGetTensorImpl(), grad.use_count(), 2) || may_share_memory(grad);
+  PyObject* const object = grad.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj();
+  return has_more_uses(grad.unsafeGetTensorImpl(), grad.use_count(), 2) || (object && Py_REFCNT(object) > 1) ||
+         may_share_memory(grad);
 }
 
 bool is_plain_layer(const at::Tensor& param, const at::Tensor& grad) {

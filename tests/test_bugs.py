@@ -1084,13 +1084,34 @@ def test_what_is_shared_is_looked_for_only_where_it_may_be(extension):
     held = [param.grad for param in params]
     for tensor in (*params, *held):
         assert tensor.untyped_storage().nbytes() > 0  # and so have storages
+    assert shares_memory() == (True, False)  # somebody holds them: it might be the state of a base
+    first = held[0]
+    held.clear()
+    tensor = None
+    params[0].grad = None
     assert shares_memory() == (False, False)
-    params[0].grad = held[0].detach()
+    params[0].grad = first.detach()
     assert shares_memory() == (True, False)
-    params[0].grad = held[0]
+    params[0].grad = None
     view = params[3].data
     assert shares_memory() == (False, True)
     assert view is not None
+
+
+@pytest.mark.parametrize("whose", [0, 1])
+def test_a_gradient_that_is_momentum(backend, whose):
+    """It was scaled, and with it the momentum of a layer, whichever one had it."""
+    results = []
+    for given in (lambda buffer: buffer, lambda buffer: buffer.clone()):
+        params = [layer(), layer()]
+        base = SGD(params, lr=1.0, momentum=0.9, weight_decay=0.1)
+        optimizer = LARS(base, trust_coef=0.1)
+        optimizer.step()
+        params[0].grad = given(base.state[params[whose]]["momentum_buffer"])
+        params[1].grad = float64([-0.4, 0.3])
+        optimizer.step()
+        results.append(torch.stack([param.detach() for param in params]))
+    assert_close(results[0], results[1])
 
 
 @pytest.mark.parametrize("wrap", [lambda base: base, LARS], ids=["SGD", "LARS"])
@@ -1229,7 +1250,8 @@ def test_resetting_momentum_by_setstate(wrap):
 
 
 DAMAGED = {
-    "a momentum that is no tensor": (lambda d: d["state"][0].update(momentum_buffer=[1.0, 2.0]), TypeError, "momentum_b"),
+    "a momentum that is no tensor": (lambda d: d["state"][0].update(momentum_buffer=[1.0, 2.0]), TypeError, "'momentum_buffer'. must be a tensor"),
+    "momentum NaN": (lambda d: d["param_groups"][0].update(momentum=float("nan")), ValueError, "momentum of .*nan"),
     "a state that is no dict": (lambda d: d["state"].update({0: 3.0}), TypeError, r"state_dict\['state'\]\[0\] must be a d"),
     "no state": (lambda d: d.update(state=[1.0]), TypeError, r"state_dict\['state'\] must be a dict"),
     "lr -1": (lambda d: d["param_groups"][0].update(lr=-1.0), ValueError, "lr of parameter group 0 .*-1.0"),
@@ -1257,8 +1279,8 @@ DAMAGED = {
 def test_damaged_state_dicts(wrap, base, damage):
     """They raised AttributeError after the state was replaced, or were loaded and then stepped uphill."""
     do, error, message = DAMAGED[damage]
-    if "momentum" in damage and base is not torchlars.optim.SGD:
-        pytest.skip("what a state holds is the base's own")
+    if "momentum" in damage and base is Adam:
+        pytest.skip("has none")
     param = layer()
     arguments = {"momentum": 0.5} if base is not Adam else {}
     optimizer = wrap(base([param], lr=0.5, weight_decay=0.1, **arguments))
@@ -1355,7 +1377,8 @@ def test_tensors_that_are_no_numbers(name, value):
 
 @pytest.mark.parametrize("base", [SGD, Adam, torchlars.optim.SGD])
 @pytest.mark.parametrize("wrap", [LARS, partial(LARS, apply_to="update"), LAMB], ids=["LARS", "LARS-update", "LAMB"])
-def test_global_hooks_fire_once(wrap, base):
+@pytest.mark.parametrize("scheduled", ["nothing", "the base", "the wrapper"])
+def test_global_hooks_fire_once(wrap, base, scheduled):
     """They fired for the base and for the wrapper, so that who counted steps, as torch's profiler does, counted two."""
     calls = []
 
@@ -1363,6 +1386,8 @@ def test_global_hooks_fire_once(wrap, base):
         return lambda who, args, kwargs: calls.append((when, type(who).__name__))
 
     optimizer = wrap(base([layer()], lr=0.1))
+    if scheduled != "nothing":
+        schedule = LinearLR(optimizer.optim if scheduled == "the base" else optimizer)
     name, name_of_base = type(optimizer).__name__, base.__name__
     handles = [
         register_optimizer_step_pre_hook(note("global pre")),
@@ -1374,6 +1399,8 @@ def test_global_hooks_fire_once(wrap, base):
     optimizer.register_step_post_hook(note("post"))
     try:
         optimizer.step()
+        if scheduled != "nothing":
+            schedule.step()  # warns if it has not seen the step
     finally:
         for handle in handles:
             handle.remove()

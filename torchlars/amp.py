@@ -81,8 +81,9 @@ class GradScale:
         if self.is_given:
             base.grad_scale, base.found_inf = self._grad_scale, self._found_inf  # type: ignore[attr-defined]
 
-    def take_from(self, base: Optimizer) -> None:
+    def take_from(self, *optimizers: Optimizer) -> None:
         """Take it away again."""
         if self.is_given:
-            base.__dict__.pop("grad_scale", None)
-            base.__dict__.pop("found_inf", None)
+            for optimizer in optimizers:
+                optimizer.__dict__.pop("grad_scale", None)
+                optimizer.__dict__.pop("found_inf", None)

@@ -285,46 +285,50 @@ class LARS(TrustRatioWrapper):
                 Nothing has changed then.
 
         Whatever raises, hyper-parameters are back as they were. If the base raises before it has written to any adapted
-        parameter, gradients are put back as they were, but for their rounding (and for what underflowed in float16).
+        parameter, as far as their version counters tell, gradients are put back as they were, but for rounding (in units
+        of the larger one of g and λw) and for what had become 0 or was not finite.
         """
-        self._hidden.restore_what_was_left()
-        this = Step(self, gradients_may_come=closure is not None)
-
-        def adapted_closure() -> Any:
-            this.restore()
-            with torch.enable_grad():
-                loss = closure()  # type: ignore[misc]
-            this.read_groups()
-            this.adapt()
-            this.hide()
-            return loss
-
-        if closure is not None:
-            args = (adapted_closure, *args)
-        elif args:  # they keep their places
-            args = (None, *args)
-        if this.base_takes:
-            kwargs["trust_ratios"] = this
         try:
-            try:
-                this.read_groups()
-                if self._zero_layers is not None and not torch.compiler.is_compiling():
-                    zero_layers, self._zero_layers = self._zero_layers, None
-                    closure = zero_layers.before_step(self, closure)
-                if closure is None:
-                    this.adapt()
-                this.hide()
-                loss = step_of_base(self.optim)(*args, **kwargs)
-            finally:
+            self._hidden.restore_what_was_left()
+            this = Step(self, gradients_may_come=closure is not None)
+
+            def adapted_closure() -> Any:
                 this.restore()
-            this.scale_updates()
+                with torch.enable_grad():
+                    loss = closure()  # type: ignore[misc]
+                this.read_groups()
+                this.adapt()
+                this.hide()
+                return loss
+
+            if closure is not None:
+                args = (adapted_closure, *args)
+            elif args:  # they keep their places
+                args = (None, *args)
+            if this.base_takes:
+                kwargs["trust_ratios"] = this
+            try:
+                try:
+                    this.read_groups()
+                    if self._zero_layers is not None and not torch.compiler.is_compiling():
+                        zero_layers, self._zero_layers = self._zero_layers, None
+                        closure = zero_layers.before_step(self, closure)
+                    if closure is None:
+                        this.adapt()
+                    this.hide()
+                    loss = step_of_base(self.optim)(*args, **kwargs)
+                finally:
+                    this.restore()
+                this.scale_updates()
+            except BaseException:
+                this.restore()  # an interrupt may have come before the above was done
+                this.put_back_gradients()
+                raise
+            self._last_step[:] = this.reported
+            return loss
         except BaseException:
-            this.restore()  # an interrupt may have come before the above was done
-            this.put_back_gradients()
-            GradScale.of(self).take_from(self)  # else the scaler does so
+            GradScale.of(self).take_from(self.optim, self)  # else the scaler does so
             raise
-        self._last_step[:] = this.reported
-        return loss
 
     def group_options(self, index: int, group: dict[str, Any]) -> dict[str, Any] | None:
         """Return the options of the ``index``-th group, or None if it opts out."""
@@ -515,7 +519,8 @@ class Step:
         if plain_layers.shares_memory or any(bucket.is_written for bucket in buckets):
             written = [param for bucket in plain_layers.buckets for param in bucket.params]
             written += [param for bucket in buckets if bucket.is_written for param in bucket.params]
-            if own_gradients(written, (param for group in self._lars.param_groups for param in group["params"])):
+            params = (param for group in self._lars.param_groups for param in group["params"])
+            if own_gradients(written, params, self._lars.state):
                 return self._gather_as_they_are()
         return plain_layers, buckets
 

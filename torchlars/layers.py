@@ -208,15 +208,16 @@ def writable_gradient(param: Tensor) -> Tensor:
     return grad._values() if grad.is_sparse else sharding.local(grad)
 
 
-def own_gradients(written: Iterable[Tensor], params: Iterable[Tensor]) -> bool:
+def own_gradients(written: Iterable[Tensor], params: Iterable[Tensor], state: Any) -> bool:
     """Give gradients that are to be written memory of their own. Return whether any had to be replaced by a copy.
 
     Two parameters may have the same gradient, or such that overlap: to scale it for one layer would scale it for the
-    other, too. A gradient may also be the memory of a parameter.
+    other, too. A gradient may also be the memory of a parameter, or of what the base keeps for one, such as momentum.
 
     Args:
         written: the parameters whose gradients are to be written.
         params: all parameters.
+        state: the base's, by parameter.
     """
     params = list(dict.fromkeys(params))
     layers = [(param, param.grad) for param in params if param.grad is not None]
@@ -227,7 +228,11 @@ def own_gradients(written: Iterable[Tensor], params: Iterable[Tensor]) -> bool:
         shared = [i for i, (_, grad) in enumerate(layers) if counts[grad] > 1]
     else:
         memory = [memory_of(grad) for _, grad in layers]
-        shared = ops.overlapping([*memory, *(sharding.local(param) for param in params)])
+        memory += [sharding.local(param) for param in params]
+        kept = [state.get(param) for param in params]
+        values = [value for of_param in kept if isinstance(of_param, dict) for value in of_param.values()]
+        memory += [memory_of(value) for value in values if isinstance(value, Tensor)]
+        shared = ops.overlapping(memory)
     if len(shared) == 0:
         return False
     written = set(written)

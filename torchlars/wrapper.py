@@ -296,16 +296,27 @@ class OptimizerWrapper(Optimizer):
             # Some bases keep what is no parameter's beside it, under a name.
             if not isinstance(value, dict) and not isinstance(key, str):
                 raise TypeError(f"state_dict['state'][{key!r}] must be a dict (got: {type(value).__name__})")
+            for name in ("momentum_buffer", "exp_avg", "exp_avg_sq") if isinstance(value, dict) else ():
+                moment = value.get(name)
+                if moment is not None and isinstance(moment, str | bytes | int | float | list | tuple):
+                    raise TypeError(
+                        f"state_dict['state'][{key!r}][{name!r}] must be a tensor (got: {type(moment).__name__})"
+                    )
         for index, group in enumerate(groups):
             if not isinstance(group, dict):
                 raise TypeError(f"state_dict['param_groups'][{index}] must be a dict (got: {type(group).__name__})")
             for name in ("lr", "weight_decay"):
                 value = group.get(name)
                 is_on_device = isinstance(value, Tensor) and value.device.type != "cpu"  # then it is not looked at
-                may_be_none = index >= len(self.param_groups) or self.param_groups[index].get(name) is None
+                own = self.param_groups[index] if index < len(self.param_groups) else self.defaults
+                may_be_none = None in (own.get(name), self.defaults.get(name))
                 if not is_on_device and not (value is None and (name not in group or may_be_none)):
                     what = f"{name} of parameter group {index}"
                     non_negative_number(what, number_in(what, value))
+            for name in ("momentum", "dampening"):
+                value, default = group.get(name), self.defaults.get(name)
+                if name in group and isinstance(default, Real) and not isinstance(value, Tensor):
+                    finite_number(f"{name} of parameter group {index}", value)
 
     def _checked(self, own_values: Any) -> StateDict:
         where = f"state_dict[{self.state_key!r}]"
@@ -384,15 +395,18 @@ _HOOKED = Optimizer.profile_hook_step(lambda self: None).__code__
 def step_of_base(optim: Optimizer) -> Callable[..., Any]:
     """Return a base's ``step`` without torch's global hooks, which are called once a step, for the wrapper.
 
-    The base's own hooks are called. Where something else stands in the place of its step, such as a scheduler's
-    counter, that is returned.
+    The base's own hooks are called. Where something else than torch's own functions, or the counter of a scheduler
+    around them, stands in the place of its step, that is returned.
     """
-    hooked: Any = getattr(optim.step, "__func__", None)
+    is_counted = getattr(optim.step, "_wrapped_by_lr_sched", False)
+    hooked: Any = getattr(optim.step, "__wrapped__" if is_counted else "__func__", None)
     if torch.compiler.is_compiling() or getattr(hooked, "__code__", None) is not _HOOKED:
         return optim.step
 
     def step(*args: Any, **kwargs: Any) -> Any:
         all_args: Any = (optim, *args)
+        if is_counted:
+            optim._opt_called = True  # type: ignore[attr-defined]  # which is all that the counter does
         for pre_hook in optim._optimizer_step_pre_hooks.values():
             replaced = pre_hook(optim, all_args, kwargs)
             if replaced is not None:

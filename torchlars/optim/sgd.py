@@ -471,6 +471,8 @@ def _problem_of(param: Tensor, grad: Tensor, numbers: dict[str, Any], momentum_b
     if has_momentum and momentum_buffer is not None:
         if not isinstance(momentum_buffer, Tensor):
             return f"momentum must be a tensor (momentum_buffer: {momentum_buffer!r})"
+        if momentum_buffer.layout not in (torch.strided, torch.sparse_coo):
+            return f"momentum must be strided or sparse COO (momentum_buffer: {momentum_buffer.layout})"
         if momentum_buffer.shape != param.shape:
             return f"momentum must have its parameter's shape (momentum_buffer: {tuple(momentum_buffer.shape)})"
         if sharding.is_distributed(momentum_buffer) != sharding.is_distributed(param):
