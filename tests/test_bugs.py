@@ -1672,19 +1672,6 @@ def test_freed_storage(backend, make, what):
     assert torch.equal(params[0].grad, before[1])
 
 
-@pytest.mark.parametrize("op", ["squared_norms", "sgd_"])
-def test_ops_refuse_freed_storage(backend, op):
-    """So do the ops themselves, whoever calls them."""
-    tensor = torch.ones(4)
-    freed(tensor)
-    arguments = {
-        "squared_norms": ([tensor],),
-        "sgd_": ([tensor], [torch.ones(4)], [], None, [0.1], [0.5], [0.0], [0.0], False, False),
-    }
-    with pytest.raises(RuntimeError, match=f"{op}: expected tensors whose storage was not freed"):
-        getattr(ops, op)(*arguments[op])
-
-
 @pytest.mark.parametrize(
     "wrap",
     [

@@ -285,8 +285,8 @@ class LARS(TrustRatioWrapper):
                 Nothing has changed then.
 
         Whatever raises, hyper-parameters are back as they were. If the base raises before it has written to any adapted
-        parameter, as far as their version counters tell, gradients are put back as they were, but for rounding (in units
-        of the larger one of g and λw) and for what had become 0 or was not finite.
+        parameter, as far as their version counters tell, gradients are put back as they were. What is lost is their
+        rounding, in units of the larger one of g and λw, and what had become 0 or was not finite.
         """
         try:
             self._hidden.restore_what_was_left()

@@ -370,10 +370,6 @@ def _check_tensors(op: str, name: str, tensors: Sequence[Tensor]) -> None:
             tensor.dtype == first.dtype,
             f"{op}: expected tensors of one dtype ({name}[0]: {first.dtype}, {name}[{i}]: {tensor.dtype})",
         )
-        _check(
-            has_memory(tensor),
-            f"{op}: expected tensors whose storage was not freed ({name}[{i}]: shape {list(tensor.shape)})",
-        )
 
 
 def _check_pairs(op: str, name: str, tensors: Sequence[Tensor], other_name: str, others: Sequence[Tensor]) -> None:
