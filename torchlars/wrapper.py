@@ -501,7 +501,7 @@ def decouples(optim: Optimizer, group: Group) -> bool | None:
     """Tell whether the base shrinks the weights of a group apart from the gradient.
 
     The group says so, else the defaults of the base or of one that it is wrapped around, else the name of a known
-    class. None where nobody says.
+    class, or that it takes trust ratios. None where nobody says.
     """
     says = _says_decoupled(group)
     if says:
@@ -512,6 +512,8 @@ def decouples(optim: Optimizer, group: Group) -> bool | None:
         of_class = _class_decouples(type(base))
         if of_class:
             return True
+        if of_class is None and getattr(base, "takes_trust_ratios", False):
+            of_class = False  # it multiplies them by gradients with their decay
         known = of_class if known is None else known
         says = _says_decoupled(base.defaults) if says is None else says
     return known if says is None else says

@@ -201,7 +201,7 @@ class NoOp(Optimizer):
     """A base that does nothing, so that what is left is the LARS part."""
 
     def __init__(self, params: list[Parameter], hyper: Hyper) -> None:
-        super().__init__(params, {"weight_decay": hyper.weight_decay})
+        super().__init__(params, {"weight_decay": hyper.weight_decay, "decoupled_weight_decay": False})
 
     def step(self, closure: Any = None) -> None:
         """Do nothing."""
