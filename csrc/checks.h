@@ -45,9 +45,10 @@ inline int64_t extent(const at::Tensor& tensor) {
   return elements * static_cast<int64_t>(tensor.element_size());
 }
 
-// False where the storage is smaller than the tensor, as after untyped_storage().resize_(0).
+// False where the storage is smaller than the tensor, as after untyped_storage().resize_(0). Other devices than CPU and
+// CUDA may keep their memory elsewhere.
 inline bool has_memory(const at::Tensor& tensor) {
-  if (!tensor.has_storage() || tensor.numel() == 0) {
+  if (!(tensor.is_cpu() || tensor.is_cuda()) || !tensor.has_storage() || tensor.numel() == 0) {
     return true;
   }
   const int64_t begin = tensor.storage_offset() * static_cast<int64_t>(tensor.element_size());

@@ -415,7 +415,10 @@ def test_a_base_that_cannot_take_sparse_gradients_says_so(wrap, backend):
     optimizer = wrap(torch.optim.AdamW([param], lr=0.1))
     before = hyper_parameters(optimizer)
     param.grad = torch.sparse_coo_tensor([[1]], torch.ones(1, 3, dtype=torch.float64), (10, 3))
-    with pytest.raises(RuntimeError, match="Adam does not support sparse gradients"):
+    # LARS says so before anything changes, LAMB leaves it to the base.
+    with pytest.raises(
+        RuntimeError, match=r"sparse gradients need a base that takes them|Adam does not support sparse"
+    ):
         optimizer.step()
     assert_identical(before, hyper_parameters(optimizer))
 
@@ -459,16 +462,16 @@ def test_capturable_base_without_an_accelerator_is_refused_by_torch(wrap, name, 
     assert all(map(torch.equal, old, [param for group in optimizer.param_groups for param in group["params"]]))
 
 
-def test_weight_decay_that_is_a_tensor_is_refused():
+def test_weight_decay_that_is_no_number_in_a_tensor_is_refused():
     (param,) = layers(0, [(2, 2)])
-    message = r"weight_decay of parameter group . must be a non-negative number \(got: tensor.* of type Tensor\)"
-    with pytest.raises(TypeError, match=message):
-        LARS(torch.optim.SGD([param], lr=0.1, weight_decay=torch.tensor(0.1)))
+    message = r"weight_decay of parameter group . must be a number \(got: a tensor of shape \(1, 2\)"
     optimizer = LARS(torch.optim.SGD([param], lr=0.1, weight_decay=0.1))
-    optimizer.param_groups[0]["weight_decay"] = torch.tensor(0.1)
+    optimizer.param_groups[0]["weight_decay"] = torch.tensor([[0.1, 0.2]])
     param.grad = torch.ones_like(param)
     with pytest.raises(TypeError, match=message):
         optimizer.step()
+    with pytest.raises(TypeError, match=message):
+        LARS(optimizer.optim)
 
 
 # Closures.

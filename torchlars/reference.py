@@ -547,8 +547,12 @@ def is_writable_in_place(tensor: Tensor) -> bool:
 
 
 def has_memory(tensor: Tensor) -> bool:
-    """Tell whether a tensor's storage is as large as the tensor; it is not after ``untyped_storage().resize_(0)``."""
-    if torch.compiler.is_compiling() or tensor.numel() == 0 or not torch._C._has_storage(tensor):
+    """Tell whether a tensor's storage is as large as the tensor; it is not after ``untyped_storage().resize_(0)``.
+
+    Other devices than CPU and CUDA may keep their memory elsewhere.
+    """
+    is_known = not torch.compiler.is_compiling() and tensor.device.type in ("cpu", "cuda")
+    if not is_known or tensor.numel() == 0 or not torch._C._has_storage(tensor):
         return True
     begin = tensor.storage_offset() * tensor.element_size()
     return tensor.untyped_storage().nbytes() >= begin + _extent(tensor)
