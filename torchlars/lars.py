@@ -787,7 +787,10 @@ class Bucket:
 
 def _versions(buckets: Iterable[Any]) -> int:
     """Return how often the parameters of some buckets were written in place, all together."""
-    return 0 if torch.compiler.is_compiling() else sum(param._version for bucket in buckets for param in bucket.params)
+    if torch.compiler.is_compiling():
+        return 0
+    params = (param for bucket in buckets for param in bucket.params)
+    return sum(param._version for param in params if not param.is_inference())  # these do not count
 
 
 def _measure(buckets: Sequence[Bucket]) -> None:

@@ -139,7 +139,7 @@ def problem_of_memory(param: Tensor) -> str | None:
     if torch.compiler.is_compiling():  # to ask would break a graph
         return None
     here = sharding.local(param)
-    if here.device.type in ("cpu", "cuda") and here.is_inference():  # elsewhere torch itself writes, or raises
+    if here.is_inference() and not torch.is_inference_mode_enabled():
         return "parameters must not be inference tensors, which can be written in inference mode only; clone them"
     if not ops.has_memory(here):
         return "parameters must have memory (got: one whose storage was freed)"
