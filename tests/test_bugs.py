@@ -979,9 +979,7 @@ def of_numpy():
 def sparse():
     """An embedding's gradient, given to two."""
     params = [nn.Parameter(torch.randn(4, 2, dtype=torch.float64)) for _ in range(2)]
-    grad = torch.sparse_coo_tensor(
-        [[1, 3]], torch.randn(2, 2, dtype=torch.float64), (4, 2), is_coalesced=True, check_invariants=True
-    )
+    grad = torch.sparse_coo_tensor([[1, 3]], torch.randn(2, 2, dtype=torch.float64), (4, 2)).coalesce()
     params[0].grad = params[1].grad = grad
     return params
 
@@ -1450,9 +1448,7 @@ def in_float32(param):
 
 
 def sparse_rows(param):
-    param.grad = torch.sparse_coo_tensor(
-        [[1, 3]], torch.randn(2, *param.shape[1:], dtype=param.dtype), param.shape, check_invariants=True
-    )
+    param.grad = torch.sparse_coo_tensor([[1, 3]], torch.randn(2, *param.shape[1:], dtype=param.dtype), param.shape)
 
 
 @pytest.mark.parametrize(
