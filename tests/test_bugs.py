@@ -979,8 +979,8 @@ def of_numpy():
 def sparse():
     """An embedding's gradient, given to two."""
     params = [nn.Parameter(torch.randn(4, 2, dtype=torch.float64)) for _ in range(2)]
-    grad = torch.sparse_coo_tensor([[1, 3]], torch.randn(2, 2, dtype=torch.float64), (4, 2)).coalesce()
-    params[0].grad = params[1].grad = grad
+    sparse_rows(params[0])
+    params[1].grad = params[0].grad = params[0].grad.coalesce()
     return params
 
 
@@ -1448,7 +1448,9 @@ def in_float32(param):
 
 
 def sparse_rows(param):
-    param.grad = torch.sparse_coo_tensor([[1, 3]], torch.randn(2, *param.shape[1:], dtype=param.dtype), param.shape)
+    values = torch.randn(2, *param.shape[1:], dtype=param.dtype)
+    with torch.sparse.check_sparse_tensor_invariants(True):  # says so, else torch warns
+        param.grad = torch.sparse_coo_tensor([[1, 3]], values, param.shape)
 
 
 @pytest.mark.parametrize(
