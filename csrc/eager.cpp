@@ -479,7 +479,7 @@ void bind_eager_door(py::module_& m) {
   m.def("overlapping", &overlapping, py::arg("tensors"),
         "Return the positions of those tensors whose memory overlaps that of another one.");
   m.def(
-      "of_other_layout",
+      "positions_of_other_layout",
       [](const py::sequence& params) {
         Seen seen;
         return for_plain_layers(params, seen, [](const at::Tensor& param, const at::Tensor& grad, PyObject*) {

@@ -117,31 +117,30 @@ class LAMB(TrustRatioWrapper):
             TypeError, ValueError, RuntimeError: a group or parameter cannot be adapted; the message names it. Nothing
                 has changed then. What the base raises leaves the base's step as far as it got.
         """
+        buckets: list[Bucket] = []
+        old_params: dict[Tensor, Tensor] = {}
+
+        def gather() -> None:
+            buckets[:] = self._gather(gradients_may_come=closure is not None)
+            for bucket in buckets:
+                old_params.update(copies([param for param in bucket.layers if param not in old_params]))
+            lay_out_gradients(self.param_groups)
+
+        def evaluate() -> Any:
+            with torch.enable_grad():
+                loss = closure()  # type: ignore[misc]
+            gather()
+            return loss
+
         try:
-            buckets: list[Bucket] = []
-            old_params: dict[Tensor, Tensor] = {}
-
-            def gather() -> None:
-                buckets[:] = self._gather(gradients_may_come=closure is not None)
-                for bucket in buckets:
-                    old_params.update(copies([param for param in bucket.layers if param not in old_params]))
-
-            def evaluate() -> Any:
-                with torch.enable_grad():
-                    loss = closure()  # type: ignore[misc]
-                gather()
-                lay_out_gradients(self.param_groups)
-                return loss
-
             if closure is not None:
                 args = (evaluate, *args)
             elif args:  # they keep their places
                 args = (None, *args)
             grad_scale = GradScale.of(
                 self
-            )  # for the base, whose gradients these are; a step that it skips is no update
+            )  # for the base, whose gradients these are: a step that it skips is no update
             gather()
-            lay_out_gradients(self.param_groups)
             grad_scale.hand_to(self.optim)
             try:
                 loss = step_of_base(self.optim)(*args, **kwargs)

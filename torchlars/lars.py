@@ -288,47 +288,30 @@ class LARS(TrustRatioWrapper):
         parameter, as far as their version counters tell, gradients are put back as they were. What is lost is their
         rounding, in units of the larger one of g and λw, and what had become 0 or was not finite.
         """
+        this = None
         try:
             self._hidden.restore_what_was_left()
-            this = Step(self, gradients_may_come=closure is not None)
-
-            def adapted_closure() -> Any:
-                this.restore()
-                with torch.enable_grad():
-                    loss = closure()  # type: ignore[misc]
-                this.read_groups()
+            this = Step(self, closure)
+            args, kwargs = this.arguments(*args, **kwargs)
+            this.read_groups()
+            if self._zero_layers is not None and not torch.compiler.is_compiling():
+                zero_layers, self._zero_layers = self._zero_layers, None
+                this.closure = zero_layers.before_step(self, closure)
+            if closure is None:
                 this.adapt()
-                this.hide()
-                return loss
-
-            if closure is not None:
-                args = (adapted_closure, *args)
-            elif args:  # they keep their places
-                args = (None, *args)
-            if this.base_takes:
-                kwargs["trust_ratios"] = this
+            this.hide()
             try:
-                try:
-                    this.read_groups()
-                    if self._zero_layers is not None and not torch.compiler.is_compiling():
-                        zero_layers, self._zero_layers = self._zero_layers, None
-                        closure = zero_layers.before_step(self, closure)
-                    if closure is None:
-                        this.adapt()
-                    this.hide()
-                    loss = step_of_base(self.optim)(*args, **kwargs)
-                finally:
-                    this.restore()
-                this.scale_updates()
-            except BaseException:
-                this.restore()  # an interrupt may have come before the above was done
-                this.put_back_gradients()
-                raise
-            self._last_step[:] = this.reported
-            return loss
+                loss = step_of_base(self.optim)(*args, **kwargs)
+            finally:
+                this.restore()
+            this.scale_updates()
         except BaseException:
+            if this is not None:
+                this.undo()
             GradScale.of(self).take_from(self.optim, self)  # else the scaler does so
             raise
+        self._last_step[:] = this.reported
+        return loss
 
     def group_options(self, index: int, group: dict[str, Any]) -> dict[str, Any] | None:
         """Return the options of the ``index``-th group, or None if it opts out."""
@@ -440,8 +423,9 @@ class Adaptation:
 class Step:
     """One step; to a base that takes trust ratios, its :class:`torchlars.optim.TrustRatios`."""
 
-    def __init__(self, lars: LARS, gradients_may_come: bool) -> None:
+    def __init__(self, lars: LARS, closure: Callable[[], Any] | None) -> None:
         self._lars = lars
+        self.closure = closure
         self.base_takes = bool(getattr(lars.optim, "takes_trust_ratios", False))
         self._hidden = lars._hidden
         self._grad_scale = self._scale_for_base = GradScale.of(lars)
@@ -451,9 +435,29 @@ class Step:
         self._written: list[tuple[Sequence[Tensor], Tensor | None]] = []  # whose gradients were, and by what ratios
         self._buckets: Sequence[Any] = ()
         self._versions = 0  # of the parameters in them, before the base's step
-        self._gradients_may_come = gradients_may_come
+        self._gradients_may_come = closure is not None
         self._old_params: dict[Tensor, Tensor] = {}
         self._adaptations: dict[int, Adaptation] = {}
+
+    def arguments(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the base's step is called with, given what the wrapper's was called with beside its closure."""
+        if self.closure is not None:
+            args = (self._evaluate, *args)
+        elif args:  # they keep their places
+            args = (None, *args)
+        if self.base_takes:
+            kwargs["trust_ratios"] = self
+        return args, kwargs
+
+    def _evaluate(self) -> Any:
+        """Evaluate the closure, with the user's hyper-parameters in sight, and adapt the gradients that it leaves."""
+        self.restore()
+        with torch.enable_grad():
+            loss = self.closure()  # type: ignore[misc]
+        self.read_groups()
+        self.adapt()
+        self.hide()
+        return loss
 
     def read_groups(self) -> None:
         """Read from the groups how they are adapted. Raise what can be told from them."""
@@ -515,17 +519,17 @@ class Step:
 
         What there is to raise is raised before anything changes.
         """
-        plain_layers, buckets = self._gather_as_they_are()
+        plain_layers, buckets = self._gather_with_shared_memory()
         if plain_layers.shares_memory or any(bucket.is_written for bucket in buckets):
             written = [param for bucket in plain_layers.buckets for param in bucket.params]
             written += [param for bucket in buckets if bucket.is_written for param in bucket.params]
             params = (param for group in self._lars.param_groups for param in group["params"])
             if own_gradients(written, params, self._lars.state):
-                return self._gather_as_they_are()
+                return self._gather_with_shared_memory()
         return plain_layers, buckets
 
-    def _gather_as_they_are(self) -> tuple[Any, Sequence[Bucket]]:
-        """Do so for the gradients that are there, some of which may share memory."""
+    def _gather_with_shared_memory(self) -> tuple[Any, Sequence[Bucket]]:
+        """Return all layers to adapt, in buckets; some of their gradients may share memory."""
         plain_layers = ops.plain_layers("LarsLayers")
         buckets: dict[Any, Bucket] = {}
         seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
@@ -554,8 +558,9 @@ class Step:
                 buckets[key].add(param, how)
         return plain_layers, list(buckets.values())
 
-    def put_back_gradients(self) -> None:
-        """Undo what was done to gradients, if none of their parameters was written since."""
+    def undo(self) -> None:
+        """Put back what was hidden, and gradients if the base has not written any adapted parameter since."""
+        self.restore()
         written, self._written = self._written, []
         if not written or torch.compiler.is_compiling() or _versions(self._buckets) != self._versions:
             return

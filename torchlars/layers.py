@@ -262,8 +262,8 @@ def undo_adaptation(param: Tensor, factor: float, weight_decay: float, inv_scale
 def lay_out_gradients(groups: Iterable[dict[str, Any]]) -> None:
     """Lay out gradients in memory as their parameters are, in groups with ``fused=True``.
 
-    torch's fused optimizers sweep both side by side, whatever their strides (2.11 to 2.14), and update the wrong
-    elements where these differ.
+    torch's fused optimizers sweep both side by side, whatever their strides, and update the wrong elements
+    where these differ (seen with 2.11 and 2.13).
 
     Raises:
         RuntimeError: there are gaps in a parameter, which those optimizers do not know either.
@@ -272,7 +272,7 @@ def lay_out_gradients(groups: Iterable[dict[str, Any]]) -> None:
         if not group.get("fused", False):
             continue
         params = group["params"]
-        for position in ops.of_other_layout(params):
+        for position in ops.positions_of_other_layout(params):
             param = params[position]
             grad = param.grad
             if grad is None or sharding.is_distributed(param) or grad.layout != torch.strided:

@@ -29,9 +29,9 @@ __all__ = [
     "is_writable_in_place",
     "lars_sgd_",
     "lr_scale",
-    "of_other_layout",
     "overlapping",
     "positions_of_non_parameters",
+    "positions_of_other_layout",
     "scale_by_trust_ratios_",
     "scale_updates_by_trust_ratios_",
     "sgd_",
@@ -94,11 +94,11 @@ def has_memory(tensor: Tensor) -> bool:
     return extension.has_memory(tensor)  # type: ignore[no-any-return]
 
 
-def of_other_layout(params: Sequence[Tensor]) -> Sequence[int]:
+def positions_of_other_layout(params: Sequence[Tensor]) -> Sequence[int]:
     """Return the positions of the parameters whose gradient may lie in memory in another order than they do."""
     if torch.compiler.is_compiling() or extension is None or _backend is reference:
         return range(len(params))
-    return extension.of_other_layout(params)  # type: ignore[no-any-return]
+    return extension.positions_of_other_layout(params)  # type: ignore[no-any-return]
 
 
 def overlapping(tensors: Sequence[Tensor]) -> list[int]:

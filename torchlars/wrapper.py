@@ -11,7 +11,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from copyreg import __newobj__  # type: ignore[attr-defined]
-from inspect import signature
+from inspect import signature, unwrap
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -293,30 +293,25 @@ class OptimizerWrapper(Optimizer):
         if not isinstance(state, dict):
             raise TypeError(f"state_dict['state'] must be a dict (got: {type(state).__name__})")
         for key, value in state.items():
-            # Some bases keep what is no parameter's beside it, under a name.
-            if not isinstance(value, dict) and not isinstance(key, str):
-                raise TypeError(f"state_dict['state'][{key!r}] must be a dict (got: {type(value).__name__})")
-            for name in ("momentum_buffer", "exp_avg", "exp_avg_sq") if isinstance(value, dict) else ():
-                moment = value.get(name)
-                if moment is not None and isinstance(moment, str | bytes | int | float | list | tuple):
-                    raise TypeError(
-                        f"state_dict['state'][{key!r}][{name!r}] must be a tensor (got: {type(moment).__name__})"
-                    )
+            where = f"state_dict['state'][{key!r}]"
+            if not isinstance(value, dict):
+                if isinstance(key, str):
+                    continue  # some bases keep there, under a name, what is no parameter's
+                raise TypeError(f"{where} must be a dict (got: {type(value).__name__})")
+            for name in ("momentum_buffer", "exp_avg", "exp_avg_sq"):
+                if not isinstance(value.get(name), Tensor | None):
+                    raise TypeError(f"{where}[{name!r}] must be a tensor (got: {type(value[name]).__name__})")
         for index, group in enumerate(groups):
             if not isinstance(group, dict):
                 raise TypeError(f"state_dict['param_groups'][{index}] must be a dict (got: {type(group).__name__})")
-            for name in ("lr", "weight_decay"):
-                value = group.get(name)
-                is_on_device = isinstance(value, Tensor) and value.device.type != "cpu"  # then it is not looked at
-                own = self.param_groups[index] if index < len(self.param_groups) else self.defaults
-                may_be_none = None in (own.get(name), self.defaults.get(name))
-                if not is_on_device and not (value is None and (name not in group or may_be_none)):
-                    what = f"{name} of parameter group {index}"
-                    non_negative_number(what, number_in(what, value))
-            for name in ("momentum", "dampening"):
+            for name in ("lr", "weight_decay", "momentum", "dampening"):
                 value, default = group.get(name), self.defaults.get(name)
-                if name in group and isinstance(default, Real) and not isinstance(value, Tensor):
-                    finite_number(f"{name} of parameter group {index}", value)
+                is_number = isinstance(default, Real | Tensor) or (name in ("lr", "weight_decay") and value is not None)
+                is_on_device = isinstance(value, Tensor) and value.device.type != "cpu"  # then it is not looked at
+                if name in group and is_number and not is_on_device:
+                    what = f"{name} of parameter group {index}"
+                    check = finite_number if name == "dampening" else non_negative_number
+                    check(what, number_in(what, value))
 
     def _checked(self, own_values: Any) -> StateDict:
         where = f"state_dict[{self.state_key!r}]"
@@ -526,13 +521,22 @@ def _says_decoupled(options: Group) -> bool | None:
     return any(options[flag] not in (False, None, "l2") for flag in DECOUPLED_FLAGS if flag in options)
 
 
+def _decays_in_its_step(cls: type[Optimizer]) -> bool:
+    """Tell whether a class that is not torch's has a step that is not torch's either, and reads the weight decay."""
+    if torch.compiler.is_compiling() or cls.__module__.startswith(PLAIN_BASES) or "step" not in vars(cls):
+        return False
+    step = unwrap(vars(cls)["step"])  # torch puts the inherited one, wrapped, into every class
+    code = getattr(step, "__code__", None)
+    return code is not None and not step.__module__.startswith(PLAIN_BASES) and "weight_decay" in code.co_consts
+
+
 def _class_decouples(cls: type[Optimizer]) -> bool | None:
     """Return what is known of a class, or of the nearest one that it is derived from, without importing its library."""
     for known in cls.__mro__:
         library = known.__module__.partition(".")[0]
         if known.__name__ in DECOUPLED_CLASSES.get(library, ()):
             return True
-        if known is Optimizer:
+        if known is Optimizer or _decays_in_its_step(known):
             return None
         if known.__module__.startswith(PLAIN_BASES) or known.__name__ in COUPLED_CLASSES.get(library, ()):
             return False

@@ -145,19 +145,24 @@ class SGD(torch.optim.SGD):
 
     def _gather(self, trust_ratios: TrustRatios | None) -> tuple[Sequence[Any], list[Bucket]]:
         """Return all layers to update in buckets: the plain ones, and the others with their trust ratios."""
-        plain_layers, buckets = self._gather_all_but(frozenset(), trust_ratios)
+        plain_layers, buckets = self._gather_but_for_ratios(trust_ratios)
         if plain_layers.shares_memory or buckets:
-            apart = self._layers_that_share_memory()
-            if apart:
-                plain_layers, buckets = self._gather_all_but(apart, trust_ratios)
+            overlapping = self._overlapping_layers()
+            if overlapping:
+                plain_layers, buckets = self._gather_but_for_ratios(trust_ratios, overlapping)
         if trust_ratios is not None and buckets:  # of all groups at once: shards are completed together
             measured = trust_ratios.measure_all([(bucket.group, bucket.params) for bucket in buckets])
             for bucket, ratios in zip(buckets, measured, strict=True):
                 bucket.ratios = ratios
         return plain_layers.buckets, buckets
 
-    def _gather_all_but(self, apart: Collection[Tensor], trust_ratios: TrustRatios | None) -> tuple[Any, list[Bucket]]:
-        """Do so, with layers ``apart`` in buckets of their own, in order, and with copies of their gradients."""
+    def _gather_but_for_ratios(
+        self, trust_ratios: TrustRatios | None, overlapping: Collection[Tensor] = ()
+    ) -> tuple[Any, list[Bucket]]:
+        """Return all layers to update in buckets. Each overlapping layer has a bucket and a gradient of its own.
+
+        Buckets are updated one after the other, which gives overlapping layers the order that they are listed in.
+        """
         plain_layers = ops.plain_layers("SgdLayers")
         buckets: list[Bucket] = []
         seen: set[Tensor] = set()
@@ -166,18 +171,18 @@ class SGD(torch.optim.SGD):
             options: dict[str, Any] | None = None if trust_ratios is None else trust_ratios.options(index)
             others = []
             positions: Iterable[int] = range(len(group["params"]))
-            if not apart:
+            if not overlapping:
                 positions = plain_layers.add(group["params"], self.state, **{**numbers, **_in_one_pass(options)})
             for position in positions:
                 param = group["params"][position]
                 if param.grad is not None and param not in seen:
                     seen.add(param)
                     others.append((position, param))
-            buckets += self._closer_look(index, others, numbers, apart)
+            buckets += self._closer_look(index, others, numbers, overlapping)
         return plain_layers, buckets
 
-    def _layers_that_share_memory(self) -> Collection[Tensor]:
-        """Return the layers whose memory another one would write or read while they are written."""
+    def _overlapping_layers(self) -> Collection[Tensor]:
+        """Return the layers of which a parameter, gradient or momentum overlaps another tensor of the step."""
         if torch.compiler.is_compiling():  # memory has no address there
             return ()
         params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
@@ -189,14 +194,14 @@ class SGD(torch.optim.SGD):
         return {memory[i][0] for i in ops.overlapping([tensor for _, tensor in memory])}
 
     def _closer_look(
-        self, index: int, layers: list[tuple[int, Tensor]], numbers: dict[str, Any], apart: Collection[Tensor]
+        self, index: int, layers: list[tuple[int, Tensor]], numbers: dict[str, Any], overlapping: Collection[Tensor]
     ) -> Iterable[Bucket]:
         """Return the buckets of those layers of a group that are not plain."""
         buckets: dict[Any, Bucket] = {}
         for position, param in layers:
             grad = _gradient(index, position, param, numbers, self.state.get(param, {}).get("momentum_buffer"))
             own: Any = None
-            if param in apart:
+            if param in overlapping:
                 own, grad = param, grad.clone()
             kind = (type(param), sharding.process_groups(param), _is_for_torch(param, grad))
             key = (param.device, param.dtype, grad.dtype, grad.layout, own, *kind)
