@@ -504,7 +504,7 @@ def decouples(optim: Optimizer, group: Group) -> bool | None:
     known = None
     wraps_nothing = type(optim).__module__.startswith(PLAIN_BASES)  # and this runs in every step
     for base in [optim] if wraps_nothing else bases(optim):
-        of_class = _class_decouples(type(base))
+        of_class = _known_of_class(type(base))
         if of_class:
             return True
         if of_class is None and getattr(base, "takes_trust_ratios", False):
@@ -521,13 +521,26 @@ def _says_decoupled(options: Group) -> bool | None:
     return any(options[flag] not in (False, None, "l2") for flag in DECOUPLED_FLAGS if flag in options)
 
 
+_known_of_classes: dict[type[Optimizer], bool | None] = {}
+
+
+def _known_of_class(cls: type[Optimizer]) -> bool | None:
+    """Return :func:`_class_decouples` of a class, which is asked for in every step."""
+    if torch.compiler.is_compiling():
+        return _class_decouples(cls)
+    if cls not in _known_of_classes:
+        _known_of_classes[cls] = _class_decouples(cls)
+    return _known_of_classes[cls]
+
+
 def _decays_in_its_step(cls: type[Optimizer]) -> bool:
     """Tell whether a class that is not torch's has a step that is not torch's either, and reads the weight decay."""
     if torch.compiler.is_compiling() or cls.__module__.startswith(PLAIN_BASES) or "step" not in vars(cls):
         return False
     step = unwrap(vars(cls)["step"])  # torch puts the inherited one, wrapped, into every class
     code = getattr(step, "__code__", None)
-    return code is not None and not step.__module__.startswith(PLAIN_BASES) and "weight_decay" in code.co_consts
+    module = getattr(step, "__module__", None) or ""  # exec() may make functions without one
+    return code is not None and not module.startswith(PLAIN_BASES) and "weight_decay" in code.co_consts
 
 
 def _class_decouples(cls: type[Optimizer]) -> bool | None:
