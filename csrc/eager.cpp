@@ -173,16 +173,27 @@ std::vector<int64_t> for_plain_layers(const py::sequence& params, Seen& seen, co
   return others;
 }
 
-// The positions of all items whose type is not exactly nn.Parameter. No Python code runs while the list is walked.
-std::vector<int64_t> positions_of_non_parameters(const py::list& params) {
-  const auto* const parameter = reinterpret_cast<const PyTypeObject*>(ParameterClass);
+// The positions of all items for which something does not hold. No Python code runs while the list is walked.
+template <typename Holds>
+std::vector<int64_t> positions_without(const py::list& params, const Holds& holds) {
   std::vector<int64_t> positions;
   for (Py_ssize_t position = 0; position < PyList_GET_SIZE(params.ptr()); ++position) {
-    if (Py_TYPE(PyList_GET_ITEM(params.ptr(), position)) != parameter) {
+    if (!holds(PyList_GET_ITEM(params.ptr(), position))) {
       positions.push_back(position);
     }
   }
   return positions;
+}
+
+bool is_parameter(PyObject* object) { return Py_TYPE(object) == reinterpret_cast<PyTypeObject*>(ParameterClass); }
+
+bool has_gradient_of_same_layout(PyObject* object) {
+  if (!THPVariable_CheckExact(object)) {
+    return false;
+  }
+  const at::Tensor& param = THPVariable_Unpack(object);
+  const at::Tensor& grad = param.grad();
+  return !grad.defined() || (is_plain_layer(param, grad) && same_strides(param, grad));
 }
 
 // The bucket for a layer among those there are, or a new one; most often it is the last one's.
@@ -277,11 +288,13 @@ struct LarsBucket {
   Numbers eps;
   Numbers lrs;
 
-  // Scales the gradients. Returns the trust ratios.
+  // Scales the gradients, and lets go of them: each further reference makes it dearer for the base to read .grad.
+  // Returns the trust ratios.
   at::Tensor adapt(const std::optional<at::Tensor>& inv_scale) {
     static const Op<at::Tensor(at::TensorList, at::TensorList, Floats, Floats, Floats, bool, Floats, Scalar, bool, bool,
                                bool, Scalar)>
         op("torchlars::scale_by_trust_ratios_");
+    const Tensors grads = std::move(this->grads);
     return op(grads, params.tensors(), weight_decays, trust_coefs, eps, key.maximize, lrs, lr_scale_of(lr, key.device),
               key.dialect.decayed_norm, key.dialect.clip, key.dialect.lr_in_momentum,
               inv_scale_on(key.device, inv_scale));
@@ -486,16 +499,11 @@ void bind_eager_door(py::module_& m) {
         "Return the positions of those tensors whose memory overlaps that of another one.");
   m.def(
       "positions_of_other_layout",
-      [](const py::sequence& params) {
-        Seen seen;
-        return for_plain_layers(params, seen, [](const at::Tensor& param, const at::Tensor& grad, PyObject*) {
-          return same_strides(param, grad);
-        });
-      },
-      py::arg("params"),
+      [](const py::list& params) { return positions_without(params, has_gradient_of_same_layout); }, py::arg("params"),
       "Return the positions of the parameters whose gradient may lie in memory in another order than they do.");
-  m.def("positions_of_non_parameters", &positions_of_non_parameters, py::arg("params"),
-        "Return the positions of all items whose type is not exactly nn.Parameter.");
+  m.def(
+      "positions_of_non_parameters", [](const py::list& params) { return positions_without(params, is_parameter); },
+      py::arg("params"), "Return the positions of all items whose type is not exactly nn.Parameter.");
   py::class_<LarsBucket, std::shared_ptr<LarsBucket>>(m, "LarsBucket", "Plain layers that one call adapts.")
       .def_property_readonly("params", [](const LarsBucket& bucket) { return bucket.params.objects(); })
       .def("adapt", &LarsBucket::adapt, py::arg("inv_scale") = py::none(),

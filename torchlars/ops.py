@@ -96,7 +96,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 def positions_of_other_layout(params: Sequence[Tensor]) -> Sequence[int]:
     """Return the positions of the parameters whose gradient may lie in memory in another order than they do."""
-    if torch.compiler.is_compiling() or extension is None or _backend is reference:
+    if torch.compiler.is_compiling() or _backend is reference or extension is None or type(params) is not list:
         return range(len(params))
     return extension.positions_of_other_layout(params)  # type: ignore[no-any-return]
 
