@@ -310,6 +310,7 @@ class LarsLayers {
     const c10::TensorImpl* const lr_key = lr.has_value() ? key_of(*lr) : nullptr;
     return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
       shares_memory = shares_memory || may_be_shared(grad);
+      same_layout = same_layout && same_strides(param, grad);
       versions += version_of(param);
       LarsBucket& bucket =
           bucket_for(buckets, LarsBucket::Key{param.device(), param.scalar_type(), maximize, dialect, lr_key});
@@ -330,6 +331,7 @@ class LarsLayers {
 
   std::vector<std::shared_ptr<LarsBucket>> buckets;
   bool shares_memory = false;  // whether any gradient may share its memory
+  bool same_layout = true;     // whether all gradients lie in memory as their parameters do
   int64_t versions = 0;        // the sum of those of all parameters
 
  private:
@@ -515,6 +517,7 @@ void bind_eager_door(py::module_& m) {
            py::arg("lr"), "Take a group's plain layers. Return the positions of those that need a closer look.")
       .def_readonly("buckets", &LarsLayers::buckets)
       .def_readonly("shares_memory", &LarsLayers::shares_memory, "Whether any gradient may share its memory.")
+      .def_readonly("same_layout", &LarsLayers::same_layout, "Whether all gradients lie in memory as parameters do.")
       .def_readonly("versions", &LarsLayers::versions, "The sum of the versions of all parameters.");
   py::class_<SgdBucket, std::shared_ptr<SgdBucket>>(m, "SgdBucket", "Plain layers that one call updates.")
       .def_property_readonly("params", [](const SgdBucket& bucket) { return bucket.params.objects(); })

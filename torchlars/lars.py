@@ -491,7 +491,8 @@ class Step:
         self.reported.clear()
         self._scaled_later.clear()
         self._written.clear()
-        lay_out_gradients(self._lars.param_groups)
+        written = [index for index, how in self._adaptations.items() if self._is_written(how)]
+        lay_out_gradients(self._lars.param_groups, skipped=written)  # those are looked at as they are gathered
         if all(map(self._is_for_base, self._adaptations.values())):
             return
         with torch.no_grad():
@@ -519,17 +520,19 @@ class Step:
 
         What there is to raise is raised before anything changes.
         """
-        plain_layers, buckets = self._gather_with_shared_memory()
+        plain_layers, buckets = self._gather_as_they_lie()
+        replaced = False
+        if not plain_layers.same_layout or buckets:
+            replaced = lay_out_gradients(self._lars.param_groups)
         if plain_layers.shares_memory or any(bucket.is_written for bucket in buckets):
             written = [param for bucket in plain_layers.buckets for param in bucket.params]
             written += [param for bucket in buckets if bucket.is_written for param in bucket.params]
             params = (param for group in self._lars.param_groups for param in group["params"])
-            if own_gradients(written, params, self._lars.state):
-                return self._gather_with_shared_memory()
-        return plain_layers, buckets
+            replaced = own_gradients(written, params, self._lars.state) or replaced
+        return self._gather_as_they_lie() if replaced else (plain_layers, buckets)
 
-    def _gather_with_shared_memory(self) -> tuple[Any, Sequence[Bucket]]:
-        """Return all layers to adapt, in buckets; some of their gradients may share memory."""
+    def _gather_as_they_lie(self) -> tuple[Any, Sequence[Bucket]]:
+        """Return all layers to adapt, in buckets, wherever their gradients lie in memory."""
         plain_layers = ops.plain_layers("LarsLayers")
         buckets: dict[Any, Bucket] = {}
         seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -259,8 +259,8 @@ def undo_adaptation(param: Tensor, factor: float, weight_decay: float, inv_scale
     ops.apply_trust_ratios_([grad], [here], inverse, [abs(weight_decay) * factor], maximize=weight_decay > 0)
 
 
-def lay_out_gradients(groups: Iterable[dict[str, Any]]) -> None:
-    """Lay out gradients in memory as their parameters are, in groups with ``fused=True``.
+def lay_out_gradients(groups: Iterable[dict[str, Any]], skipped: Collection[int] = ()) -> bool:
+    """Lay out gradients in memory as their parameters are, in groups with ``fused=True``. Return whether any was not.
 
     torch's fused optimizers sweep both side by side, whatever their strides, and update the wrong elements
     where these differ (seen with 2.11 and 2.13).
@@ -268,8 +268,9 @@ def lay_out_gradients(groups: Iterable[dict[str, Any]]) -> None:
     Raises:
         RuntimeError: there are gaps in a parameter, which those optimizers do not know either.
     """
+    replaced = False
     for index, group in enumerate(groups):
-        if not group.get("fused", False):
+        if index in skipped or not group.get("fused", False):
             continue
         params = group["params"]
         for position in ops.positions_of_other_layout(params):
@@ -284,6 +285,8 @@ def lay_out_gradients(groups: Iterable[dict[str, Any]]) -> None:
                 )
             if grad.shape == param.shape and _strides(grad) != _strides(param):
                 param.grad = torch.empty_like(param, dtype=grad.dtype, requires_grad=False).copy_(grad)
+                replaced = True
+    return replaced
 
 
 def _strides(tensor: Tensor) -> list[int]:

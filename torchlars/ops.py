@@ -69,6 +69,7 @@ class NoPlainLayers:
 
     buckets = ()
     shares_memory = False
+    same_layout = True
     versions = 0
 
     def add(self, params: Sequence[Tensor], *args: Any, **kwargs: Any) -> range:
