@@ -288,13 +288,11 @@ struct LarsBucket {
   Numbers eps;
   Numbers lrs;
 
-  // Scales the gradients, and lets go of them: each further reference makes it dearer for the base to read .grad.
-  // Returns the trust ratios.
+  // Scales the gradients. Returns the trust ratios.
   at::Tensor adapt(const std::optional<at::Tensor>& inv_scale) {
     static const Op<at::Tensor(at::TensorList, at::TensorList, Floats, Floats, Floats, bool, Floats, Scalar, bool, bool,
                                bool, Scalar)>
         op("torchlars::scale_by_trust_ratios_");
-    const Tensors grads = std::move(this->grads);
     return op(grads, params.tensors(), weight_decays, trust_coefs, eps, key.maximize, lrs, lr_scale_of(lr, key.device),
               key.dialect.decayed_norm, key.dialect.clip, key.dialect.lr_in_momentum,
               inv_scale_on(key.device, inv_scale));

@@ -433,8 +433,8 @@ class Step:
         self.reported: list[tuple[Sequence[Tensor], Tensor]] = []
         self._scaled_later: list[tuple[Sequence[Tensor], Tensor]] = []
         self._written: list[tuple[Sequence[Tensor], Tensor | None]] = []  # whose gradients were, and by what ratios
-        self._buckets: Sequence[Any] = ()
-        self._versions = 0  # of the parameters in them, before the base's step
+        self._params: Sequence[Sequence[Tensor]] = ()  # all that are adapted, by bucket
+        self._versions = 0  # of these, before the base's step
         self._gradients_may_come = closure is not None
         self._old_params: dict[Tensor, Tensor] = {}
         self._adaptations: dict[int, Adaptation] = {}
@@ -497,8 +497,9 @@ class Step:
             return
         with torch.no_grad():
             plain_layers, buckets = self._gather()
-            self._buckets = [*plain_layers.buckets, *buckets]
-            self._versions = plain_layers.versions + _versions(buckets)
+            # Not the buckets: while something else refers to gradients, the base takes longer to read .grad.
+            self._params = [bucket.params for bucket in [*plain_layers.buckets, *buckets]]
+            self._versions = plain_layers.versions + _versions(bucket.params for bucket in buckets)
             for plain_bucket in plain_layers.buckets:
                 params = plain_bucket.params
                 ratios = plain_bucket.adapt(self._grad_scale.inv_scale(params[0].device))
@@ -565,7 +566,7 @@ class Step:
         """Put back what was hidden, and gradients if the base has not written any adapted parameter since."""
         self.restore()
         written, self._written = self._written, []
-        if not written or torch.compiler.is_compiling() or _versions(self._buckets) != self._versions:
+        if not written or torch.compiler.is_compiling() or _versions(self._params) != self._versions:
             return
         if any(is_capturing(params[0].device) for params, _ in written):  # into a CUDA graph: nothing has run yet
             return
@@ -793,12 +794,12 @@ class Bucket:
         return torch.ones(len(self.grads), dtype=dtype, device=self.grads[0].device)
 
 
-def _versions(buckets: Iterable[Any]) -> int:
+def _versions(params: Iterable[Sequence[Tensor]]) -> int:
     """Return how often the parameters of some buckets were written in place, all together."""
     if torch.compiler.is_compiling():
         return 0
-    params = (param for bucket in buckets for param in bucket.params)
-    return sum(param._version for param in params if not param.is_inference())  # these do not count
+    flat = (param for of_bucket in params for param in of_bucket)
+    return sum(param._version for param in flat if not param.is_inference())  # these do not count
 
 
 def _measure(buckets: Sequence[Bucket]) -> None:

@@ -198,7 +198,7 @@ class OptimizerWrapper(Optimizer):
         return {
             name: group[name]
             for name in self.options
-            if name in group and not self._is_of_base(name) and name not in self.wrapper_only
+            if name in group and name not in self.wrapper_only and not self._is_of_base(name)
         }
 
     def _check_keys(self, index: int, group: Group) -> None:
