@@ -60,19 +60,13 @@ class PyTensors {
   py::list objects_;
 };
 
-// What has_memory() tells, of a dense tensor, and sooner.
-bool dense_has_memory(const c10::TensorImpl& tensor) {
-  const int64_t end = tensor.storage_offset() + tensor.numel();
-  return static_cast<int64_t>(tensor.unsafe_storage().nbytes()) >= end * static_cast<int64_t>(tensor.itemsize());
-}
-
 // Memory of a device that its kernels may read as it is: no subclass, nothing lazy, no wrapper of a transformation.
 bool is_plain(const at::Tensor& tensor) {
   static const auto harmless = c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
   const auto rest = tensor.key_set() - harmless;
   return c10::toFunctionalityKey(rest.highestPriorityTypeId()) == c10::DispatchKey::Dense &&
          tensor.layout() == c10::kStrided && tensor.is_non_overlapping_and_dense() && !tensor.is_inference() &&
-         dense_has_memory(*tensor.unsafeGetTensorImpl());
+         tensor.has_storage() && has_memory(tensor);
 }
 
 // Whether more refer to something than those that are known, and its Python object if it was ever asked for.
