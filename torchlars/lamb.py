@@ -137,9 +137,8 @@ class LAMB(TrustRatioWrapper):
                 args = (evaluate, *args)
             elif args:  # they keep their places
                 args = (None, *args)
-            grad_scale = GradScale.of(
-                self
-            )  # for the base, whose gradients these are: a step that it skips is no update
+            # For the base, whose gradients these are: a step that it skips is no update.
+            grad_scale = GradScale.of(self)
             gather()
             grad_scale.hand_to(self.optim)
             try:

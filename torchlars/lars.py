@@ -435,7 +435,6 @@ class Step:
         self._written: list[tuple[Sequence[Tensor], Tensor | None]] = []  # whose gradients were, and by what ratios
         self._params: Sequence[Sequence[Tensor]] = ()  # all that are adapted, by bucket
         self._versions = 0  # of these, before the base's step
-        self._gradients_may_come = closure is not None
         self._old_params: dict[Tensor, Tensor] = {}
         self._adaptations: dict[int, Adaptation] = {}
 
@@ -481,7 +480,7 @@ class Step:
         for index, how in self._adaptations.items():
             if how.apply_to == "update":
                 for position, param in enumerate(how.group["params"]):
-                    if param.grad is not None or (self._gradients_may_come and param.requires_grad):
+                    if param.grad is not None or (self.closure is not None and param.requires_grad):
                         check_update(index, position, param)
                         params.append(param)
         return params
