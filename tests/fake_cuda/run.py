@@ -20,7 +20,13 @@ CUDA_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
 
 def build() -> Path:
     """Return the folder of the libraries, which are built where they or what they are made of have changed."""
-    sources = [*HERE.glob("*.cpp"), *HERE.glob("*.h"), *ROOT.glob("csrc/*.h"), *ROOT.glob("csrc/cuda/*"), *ROOT.glob("tests/cuda_on_host/*.h")]
+    sources = [
+        *HERE.glob("*.cpp"),
+        *HERE.glob("*.h"),
+        *ROOT.glob("csrc/*.h"),
+        *ROOT.glob("csrc/cuda/*"),
+        *ROOT.glob("tests/cuda_on_host/*.h"),
+    ]
     contents = b"".join(path.read_bytes() for path in sorted(sources))
     name = hashlib.sha256(contents + f"{torch.__version__}".encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"torchlars_fake_cuda_{name}"
@@ -29,8 +35,8 @@ def build() -> Path:
     torch_folder = Path(torch.__file__).parent
     symbols = ["nm", "-D", "--undefined-only", torch_folder / "lib/libcaffe2_nvrtc.so"]
     symbols = subprocess.run(symbols, check=True, capture_output=True, text=True).stdout.split()
-    calls = [f"UNSUPPORTED({name})" for name in symbols if re.fullmatch("cu[A-Z].*", name)]
-    driver = ["-Wl,-soname,libcuda.so.1", f"-DDRIVER_CALLS={' '.join(calls).replace('UNSUPPORTED(cuDevicePrimaryCtxGetState)', '')}"]
+    calls = [name for name in symbols if re.fullmatch("cu[A-Z].*", name) and name != "cuDevicePrimaryCtxGetState"]
+    driver = ["-Wl,-soname,libcuda.so.1", "-DDRIVER_CALLS=" + " ".join(f"UNSUPPORTED({name})" for name in calls)]
     unfinished = tempfile.mkdtemp()
     compile_ = ["g++", "-std=c++20", "-shared", "-fPIC", "-O2", "-ffp-contract=off"]
     kernels = ["-isystem", torch_folder / "include", f"-I{ROOT / 'csrc'}", f"-I{HERE.parent / 'cuda_on_host'}"]
@@ -39,7 +45,7 @@ def build() -> Path:
         [*compile_, *kernels, HERE / "kernels.cpp", "-o", f"{unfinished}/libkernels.so"],
     ]
     compilers = [subprocess.Popen(command) for command in commands]
-    if any([compiler.wait() for compiler in compilers]):
+    if sum(compiler.wait() != 0 for compiler in compilers):
         sys.exit("fake_cuda: the libraries could not be built")
     with contextlib.suppress(OSError):  # another process was faster
         os.rename(unfinished, folder)

@@ -223,8 +223,7 @@ EXPORT void* fake_malloc(ssize_t bytes, int device, cudaStream_t handle) {
   allocated += size;
   std::memset(pages, kPoison, mapped);
   const uintptr_t begin = reinterpret_cast<uintptr_t>(pages) + mapped - rounded;
-  allocations[begin] = {static_cast<unsigned char*>(pages), mapped, size,
-                        stream_of(handle, device).capture != nullptr};
+  allocations[begin] = {static_cast<unsigned char*>(pages), mapped, size, stream_of(handle, device).capture != nullptr};
   return reinterpret_cast<void*>(begin);
 }
 
@@ -284,8 +283,8 @@ RUNTIME cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind
   bool is_pageable[2];
   for (const int i : {0, 1}) {
     const void* const end = i == 0 ? to : from;
-    const bool on_device = kind == cudaMemcpyDeviceToDevice ||
-                           kind == (i == 0 ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost);
+    const bool on_device =
+        kind == cudaMemcpyDeviceToDevice || kind == (i == 0 ? cudaMemcpyHostToDevice : cudaMemcpyDeviceToHost);
     if (kind == cudaMemcpyDefault || on_device != is_on_device(end)) {
       return result(cudaErrorInvalidMemcpyDirection);
     }
@@ -348,17 +347,10 @@ RUNTIME cudaGetDeviceProperties(cudaDeviceProp* properties, int) {
   return cudaSuccess;
 }
 
+// Whatever else torch asks for is not there.
 RUNTIME cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int) {
-  switch (attribute) {
-    case cudaDevAttrComputeCapabilityMajor:
-      *value = 9;
-      return cudaSuccess;
-    case cudaDevAttrComputeCapabilityMinor:
-      *value = 0;
-      return cudaSuccess;
-    default:
-      return result(cudaErrorNotSupported);
-  }
+  *value = attribute == cudaDevAttrComputeCapabilityMajor ? 9 : 0;
+  return cudaSuccess;
 }
 
 RUNTIME cudaDeviceCanAccessPeer(int* can, int, int) {
@@ -513,7 +505,13 @@ RUNTIME cudaStreamGetCaptureInfo(cudaStream_t handle, cudaStreamCaptureStatus* s
   if (id && capture) {
     *id = capture->id;
   }
-  return result(graph || dependencies || edges || count ? cudaErrorNotSupported : cudaSuccess);
+  const auto clear = [](auto* output) {  // nodes have no handles here
+    if (output) {
+      *output = {};
+    }
+  };
+  clear(graph), clear(dependencies), clear(edges), clear(count);
+  return cudaSuccess;
 }
 
 RUNTIME cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* status) {
@@ -672,6 +670,14 @@ EXPORT int cuDevicePrimaryCtxGetState(int, unsigned* flags, int* is_active) {
 #define UNSUPPORTED(call) \
   EXPORT int call() { return 801; }  // CUDA_ERROR_NOT_SUPPORTED
 DRIVER_CALLS                         // run.py passes those without which torch's library does not load
+UNSUPPORTED(fake_driver_call)
+
+RUNTIME cudaGetDriverEntryPointByVersion(const char*, void** function, unsigned, unsigned long long,
+                                         cudaDriverEntryPointQueryResult* status) {
+  *function = reinterpret_cast<void*>(&fake_driver_call);
+  *status = cudaDriverEntryPointSuccess;
+  return cudaSuccess;
+}
 
 // --- What Python asks ------------------------------------------------------------------------------------------------
 

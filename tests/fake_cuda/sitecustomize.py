@@ -189,7 +189,6 @@ class Host(TorchDispatchMode):
         return compute(func, args, kwargs, device, stream, is_deferred)
 
 
-
 class Profile:
     """The kernels that were launched, for torch.profiler.profile, whose own way needs a driver."""
 
@@ -213,5 +212,7 @@ to_string = torch._tensor_str._str  # leaves all modes
 torch._tensor_str._str = lambda tensor, **more: to_string(tensor.cpu() if tensor.is_cuda else tensor, **more)
 torch.profiler.profile = Profile
 torch.distributed.is_nccl_available = lambda: False
-torch.cuda.memory.change_current_allocator(torch.cuda.memory.CUDAPluggableAllocator(LIBRARY, "fake_malloc", "fake_free"))
+torch.cuda.memory.change_current_allocator(
+    torch.cuda.memory.CUDAPluggableAllocator(LIBRARY, "fake_malloc", "fake_free")
+)
 Host().__enter__()
