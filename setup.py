@@ -15,8 +15,8 @@ from pathlib import Path
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-# Without a list, torch compiles for the GPUs it sees, and fails where it sees none. 9.0's PTX serves whatever is newer.
-DEFAULT_ARCH_LIST = "7.5;8.0;8.6;9.0+PTX"
+# Without a list, torch compiles for the GPUs it sees, and fails where it sees none. PTX serves whatever is newer.
+ARCH_LIST, ARCH_LIST_OF_12_8 = "7.5;8.0;8.6;9.0+PTX", "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
 
 
 def import_torch():
@@ -62,6 +62,27 @@ def why_not_cuda(torch, toolkit_version):
     return None
 
 
+def choose_arch_list(torch, toolkit_version):
+    """Return what to compile for, as TORCH_CUDA_ARCH_LIST has it. Architectures below 7.0 end the build."""
+    arch_list = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not arch_list:
+        is_12_8 = [int(number) for number in toolkit_version.split(".")] >= [12, 8]
+        return ARCH_LIST_OF_12_8 if is_12_8 else ARCH_LIST
+    archs = arch_list.replace(" ", ";").split(";")
+    if archs == ["native"]:
+        capabilities = map(torch.cuda.get_device_capability, range(torch.cuda.device_count()))
+        archs = [f"{major}.{minor}" for major, minor in capabilities]
+        if not archs:
+            sys.exit("torchlars: TORCH_CUDA_ARCH_LIST=native, but torch sees no GPU; name architectures, as in 8.0;9.0")
+    for arch in archs:
+        if re.match(r"[1-6]\.|Kepler|Maxwell|Pascal", arch):
+            sys.exit(
+                f"torchlars: architectures must be 7.0 or newer (got: {arch}, TORCH_CUDA_ARCH_LIST={arch_list}): older "
+                "ones take no 32 KB of kernel arguments; leave it out, or leave CUDA out with TORCHLARS_CUDA=0"
+            )
+    return arch_list
+
+
 def why_not_cpp():
     """Return why no extension can be compiled at all, or None."""
     compilers = [os.environ.get("CXX", "").split(" ")[0]] if os.environ.get("CXX") else ["c++", "g++", "clang++", "cl"]
@@ -85,7 +106,7 @@ def decide(torch):
     if wanted == "0" or no_cuda:
         return True, False, f"CPU only: {'TORCHLARS_CUDA=0' if wanted == '0' else no_cuda}"
     os.environ["CUDA_HOME"] = toolkit
-    arch_list = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", DEFAULT_ARCH_LIST)
+    arch_list = os.environ["TORCH_CUDA_ARCH_LIST"] = choose_arch_list(torch, toolkit_version)
     return True, True, f"CPU and CUDA {toolkit_version} ({toolkit}) for {arch_list}"
 
 

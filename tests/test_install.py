@@ -1,6 +1,7 @@
 """Installing: what setup.py decides and says, and what import does when the extension is missing, stale or broken."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -14,11 +15,12 @@ from torchlars import _extension
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = Path(torchlars.__file__).parent
+needs_shell = pytest.mark.skipif(sys.platform == "win32", reason="the pretended toolkit is a shell script")
 REPAIR = "pip install --no-build-isolation --force-reinstall --no-deps ."
 
 
 def run(*arguments, cwd=ROOT, **environment):
-    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("TORCHLARS_", "CUDA_", "CXX"))}
+    inherited = {key: value for key, value in os.environ.items() if not key.startswith(("TORCH", "CUDA_", "CXX"))}
     return subprocess.run(
         [sys.executable, *arguments], cwd=cwd, env={**inherited, **environment}, capture_output=True, text=True
     )
@@ -29,13 +31,18 @@ def run(*arguments, cwd=ROOT, **environment):
 
 @pytest.fixture
 def pretend_torch(tmp_path):
-    """Return a folder with a torch that only has a version, for decisions that need no more."""
+    """Return a folder with a torch that has a version and what setup.py takes from torch, for decisions that need no more."""
 
-    def make(version, cuda):
+    def make(version, cuda, more=""):
         package = tmp_path / "pretended" / "torch"
-        package.mkdir(parents=True)
+        (package / "utils").mkdir(parents=True)
+        (package / "utils" / "cpp_extension.py").write_text(
+            "import setuptools\nfrom setuptools.command.build_ext import build_ext as BuildExtension\n"
+            "def CUDAExtension(name, sources, **options): return setuptools.Extension(name, sources)\n"
+            "CppExtension = CUDAExtension\n"
+        )
         (package / "__init__.py").write_text(
-            f"class version: cuda = {cuda!r}\n__version__ = {version!r}\n__path__ = [{str(package)!r}]\n"
+            f"class version: cuda = {cuda!r}\n__version__ = {version!r}\n__path__ = [{str(package)!r}]\n{more}"
         )
         return str(package.parent)
 
@@ -72,7 +79,7 @@ def test_cuda_cannot_be_forced_over_a_cpu_build_of_torch(pretend_torch):
     assert "TORCHLARS_CUDA=1, but CUDA cannot be built: torch 2.13.0+cpu is not built for CUDA" in result.stderr
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="the pretended toolkit is a shell script")
+@needs_shell
 @pytest.mark.parametrize(
     ("built_for", "release", "message"),
     [
@@ -94,6 +101,96 @@ def test_cuda_cannot_be_forced_without_a_toolkit(pretend_torch):
     result = run("setup.py", "--name", TORCHLARS_CUDA="1", PYTHONPATH=pretend_torch("2.14.1", "13.0"), PATH="/bin")
     assert result.returncode != 0
     assert "no CUDA toolkit with nvcc and cuda_runtime.h was found; set CUDA_HOME" in result.stderr
+
+
+def decide(**environment):
+    """Return what setup.py decides."""
+    code = "import runpy, sys; sys.argv = ['setup.py', '--name']; print(runpy.run_path('setup.py')['decision'])"
+    result = run("-c", code, **environment)
+    assert result.returncode == 0, result.stderr
+    return result.stdout.splitlines()[-1]
+
+
+@needs_shell
+@pytest.mark.parametrize("arch_list", [None, ""], ids=["unset", "empty"])
+@pytest.mark.parametrize(
+    ("release", "expected"),
+    [
+        ("12.6", "7.5;8.0;8.6;9.0+PTX"),
+        ("12.8", "7.5;8.0;8.6;9.0;10.0;12.0+PTX"),
+        ("12.10", "7.5;8.0;8.6;9.0;10.0;12.0+PTX"),
+        ("13.0", "7.5;8.0;8.6;9.0;10.0;12.0+PTX"),
+    ],
+)
+def test_default_architectures_are_those_that_the_toolkit_knows(
+    arch_list, release, expected, pretend_torch, pretend_toolkit
+):
+    environment = {} if arch_list is None else {"TORCH_CUDA_ARCH_LIST": arch_list}
+    path, toolkit = pretend_torch("2.14.1", release), pretend_toolkit(release)
+    assert (
+        decide(PYTHONPATH=path, CUDA_HOME=toolkit, **environment)
+        == f"CPU and CUDA {release} ({toolkit}) for {expected}"
+    )
+
+
+def visible(*capabilities):
+    return (
+        f"class cuda:\n    device_count = lambda: {len(capabilities)}\n"
+        f"    get_device_capability = lambda index: {capabilities!r}[index]\n"
+    )
+
+
+TOO_OLD = {
+    "6.1": "6.1",
+    "6.0+PTX": "6.0+PTX",
+    "5.2;8.6": "5.2",
+    "8.6 5.3": "5.3",
+    "9.0;3.5": "3.5",
+    "Pascal": "Pascal",
+    "Ampere;Maxwell+Tegra": "Maxwell+Tegra",
+    "Kepler+Tesla": "Kepler+Tesla",
+}
+NEW_ENOUGH = ["7.0", "8.0 9.0+PTX", "Volta;Ampere", "9.0a", "10.0;12.1a+PTX"]
+
+
+@needs_shell
+@pytest.mark.parametrize("arch_list", [*TOO_OLD, *NEW_ENOUGH])
+def test_architectures_whose_kernels_take_too_few_arguments_are_refused_by_name(
+    arch_list, pretend_torch, pretend_toolkit, monkeypatch
+):
+    from torch.utils.cpp_extension import _get_cuda_arch_flags
+
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", arch_list)
+    compiled = [int(number) for number in re.findall(r"code=sm_(\d+)", " ".join(_get_cuda_arch_flags()))]
+    assert (min(compiled) < 70) == (arch_list in TOO_OLD), "what torch makes of it"
+    path, toolkit = pretend_torch("2.14.1", "12.6"), pretend_toolkit("12.6")
+    environment = {"PYTHONPATH": path, "CUDA_HOME": toolkit, "TORCH_CUDA_ARCH_LIST": arch_list}
+    if arch_list in NEW_ENOUGH:
+        assert decide(**environment).endswith(f" for {arch_list}")
+        return
+    result = run("setup.py", "--name", **environment)
+    assert result.returncode != 0
+    assert f"must be 7.0 or newer (got: {TOO_OLD[arch_list]}, TORCH_CUDA_ARCH_LIST={arch_list})" in result.stderr
+
+
+@needs_shell
+@pytest.mark.parametrize(
+    ("capabilities", "refusal"),
+    [
+        ([(8, 6), (6, 1)], "must be 7.0 or newer (got: 6.1, TORCH_CUDA_ARCH_LIST=native)"),
+        ([], "TORCH_CUDA_ARCH_LIST=native, but torch sees no GPU"),
+        ([(8, 6), (9, 0)], None),
+    ],
+)
+def test_native_architectures_are_those_of_the_gpus(capabilities, refusal, pretend_torch, pretend_toolkit):
+    path = pretend_torch("2.14.1", "12.6", more=visible(*capabilities))
+    environment = {"PYTHONPATH": path, "CUDA_HOME": pretend_toolkit("12.6"), "TORCH_CUDA_ARCH_LIST": "native"}
+    if refusal is None:
+        assert decide(**environment).endswith(" for native")
+        return
+    result = run("setup.py", "--name", **environment)
+    assert result.returncode != 0
+    assert refusal in result.stderr
 
 
 @pytest.fixture
