@@ -51,6 +51,11 @@ def find_toolkit():
 
 def why_not_cuda(torch, toolkit_version):
     """Return why CUDA cannot be built, or None. Never looks at a visible GPU: containers are built without one."""
+    if torch.version.hip:
+        return (
+            f"torch {torch.__version__} is built for ROCm, which is not supported yet; "
+            "tensors on the GPU take the reference in plain torch"
+        )
     if torch.version.cuda is None:
         return f"torch {torch.__version__} is not built for CUDA"
     if toolkit_version is None:

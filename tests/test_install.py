@@ -33,7 +33,7 @@ def run(*arguments, cwd=ROOT, **environment):
 def pretend_torch(tmp_path):
     """Return a folder with a torch that has a version and what setup.py takes from torch, for decisions that need no more."""
 
-    def make(version, cuda, more=""):
+    def make(version, cuda, hip=None, more=""):
         package = tmp_path / "pretended" / "torch"
         (package / "utils").mkdir(parents=True)
         (package / "utils" / "cpp_extension.py").write_text(
@@ -42,7 +42,7 @@ def pretend_torch(tmp_path):
             "CppExtension = CUDAExtension\n"
         )
         (package / "__init__.py").write_text(
-            f"class version: cuda = {cuda!r}\n__version__ = {version!r}\n__path__ = [{str(package)!r}]\n{more}"
+            f"class version: cuda, hip = {cuda!r}, {hip!r}\n__version__ = {version!r}\n__path__ = [{str(package)!r}]\n{more}"
         )
         return str(package.parent)
 
@@ -109,6 +109,20 @@ def decide(**environment):
     result = run("-c", code, **environment)
     assert result.returncode == 0, result.stderr
     return result.stdout.splitlines()[-1]
+
+
+ROCM = (
+    "torch 2.11.0+rocm7.1 is built for ROCm, which is not supported yet; "
+    "tensors on the GPU take the reference in plain torch"
+)
+
+
+def test_on_rocm_the_cpu_kernels_are_built_and_setup_says_why(pretend_torch):
+    path = pretend_torch("2.11.0+rocm7.1", None, "7.1.25424")
+    assert decide(PYTHONPATH=path) == f"CPU only: {ROCM}"
+    result = run("setup.py", "--name", TORCHLARS_CUDA="1", PYTHONPATH=path)
+    assert result.returncode != 0
+    assert f"TORCHLARS_CUDA=1, but CUDA cannot be built: {ROCM}" in result.stderr
 
 
 @needs_shell
