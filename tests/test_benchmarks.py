@@ -115,6 +115,25 @@ def test_nothing_is_timed_beside_a_wrong_floor_or_a_wrong_torchlars(step_time, m
     assert not list(tmp_path.iterdir())
 
 
+def test_runs_are_timed_beside_two_launches(step_time, extension, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(extension, "set_run_bytes", sizes.append, raising=False)
+    report = step_time("--run-mb", "12", "40", "--contestants", "LARS(SGD fused)", "LARS(torchlars.optim.SGD)")
+    runs = [f"{name}, runs of {mb} MB" for name in ("LARS(SGD fused)", "LARS(torchlars.optim.SGD)") for mb in (12, 40)]
+    timed = report["sets"]["smoke"]["contestants"]
+    assert list(timed) == ["SGD fused", "LARS(SGD fused)", "LARS(torchlars.optim.SGD)", *runs]
+    assert set(runs) <= report["errors"].keys(), "they must agree with the formula, too"
+    assert set(sizes[::2]) == {12_000_000, 40_000_000}
+    assert set(sizes[1::2]) == {0}, "whoever comes next takes two launches"
+
+
+def test_runs_are_skipped_where_the_extension_has_none(step_time, extension, monkeypatch, capsys):
+    monkeypatch.delattr(extension, "set_run_bytes", raising=False)
+    report = step_time("--run-mb", "24", "--contestants", "LARS(SGD fused)")
+    assert report["sets"] == {}
+    assert "smoke is skipped: --run-mb needs torchlars._C.set_run_bytes" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("change", [{"momentum": 0.8}, {"weight_decay": 0.4}, {"trust_coef": 0.021}, {"lr": 0.9}])
 def test_the_check_sees_every_hyper_parameter(module, change):
     contestants, agreement = module("step_time.contestants"), module("step_time.agreement")

@@ -10,7 +10,7 @@ import importlib
 import importlib.util
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from torchlars import LARS
+from torchlars import LARS, _extension
 
 Step = Callable[[], object]
 
@@ -210,6 +210,24 @@ class NoOp(Optimizer):
 def lars(optimizer: Optimizer, hyper: Hyper) -> Step:
     """Return the step of torchlars around a base."""
     return LARS(optimizer, eps=hyper.eps, trust_coef=hyper.trust_coef).step
+
+
+def in_runs(entrant: Contestant, megabytes: int) -> Contestant:
+    """Return a contestant of torchlars whose layers go in runs of at most so many MB of weights and gradients."""
+
+    def build(params: list[Parameter], hyper: Hyper) -> Step:
+        step, set_run_bytes = entrant.build(params, hyper), _extension.extension.set_run_bytes
+
+        def step_in_runs() -> None:
+            set_run_bytes(megabytes * 10**6)
+            try:
+                step()
+            finally:
+                set_run_bytes(0)
+
+        return step_in_runs
+
+    return replace(entrant, name=f"{entrant.name}, runs of {megabytes} MB", build=build, form="")
 
 
 # Peers

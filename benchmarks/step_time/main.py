@@ -16,8 +16,9 @@ from torch.nn import Parameter
 
 from benchmarks import common
 from benchmarks.step_time import agreement, chart, cuda, targets
-from benchmarks.step_time.contestants import OLD, OLD_PART, PART, Contestant, Hyper, contestants, sgd
+from benchmarks.step_time.contestants import OLD, OLD_PART, PART, Contestant, Hyper, contestants, in_runs, sgd
 from benchmarks.step_time.sets import SETS, LayerSet
+from torchlars import _extension
 
 #: So small that weights stay where they are, however long the run.
 HYPER = Hyper(lr=1e-6, weight_decay=1e-4)
@@ -57,6 +58,12 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, comm
     if base != "fused":
         print(f"SGD(fused=True) does not update all of a {args.dtype} parameter here; SGD foreach stands in for it")
     entrants, left_out = select(args, contestants(base))
+    no_runs = None
+    if args.run_mb and hasattr(_extension.extension, "set_run_bytes"):
+        ours = [entrant for entrant in entrants if entrant.form in ("wrapper", "fused")]
+        entrants += [in_runs(entrant, megabytes) for entrant in ours for megabytes in args.run_mb]
+    elif args.run_mb:
+        no_runs = "--run-mb needs torchlars._C.set_run_bytes, which this build does not have"
 
     errors, unable = agreement.check(entrants, device)
     left_out |= unable
@@ -79,7 +86,8 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, comm
         print(f"a copy within the device moves {report['copy_bandwidth'] / 1e9:.0f} GB/s, read and written", flush=True)
     for name in args.sets:
         layers = SETS[name]
-        reason = reason_to_skip(layers, device, dtype, number_of_states(entrants, bool(args.contestants)))
+        states = number_of_states(entrants, bool(args.contestants))
+        reason = no_runs or reason_to_skip(layers, device, dtype, states)
         if reason:
             print(f"\n{name} is skipped: {reason}")
             continue
@@ -105,6 +113,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights, gradients and momentum")
     parser.add_argument("--sets", nargs="+", choices=SETS, help="(default: all that are meant for the device)")
     parser.add_argument("--contestants", nargs="+", metavar="NAME", help="(default: all; the floor always takes part)")
+    parser.add_argument(
+        "--run-mb",
+        nargs="+",
+        type=common.positive(int),
+        metavar="MB",
+        help="time torchlars also in runs of layers of so many MB of weights and gradients, which an L2 cache can hold",
+    )
     parser.add_argument("--no-compile", action="store_true", help="leave out what has to be compiled")
     parser.add_argument("--compile-tiny", action="store_true", help="compile on the set tiny, too, which takes minutes")
     common.add_arguments(parser, Path(__file__).parent / "results", rounds=15, min_time=0.1)
