@@ -87,6 +87,15 @@ RACES = "========= COMPUTE-SANITIZER\n========= RACECHECK SUMMARY: 2 hazards dis
 NO_RACE = "========= COMPUTE-SANITIZER\n208 cases agree with the reference\n========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)\n"
 
 
+NCU = """\
+==PROF== Connected to process 7
+==PROF== Profiling "measure" - 0: 0%....50%....100% - 9 passes
+==PROF== Profiling "void torchlars::cuda::decide_and_update<float>(torchlars::cuda::Layers<torchlars::cuda::SgdLayer>)" - 1: 0%....100% - 9 passes
+==PROF== Profiling "measure" - 2: 0%....50%....100% - 9 passes
+    Section: GPU Speed Of Light Throughput
+"""
+
+
 @pytest.mark.parametrize(
     ("output", "errors"),
     [
@@ -261,6 +270,8 @@ def stage(name, command, module, tmp_path, change):
         report = next(Path(each.partition("=")[2]) for each in command if each.startswith("--junitxml="))
         write_junit(report, test_a_replayed_step_has_the_bits="", **change.get("tests", {}))
         return "1 passed\n"
+    if "--profile" in command:
+        return change.get("profile", NCU)
     if "benchmarks.gpu_check.steps" in command:
         modes = {
             "LARS(SGD fused)": {"buckets": 1, "waits": None, "kernels": 9, "torchlars": 2},
@@ -286,11 +297,14 @@ def stage(name, command, module, tmp_path, change):
         report = step_time_report(module, sets)
         option("--out").joinpath(f"{option('--name')}.json").write_text(json.dumps(report))
         option("--out").joinpath(f"{option('--name')}.md").write_text(module("step_time.main").section(sets[0], report))
+        if option("--name") == Path("runs"):  # of a few contestants: they must not stand for all
+            report["sets"]["resnet50"]["contestants"]["LARS(SGD fused)"]["clocks"]["gpu"]["ratio"] = 9.0
+            option("--out").joinpath("runs.json").write_text(json.dumps(report))
         return ""
     if "--plant" in command:
         return change.get("planted", MEMCHECK)
     assert "benchmarks.gpu_check.cases" in command
-    return change.get(name, NO_RACE if "racecheck" in command else CLEAN)
+    return change.get(name or "cases", NO_RACE if "racecheck" in command else CLEAN)
 
 
 def step_time_report(module, sets):
@@ -356,7 +370,7 @@ def pretend(module, monkeypatch, tmp_path):
 
         monkeypatch.setattr(main.budget, "run_all", run_all)
         monkeypatch.setattr(main, "probe", lambda seconds, work, prebuilt: dict(FOUND))
-        monkeypatch.setattr(main, "find_sanitizer", lambda: change.get("sanitizer", "/opt/compute-sanitizer"))
+        monkeypatch.setattr(main, "find_tool", lambda name: change.get("tool", f"/opt/{name}"))
         monkeypatch.setattr(main, "on_signals", lambda handle: None)
         monkeypatch.setattr(main.Check, "is_built", lambda check: change.get("code", 0) == 0)
         commands_run.clear()
@@ -378,9 +392,8 @@ def test_all_steps_are_done_and_summed_up(pretend, capsys):
     assert summary["passes"]
     assert {result["step"]: result["outcome"] for result in summary["steps"]} == dict.fromkeys(
         [
-            "build", "CUDA tests", "ops on the device", "launches and waits", "memcheck", "step time: resnet50",
-            "racecheck", "initcheck", "synccheck", "bandwidth", "step time: 7B, bfloat16",
-            "step time: vit_b_16", "step time: one_100m", "step time: tiny", "step time: compiled",
+            "build", "cases", "cuda_tests", "device_tests", "waits", "memcheck", "racecheck", "initcheck", "synccheck",
+            "resnet50", "bandwidth", "llama_7b_bf16", "vit_b_16", "one_100m", "runs", "profile", "tiny", "compiled",
         ],
         "passed",
     )  # fmt: skip
@@ -402,22 +415,26 @@ def test_all_steps_are_done_and_summed_up(pretend, capsys):
     assert any("torchlars 0.1.2 algorithm" in line and "2.78×" in line for line in lines)
     assert (out / "summary.md").read_text(encoding="utf-8").splitlines()[2:30] == lines[:28]
     assert "### llama_7b_bf16: 161 tensors" in (out / "summary.md").read_text(encoding="utf-8")
-    assert {path.suffix for path in out.iterdir()} == {".md", ".json", ".txt", ".xml"}
+    assert {path.name for path in out.iterdir()} == {"summary.md", "summary.json", "log.txt", "profile.txt"}
     assert "--kernel-name kns=torchlars" in (out / "log.txt").read_text(encoding="utf-8")
+    assert (out / "profile.txt").read_text(encoding="utf-8") == NCU
+    notes = {result["step"]: result["note"] for result in summary["steps"]}
+    assert notes["profile"] == "measure, decide_and_update"
 
 
 @pytest.mark.parametrize(
     ("step", "change"),
     [
-        ("CUDA tests", {"tests": {"test_x": "<failure/>"}}),
-        ("launches and waits", {"waits": "called a synchronizing CUDA operation"}),
+        ("cases", {"cases": "AssertionError: sgd_ differs from the reference"}),
+        ("cuda_tests", {"tests": {"test_x": "<failure/>"}}),
+        ("waits", {"waits": "called a synchronizing CUDA operation"}),
         ("memcheck", {"memcheck": MEMCHECK}),
         ("memcheck", {"memcheck": CLEAN.replace("208 cases agree with the reference\n", "")}),
         ("memcheck", {"planted": CLEAN}),
         ("memcheck", {"planted": MEMCHECK.replace("torchlars", "at")}),
         ("racecheck", {"racecheck": RACES}),
         ("synccheck", {"synccheck": ""}),
-        ("initcheck", {"sanitizer": None}),
+        ("initcheck", {"tool": None}),
         ("build", {"code": 1}),
     ],
 )
@@ -433,15 +450,38 @@ def test_whatever_decides_and_fails_shows_in_the_status(pretend, step, change, c
 def test_what_is_wrong_is_timed_only_if_asked_for(pretend, goes_on):
     status, summary, _ = pretend(*["--go-on"] * goes_on, memcheck=MEMCHECK)
     assert status == 1
-    timed = {result["step"] for result in summary["steps"] if result["step"].startswith(("step time", "bandwidth"))}
-    assert len(timed) == (7 if goes_on else 0)
+    timed = {result["step"] for result in summary["steps"]} & {"resnet50", "bandwidth", "profile"}
+    assert len(timed) == (3 if goes_on else 0)
 
 
-@pytest.mark.parametrize("part", ["correctness", "speed"])
-def test_parts_may_be_run_alone(pretend, part):
-    _, summary, _ = pretend("--parts", part)
-    steps = {result["step"] for result in summary["steps"]}
-    assert ("memcheck" in steps, "bandwidth" in steps) == (part == "correctness", part == "speed")
+def test_steps_are_done_in_the_order_that_is_asked_for(pretend):
+    status, summary, _ = pretend("--steps", "waits", "bandwidth", "memcheck", "cases")
+    steps = [result["step"] for result in summary["steps"]]
+    assert status == 0
+    assert (steps[:3], set(steps[3:])) == (["build", "waits", "bandwidth"], {"memcheck", "cases"})
+
+
+def test_what_fails_ends_what_comes_after_it(pretend):
+    status, summary, _ = pretend("--steps", "cases", "bandwidth", "memcheck", cases="differs")
+    assert (status, [result["step"] for result in summary["steps"]]) == (1, ["build", "cases"])
+
+
+def test_a_profile_of_no_kernel_is_none(pretend):
+    _, summary, out = pretend("--steps", "profile", profile="==WARNING== No kernels were profiled.\n")
+    assert [(each["outcome"], each["note"]) for each in summary["steps"][1:]] == [
+        ("FAILED", "no kernel was profiled, exit status 0")
+    ]
+    assert not (out / "profile.txt").exists()
+
+
+def test_portions_in_the_readme_name_steps_and_share_all_but_what_is_of_no_use_twice(module):
+    main = module("gpu_check.main")
+    readme = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
+    portions = [each.split() for each in re.findall(r"main\.py.* --steps ([a-z0-9_ ]+)$", readme, re.MULTILINE)]
+    steps = [step for portion in portions for step in portion]
+    assert len(portions) == 2
+    assert len(set(steps)) == len(steps)
+    assert set(steps) <= {*main.SIDE_BY_SIDE, *main.TIMED}
 
 
 @pytest.mark.parametrize(
@@ -463,8 +503,8 @@ def test_what_has_no_time_left_is_skipped_and_summed_up(pretend, capsys):
     status, summary, _ = pretend("--budget", "9")
     assert status == 1
     assert {result["outcome"] for result in summary["steps"]} == {"skipped"}
-    assert len(summary["steps"]) == 15
-    assert sum("no time left" in line for line in summary_of(capsys.readouterr().out)) == 15
+    assert len(summary["steps"]) == 18
+    assert sum("no time left" in line for line in summary_of(capsys.readouterr().out)) == 18
 
 
 def test_a_fault_of_the_script_costs_one_step(pretend, module, monkeypatch):
@@ -585,6 +625,23 @@ def on_cpu(module, extension, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", modes.append)
     monkeypatch.setattr(steps.cuda, "kernels", lambda step: step() or ["torchlars::cuda::measure", "at::native"])
     return modes
+
+
+def test_a_profiler_sees_one_step_of_each_kind(on_cpu, module, monkeypatch):
+    steps = module("gpu_check.steps")
+    calls = []
+    monkeypatch.setattr(torch.cuda.profiler, "start", lambda: calls.append("start"))
+    monkeypatch.setattr(torch.cuda.profiler, "stop", lambda: calls.append("stop"))
+    for name in steps.PROFILED:
+        make = steps.MODES[name]
+        monkeypatch.setitem(steps.MODES, name, lambda params, make=make: counted(make(params), calls))
+    steps.main(["--profile"])
+    assert calls == ["step", "step", "start", "step", "stop"] * len(steps.PROFILED)
+
+
+def counted(optimizer, calls):
+    optimizer.register_step_pre_hook(lambda *_: calls.append("step"))
+    return optimizer
 
 
 @pytest.mark.filterwarnings("ignore:torch.cuda.amp")

@@ -7,6 +7,7 @@ its time.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +40,14 @@ DEVICE_TESTS = ("tests/test_ops.py", "tests/test_cifar10_accuracy.py")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PLANTED = ("memcheck", "initcheck")
 
-PARTS = ("correctness", "speed")
+#: All steps, in their order unless --steps has another. What is timed has the machine for itself.
+SIDE_BY_SIDE = ("cases", "cuda_tests", "device_tests", "waits", *SANITIZERS)
+TIMED = ("resnet50", "bandwidth", "llama_7b_bf16", "vit_b_16", "one_100m", "runs", "profile", "tiny", "compiled")
 QUICK = ("--rounds", "7", "--min-time", "0.03")
 LARGE_GIB = 112  # of GPU memory, for all the core contestants on the set of a 7B model
+RUN_MB = ("12", "24", "40")
+SECTIONS = ("SpeedOfLight", "MemoryWorkloadAnalysis", "ComputeWorkloadAnalysis", "LaunchStats", "Occupancy")
+SECTIONS += ("SchedulerStats", "WarpStateStats")
 COMPILED = ("torch.compile of LARS + SGD fused", "torch.compile of a whole LARS-SGD")
 
 
@@ -69,26 +76,42 @@ class Check:
     # Steps
 
     def do(self) -> None:
-        """Do all steps, each as far as time allows: what decides side by side, then what is timed, one at a time."""
+        """Do the steps, each as far as time allows. Neighbours that are not timed run side by side."""
         self.guard("build", self.build)
-        if "correctness" in self.args.parts:
-            self.check_correctness()
+        steps = self.steps()
+        for is_timed, names in itertools.groupby(self.args.steps, TIMED.__contains__):
             if any(result.is_decisive and result.outcome == FAILED for result in self.results) and not self.args.go_on:
                 return
-        if "speed" in self.args.parts:
-            self.measure_speed()
+            if is_timed:
+                for name in names:
+                    self.guard(name, steps[name])
+            else:
+                self.side_by_side({name: steps[name] for name in names})
 
-    def check_correctness(self) -> None:
-        """Run all correctness steps concurrently: none of them is timed."""
-        cores = self.found["cores"] or 1
-        shards = max(1, min(6, cores // 2))
-        steps: dict[str, Callable[[], None]] = {
-            "CUDA tests": lambda: self.tests("CUDA tests", CUDA_TESTS, min(2, shards)),
-            "ops on the device": lambda: self.tests("ops on the device", DEVICE_TESTS, shards),
-            "launches and waits": self.steps,
-            **{tool: lambda tool=tool: self.sanitize(tool) for tool in SANITIZERS},
+    def steps(self) -> dict[str, Callable[[], None]]:
+        """Return all steps by name."""
+        shards = max(1, min(6, (self.found["cores"] or 1) // 2))
+        return {
+            "cases": self.cases,
+            "cuda_tests": lambda: self.tests("cuda_tests", CUDA_TESTS, min(2, shards)),
+            "device_tests": lambda: self.tests("device_tests", DEVICE_TESTS, shards),
+            "waits": self.waits,
+            **{tool: partial(self.sanitize, tool) for tool in SANITIZERS},
+            "resnet50": lambda: self.time_steps("resnet50", 110),
+            "bandwidth": self.bandwidth,
+            "llama_7b_bf16": self.time_large,
+            # Each by itself, and none that would be killed: that leaves nothing behind.
+            "vit_b_16": lambda: self.time_steps("vit_b_16", 60, least=60),
+            "one_100m": lambda: self.time_steps("one_100m", 45, least=45),
+            "runs": self.time_runs,
+            "profile": self.profile,
+            "tiny": lambda: self.time_steps("tiny", 150, least=150),
+            "compiled": self.time_compiled,
         }
-        with ThreadPoolExecutor(min(len(steps), cores)) as pool:
+
+    def side_by_side(self, steps: Mapping[str, Callable[[], None]]) -> None:
+        """Do steps concurrently."""
+        with ThreadPoolExecutor(min(len(steps), self.found["cores"] or 1)) as pool:
             try:
                 for waited in [pool.submit(self.guard, name, step) for name, step in steps.items()]:
                     waited.result()
@@ -96,20 +119,6 @@ class Check:
                 pool.shutdown(wait=False, cancel_futures=True)
                 budget.stop()  # or the threads would wait for what they run
                 raise
-
-    def measure_speed(self) -> None:
-        """Do all that is timed, one at a time."""
-        self.guard("step time: resnet50", lambda: self.time_steps("step time: resnet50", "resnet50", 110))
-        self.guard("bandwidth", self.bandwidth)
-        self.guard("step time: 7B, bfloat16", self.time_large)
-        for layers, seconds in (("vit_b_16", 60), ("one_100m", 45), ("tiny", 150)):
-            # Each by itself, and none that would be killed: that leaves nothing behind.
-            name = f"step time: {layers}"
-            if self.total.left() < seconds:
-                self.skip(name)
-            else:
-                self.guard(name, lambda name=name, layers=layers, s=seconds: self.time_steps(name, layers, s))
-        self.guard("step time: compiled", self.time_compiled)
 
     def guard(self, name: str, step: Callable[[], None]) -> None:
         """Do a step. A fault of this script must not cost the others."""
@@ -137,13 +146,10 @@ class Check:
         self.add("build", PASSED if built else FAILED, decision[1] if built and decision else ended.how, ended.seconds)
 
     def tests(self, name: str, files: Sequence[str], shards: int = 1) -> None:
-        """Run tests, in several processes side by side. Files of their outcomes are kept."""
+        """Run tests, in several processes side by side."""
         command = [sys.executable, "-m", "pytest", "-q", "-k", "cuda", "-p", "no:cacheprovider"]
         command += ["-p", f"{MODULE}.shard", "--maxfail=30", "--durations=5"]
-        self.out.mkdir(parents=True, exist_ok=True)
-        reports = [self.out / f"{name.replace(' ', '_')}_{shard + 1}.xml" for shard in range(shards)]
-        for report in reports:
-            report.unlink(missing_ok=True)
+        reports = [self.work / f"{name}_{shard + 1}.xml" for shard in range(shards)]
         commands = [[*command, f"--junitxml={report}", *files] for report in reports]
         more = [{"SHARD": f"{shard}/{shards}"} for shard in range(shards)]
         ended = self.run_all(name, commands, 150, more) if self.is_built() else None
@@ -159,9 +165,18 @@ class Check:
         passed = all(each.code == 0 for each in ended) and counts["passed"] > 0 and not counts["failed"]
         return self.add(name, PASSED if passed else FAILED, note, seconds, counts, decides=True)
 
-    def steps(self) -> None:
+    def cases(self) -> None:
+        """Compare all ops on layers that kernels find hard with the reference."""
+        ended = self.module("cases", "cases", ["--device", "cuda"], 60)
+        if ended is None:
+            return self.skip("cases", decides=True)
+        agrees = readings.agreement(ended.output)
+        passed = ended.code == 0 and agrees
+        return self.add("cases", PASSED if passed else FAILED, agrees or ended.how, ended.seconds, decides=True)
+
+    def waits(self) -> None:
         """Count launches, and find out whether the host waits."""
-        name, file = "launches and waits", self.work / "steps.json"
+        name, file = "waits", self.work / "waits.json"
         ended = self.module(name, "steps", ["--out", str(file)], 100)
         if ended is None:
             return self.skip(name, decides=True)
@@ -179,11 +194,11 @@ class Check:
 
     def sanitize(self, tool: str) -> None:
         """Run the kernels' cases under a sanitizer, and what it must not miss."""
-        sanitizer = find_sanitizer()
+        sanitizer = find_tool("compute-sanitizer")
         if sanitizer is None:
             return self.skip(tool, "compute-sanitizer was not found", decides=True)
         # torchlars' kernels alone. Errors of the API are torch's, which tries what may fail; those of a launch remain.
-        # The first launch waits for torch's kernels to be loaded, which takes longer under a sanitizer.
+        # The tool gives up on a program that has not connected in time. Loading torch's kernels takes long under it.
         command = [sanitizer, "--tool", tool, "--kernel-name", "kns=torchlars", "--print-limit", "20"]
         command += ["--launch-timeout", "0"]
         command += ["--report-api-errors", "no"] if tool == "memcheck" else []
@@ -194,10 +209,10 @@ class Check:
         if ended is None:
             return self.skip(tool, decides=True)
         errors = readings.sanitizer_errors(ended.output)
-        agrees = re.search(r"^(\d+) cases agree with the reference", ended.output, re.MULTILINE)
-        passed = ended.code == 0 and errors == 0 and agrees is not None
+        agrees = readings.agreement(ended.output)
+        passed = ended.code == 0 and errors == 0 and bool(agrees)
         note = f"{errors} errors" if errors is not None else f"nothing was counted, {ended.how}"
-        note += f"; {agrees[0]}" if agrees else f"; the cases did not reach their end ({ended.how})"
+        note += f"; {agrees}" if agrees else f"; the cases did not reach their end ({ended.how})"
         seconds = ended.seconds
         if passed and tool in PLANTED:
             planted = self.run(f"{tool}, of a planted fault", [*command, "--plant", tool], 75, more)
@@ -224,32 +239,63 @@ class Check:
         """Time the set of a 7B model, with the fused form alone where memory is short."""
         fits = self.found["memory_gib"] >= LARGE_GIB
         more = [] if fits else ["--contestants", readings.FUSED]
-        self.time_steps("step time: 7B, bfloat16", "llama_7b_bf16", 70, *more, rounds=("--rounds", "5"))
+        self.time_steps("llama_7b_bf16", 70, *more, rounds=("--rounds", "5"))
+
+    def time_runs(self) -> None:
+        """Time runs of layers that an L2 cache can hold, beside two launches over all layers."""
+        runs = ("--run-mb", *RUN_MB, "--contestants", readings.WRAPPER, readings.FUSED)
+        self.time_steps("runs", 90, "--sets", "resnet50", "vit_b_16", *runs)
 
     def time_compiled(self) -> None:
         """Time what has to be compiled, which takes a minute or more, beside torchlars once more."""
-        name = "step time: compiled"
         if not self.args.compile and self.total.left() < 100:
-            return self.skip(name, "no time left (--compile has it tried all the same)")
+            return self.skip("compiled", "no time left (--compile has it tried all the same)")
         contestants = ("--contestants", readings.WRAPPER, readings.FUSED, *COMPILED)
-        return self.time_steps(name, "compiled", 300, "--sets", "resnet50", *contestants, compiles=True)
+        return self.time_steps("compiled", 300, "--sets", "resnet50", *contestants, compiles=True)
+
+    def profile(self) -> None:
+        """Look into the kernels of a step with Nsight Compute."""
+        ncu = find_tool("ncu")
+        if ncu is None:
+            return self.skip("profile", "ncu was not found")
+        # By default ncu matches names without their namespaces.
+        command = [ncu, "--kernel-name-base", "demangled", "--kernel-name", "regex:torchlars::cuda::"]
+        command += ["--profile-from-start", "off", "--launch-count", "16", "--clock-control", "none"]
+        command += [argument for section in SECTIONS for argument in ("--section", section)]
+        command += [sys.executable, "-m", f"{MODULE}.steps", "--profile"]
+        ended = self.run("profile", command, 90) if self.is_built() else None
+        if ended is None:
+            return self.skip("profile")
+        kernels = readings.profiled(ended.output)
+        if kernels:
+            replace(self.out / "profile.txt", ended.output)
+        note = ", ".join(kernels) or f"no kernel was profiled, {ended.how}"
+        return self.add("profile", PASSED if ended.code == 0 and kernels else FAILED, note, ended.seconds)
 
     def time_steps(
-        self, name: str, file: str, seconds: float, *more: str, rounds: Sequence[str] = QUICK, compiles: bool = False
+        self,
+        name: str,
+        seconds: float,
+        *more: str,
+        least: float = 0.0,
+        rounds: Sequence[str] = QUICK,
+        compiles: bool = False,
     ) -> None:
-        """Run benchmarks.step_time, by default over the set that the file is named for."""
-        sets = () if "--sets" in more else ("--sets", file)
+        """Run benchmarks.step_time, by default over the set that the step is named for, if so many seconds are left."""
+        if self.total.left() < least:
+            return self.skip(name)
+        sets = () if "--sets" in more else ("--sets", name)
         command = [sys.executable, "-m", "benchmarks.step_time.main", "--device", "cuda", *sets, *more, *rounds]
-        command += [*([] if compiles else ["--no-compile"]), "--out", str(self.work), "--name", file]
+        command += [*([] if compiles else ["--no-compile"]), "--out", str(self.work), "--name", name]
         ended = self.run(name, command, seconds) if self.is_built() else None
         if ended is None:
             return self.skip(name)
-        report = read(self.work / f"{file}.json")
+        report = read(self.work / f"{name}.json")
         found = report.get("sets", {})
-        if not compiles:
+        if name in found:  # with all contestants
             self.sets |= found
-        if (self.work / f"{file}.md").exists():
-            self.tables.append((self.work / f"{file}.md").read_text(encoding="utf-8"))
+        if (self.work / f"{name}.md").exists():
+            self.tables.append((self.work / f"{name}.md").read_text(encoding="utf-8"))
         ratios = [
             f"{layers}: {contestant} {ratio(timed['contestants'][contestant])}"
             for layers, timed in found.items()
@@ -329,7 +375,7 @@ class Check:
         """Return the targets."""
         try:
             replays = readings.outcome_of(self.reports, "test_a_replayed_step")
-            return readings.rows(self.sets, self.data("launches and waits"), self.data("bandwidth"), replays)
+            return readings.rows(self.sets, self.data("waits"), self.data("bandwidth"), replays)
         except Exception as error:  # must not cost the summary either
             return [readings.Row("the targets could not be read", "", "", repr(error), "")]
 
@@ -339,7 +385,6 @@ class Check:
 
     def write(self) -> None:
         """Write summary.md, summary.json and log.txt."""
-        self.out.mkdir(parents=True, exist_ok=True)
         everything = {
             "passes": readings.passes(self.results),
             "environment": self.found,
@@ -347,10 +392,17 @@ class Check:
             "steps": [vars(result) for result in self.results],
         }
         markdown = "\n\n".join(["# What a GPU showed", self.summary(), *self.tables])
-        (self.out / "summary.json").write_text(json.dumps(everything, indent=1) + "\n", encoding="utf-8")
-        (self.out / "summary.md").write_text(markdown + "\n", encoding="utf-8")
-        log = "\n".join(line for lines in self.log.values() for line in lines)
-        (self.out / "log.txt").write_text(log, encoding="utf-8")
+        replace(self.out / "summary.json", json.dumps(everything, indent=1) + "\n")
+        replace(self.out / "summary.md", markdown + "\n")
+        replace(self.out / "log.txt", "\n".join(line for lines in self.log.values() for line in lines))
+
+
+def replace(path: Path, text: str) -> None:
+    """Write a file that is whole at any moment, whenever all of this is killed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_suffix(".part")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)
 
 
 def ratio(entry: dict[str, Any]) -> str:
@@ -373,15 +425,16 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, "PATH": path, "PYTHONUNBUFFERED": "1", "OMP_NUM_THREADS": "2", **more}
 
 
-def find_sanitizer() -> str | None:
-    """Return where compute-sanitizer is: on PATH, in a toolkit, or in a package of it."""
+def find_tool(name: str) -> str | None:
+    """Return where compute-sanitizer or ncu is: on PATH, in a toolkit, or in a package of it."""
     toolkits = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     folders: Iterable[Path] = (
         Path(folder) / each for folder in toolkits if folder for each in ("bin", "compute-sanitizer")
     )
     packages = (Path(entry) for entry in sys.path if entry.endswith("-packages"))
     folders = [*folders, *(each for package in packages for each in package.glob("nvidia/*/compute-sanitizer"))]
-    found = (shutil.which("compute-sanitizer", path=path) for path in (None, *map(str, folders)))
+    folders += Path("/opt/nvidia/nsight-compute").glob("*")
+    found = (shutil.which(name, path=path) for path in (None, *map(str, folders)))
     return next(filter(None, found), None)
 
 
@@ -415,7 +468,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--budget", type=float, default=520.0, metavar="SECONDS", help="for everything (default: 520)")
     parser.add_argument("--out", type=Path, help="folder of the results (default: results/, by the name of the GPU)")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS, help="(default: all)")
+    names = (*SIDE_BY_SIDE, *TIMED)
+    parser.add_argument("--steps", nargs="+", choices=names, default=names, help="in this order (default: all)")
     parser.add_argument("--go-on", action="store_true", help="run the timings even if a correctness step failed")
     parser.add_argument("--prebuilt", action="store_true", help="use the extension that is there, if it can be loaded")
     parser.add_argument("--compile", action="store_true", help="time torch.compile even if little time is left for it")

@@ -42,6 +42,17 @@ def blames_torchlars(output: str) -> bool:
     return re.search(r"^=+ .*\btorchlars::cuda::", output, re.MULTILINE) is not None
 
 
+def agreement(output: str) -> str:
+    """Return how many cases agree with the reference, in words, or nothing if they did not reach their end."""
+    agrees = re.search(r"^\d+ cases agree with the reference", output, re.MULTILINE)
+    return agrees[0] if agrees else ""
+
+
+def profiled(output: str) -> list[str]:
+    """Return the names of the kernels that Nsight Compute has profiled, each once."""
+    return list(dict.fromkeys(re.findall(r'^==PROF== Profiling "(?:void )?(?:\w+::)*(\w+)', output, re.MULTILINE)))
+
+
 def clip(text: str, head: int = 2000, tail: int = 10000) -> str:
     """Return a text without its middle, if it is long."""
     if len(text) <= head + tail:

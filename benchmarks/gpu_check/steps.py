@@ -1,6 +1,6 @@
 """What one step launches over the layers of ResNet-50, and whether the host waits for it. Writes JSON.
 
-``python -m benchmarks.gpu_check.steps --out steps.json``
+``python -m benchmarks.gpu_check.steps --out steps.json``, or under Nsight Compute with ``--profile``.
 """
 
 from __future__ import annotations
@@ -57,6 +57,7 @@ MODES: dict[str, Callable[[Params], Optimizer]] = {
     "LAMB(torchlars.optim.SGD)": lambda params: LAMB(our_sgd(params)),
 }
 SCALED = ("LARS(SGD fused)", "LARS(torchlars.optim.SGD)", "LAMB(AdamW fused)")
+PROFILED = ("LARS(torchlars.optim.SGD)", "LARS(SGD fused)", "LAMB(AdamW fused)")
 TWO_DTYPES = ("LARS(SGD fused)", "LARS(torchlars.optim.SGD)")
 
 
@@ -102,11 +103,28 @@ def observe(make: Callable[[Params], Optimizer], dtypes: Sequence[torch.dtype], 
     return found
 
 
+def profile(make: Callable[[Params], Optimizer]) -> None:
+    """Take steps in one mode, of which a profiler that was told to wait sees the last."""
+    optimizer = make(layers((torch.float32,)))
+    for _ in range(2):
+        optimizer.step()
+    torch.cuda.synchronize()
+    with torch.cuda.profiler.profile():
+        optimizer.step()
+        torch.cuda.synchronize()
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     """Look at every mode."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the JSON file")
+    purpose = parser.add_mutually_exclusive_group(required=True)
+    purpose.add_argument("--out", type=Path, help="the JSON file")
+    purpose.add_argument("--profile", action="store_true", help="take steps for Nsight Compute and look at nothing")
     args = parser.parse_args(argv)
+    if args.profile:
+        for name in PROFILED:
+            profile(MODES[name])
+        return
     one, two = (torch.float32,), (torch.float32, torch.bfloat16)
     found = {name: observe(make, one, False) for name, make in MODES.items()}
     found |= {f"{name} under a GradScaler": observe(MODES[name], one, True) for name in SCALED}
