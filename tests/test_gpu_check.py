@@ -474,7 +474,7 @@ def test_a_profile_of_no_kernel_is_none(pretend):
     assert not (out / "profile.txt").exists()
 
 
-def test_portions_in_the_readme_name_steps_and_share_all_but_what_is_of_no_use_twice(module):
+def test_portions_in_the_readme_name_steps_that_there_are(module):
     main = module("gpu_check.main")
     readme = (SCRIPT.parent / "README.md").read_text(encoding="utf-8")
     portions = [each.split() for each in re.findall(r"main\.py.* --steps ([a-z0-9_ ]+)$", readme, re.MULTILINE)]

@@ -52,18 +52,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
 
 def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, command: str) -> dict[str, Any]:
     """Do what :func:`main` says."""
+    if args.run_mb and not hasattr(_extension.extension, "set_run_bytes"):
+        print("everything is skipped: --run-mb needs torchlars._C.set_run_bytes, which this build does not have")
+        return {}
     found = common.environment(device)
     print(common.describe(found), flush=True)
     base = "fused" if fused_sgd_updates(device, dtype) else "foreach"
     if base != "fused":
         print(f"SGD(fused=True) does not update all of a {args.dtype} parameter here; SGD foreach stands in for it")
     entrants, left_out = select(args, contestants(base))
-    no_runs = None
-    if args.run_mb and hasattr(_extension.extension, "set_run_bytes"):
-        ours = [entrant for entrant in entrants if entrant.form in ("wrapper", "fused")]
-        entrants += [in_runs(entrant, megabytes) for entrant in ours for megabytes in args.run_mb]
-    elif args.run_mb:
-        no_runs = "--run-mb needs torchlars._C.set_run_bytes, which this build does not have"
+    ours = [entrant for entrant in entrants if entrant.form in ("wrapper", "fused")]
+    entrants += [in_runs(entrant, megabytes) for entrant in ours for megabytes in args.run_mb]
 
     errors, unable = agreement.check(entrants, device)
     left_out |= unable
@@ -86,8 +85,7 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, comm
         print(f"a copy within the device moves {report['copy_bandwidth'] / 1e9:.0f} GB/s, read and written", flush=True)
     for name in args.sets:
         layers = SETS[name]
-        states = number_of_states(entrants, bool(args.contestants))
-        reason = no_runs or reason_to_skip(layers, device, dtype, states)
+        reason = reason_to_skip(layers, device, dtype, number_of_states(entrants, bool(args.contestants)))
         if reason:
             print(f"\n{name} is skipped: {reason}")
             continue
@@ -116,6 +114,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--run-mb",
         nargs="+",
+        default=[],
         type=common.positive(int),
         metavar="MB",
         help="time torchlars also in runs of layers of so many MB of weights and gradients, which an L2 cache can hold",
