@@ -91,15 +91,23 @@ def test_what_breaks_in_torchlars_is_not_left_out(step_time, module, monkeypatch
     [
         pytest.param(lambda w, g, h: h.trust_coef * w / (g + h.weight_decay * w + h.eps), id="no rule for zeros"),
         pytest.param(lambda w, g, h: torch.where((w > 0) & (g > 0), h.trust_coef * w / g, 1.0), id="no weight decay"),
+        pytest.param(
+            lambda w, g, h: torch.where(
+                (w > 0) & (g > 0), 1.00002 * h.trust_coef * w / (g + h.weight_decay * w + h.eps), 1.0
+            ),
+            id="off by 2e-5",
+        ),
     ],
 )
-def test_a_rival_with_a_wrong_formula_is_left_out(step_time, module, monkeypatch, wrong):
+def test_a_rival_with_a_wrong_formula_is_left_out(step_time, module, monkeypatch, tmp_path, capsys, wrong):
     monkeypatch.setattr(module("step_time.contestants"), "trust_ratio", wrong)
     report = step_time()
     name = "_foreach_ LARS + SGD fused"
     assert re.fullmatch(r"does not compute LARS-SGD \(off by \d\.\de.\d\d\)", report["left_out"][name])
     assert name not in report["errors"]
     assert name not in report["sets"]["smoke"]["contestants"]
+    assert f"\nleft out: {name}: does not compute LARS-SGD" in capsys.readouterr().out
+    assert f"\n- Left out: {name} (does not compute LARS-SGD" in (tmp_path / "run.md").read_text(encoding="utf-8")
     assert "apex LARC algorithm" in report["sets"]["smoke"]["contestants"]
 
 
