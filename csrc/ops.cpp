@@ -12,6 +12,12 @@
 #include "eager.h"
 #include "plan.h"
 
+#ifdef TORCHLARS_WITH_CUDA
+namespace torchlars::cuda {
+void set_run_bytes(int64_t bytes);
+}
+#endif
+
 namespace {
 
 void check_value(bool holds, const std::string& message) {
@@ -71,6 +77,16 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "Loads the ops of torchlars into torch.ops.torchlars.";
 #ifdef TORCHLARS_WITH_CUDA
   m.attr("has_cuda") = true;
+  m.def(
+      "set_run_bytes",
+      [](int64_t bytes) {
+        check_value(bytes >= 0, c10::str("set_run_bytes: expected a non-negative number of bytes (got: ", bytes, ")"));
+        torchlars::cuda::set_run_bytes(bytes);
+      },
+      pybind11::arg("bytes"),
+      "For benchmarks: measure and adapt layers on a GPU in runs of so many bytes of parameters and gradients, which "
+      "its "
+      "L2 cache may hold. 0, the default: all layers at once.");
 #else
   m.attr("has_cuda") = false;
 #endif

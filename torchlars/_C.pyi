@@ -5,6 +5,8 @@ from torch import Tensor
 
 has_cuda: bool
 
+def set_run_bytes(bytes: int) -> None: ...  # only where has_cuda
+
 class LarsBucket:
     @property
     def params(self) -> list[Tensor]: ...

@@ -1,11 +1,11 @@
 // The kernels, over flat ranges of memory. Nothing of ATen and nothing but the plainest CUDA: a host shim in tests/
 // compiles and runs this very file on a CPU.
 //
-// A step is two launches for as many layers as `Layers` holds. `measure` has one block a chunk, which leaves
-// one partial sum for the parameter and one for the gradient. In `decide_and_apply`, `decide_and_apply_to_updates` and
-// `decide_and_update` every block adds its layer's partial sums again, in the same order as all others, so that blocks
-// need not wait for each other and nothing is accumulated atomically: the bits are the same on every run. The other
-// kernels are the same pieces apart, for layers whose norms are completed elsewhere in between.
+// A step is two launches for as many layers as `Layers` holds. `measure` has one block a chunk, which leaves one
+// partial sum for the parameter and one for the gradient. In `apply`, `apply_to_updates` and `update` every block adds
+// its layer's partial sums again, in the same order as all others, so that blocks need not wait for each other and
+// nothing is accumulated atomically: the bits are the same on every run. Layers whose norms are completed elsewhere in
+// between take `add_partials` and `decide` as well, and the kernels that follow are given the ratios.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -17,11 +17,10 @@
 #include "../plan.h"
 #include "../sgd.h"
 #include "../trust_ratio.h"
+#include "packs.cuh"
+#include "sums.cuh"
 
 namespace torchlars::cuda {
-
-constexpr int kThreads = 256;
-constexpr int kWarp = 32;
 
 // Layers as the caller names them. Pointers that a kernel does not read may be null, numbers that it does not use 0.
 
@@ -56,24 +55,41 @@ struct SgdLayer {
   double dampening = 0;
 };
 
-constexpr size_t kArgumentBytes = 32764;  // that a kernel can take
-constexpr size_t kOtherArguments = 64;    // of them, for all but the layers
+// The bytes of arguments that a launch copies, however few layers there are: the least of these that hold them. More
+// than the last a kernel cannot take, and more than the first only since driver 530.
+constexpr size_t kArgumentBytes[] = {4096, 16384, 32764};
+constexpr size_t kOtherArguments = 64;  // of them, for all but the layers
 
 // The layers of one launch. Travels as a kernel argument: no copy to the device, so that nothing needs to be staged,
 // waited for or kept alive.
-template <typename AnyLayer>
+template <typename AnyLayer, size_t kBytes>
 struct Layers {
-  // As many as fit beside count, the last of first_chunk and padding. But no more than 600: an argument is copied whole
-  // at each launch, however few layers there are.
-  static constexpr size_t kFit =
-      (kArgumentBytes - kOtherArguments - 3 * sizeof(int32_t)) / (sizeof(AnyLayer) + sizeof(int32_t));
-  static constexpr int kCapacity = kFit < 600 ? kFit : 600;
+  // As many as fit beside count, the last of first_chunk and padding.
+  static constexpr int kCapacity =
+      (kBytes - kOtherArguments - 3 * sizeof(int32_t)) / (sizeof(AnyLayer) + sizeof(int32_t));
 
   int32_t count;
   int32_t
       first_chunk[kCapacity + 1];  // of each layer, counted from this launch's first; the last entry is their number
   AnyLayer layer[kCapacity];
 };
+
+// Partial sums of squares, one for each chunk. Null: there are none.
+struct Partials {
+  double* params = nullptr;
+  double* grads = nullptr;
+
+  Partials from(int64_t chunk) const { return {params ? params + chunk : nullptr, grads ? grads + chunk : nullptr}; }
+};
+
+// Waits for the kernels that were launched before. Where the host allows it (ops_cuda.cu), a block gets here while they
+// still run, and lets blocks of the next launch get here, too. Until then it reads nothing but its arguments.
+__device__ inline void wait_for_earlier_kernels() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+  cudaTriggerProgrammaticLaunchCompletion();
+  cudaGridDependencySynchronize();
+#endif
+}
 
 // Where a block works: in one chunk of the launch.
 struct Place {
@@ -82,135 +98,16 @@ struct Place {
   Range range;  // of the layer
 };
 
-template <typename AnyLayer>
-__device__ inline Place place_of(const Layers<AnyLayer>& layers, int chunk) {
+template <typename AnyLayers>
+__device__ inline Place place_of(const AnyLayers& layers, int chunk) {
   const int layer = find_start(layers.first_chunk, layers.count, chunk);
   return {chunk, layer, chunk_range(layers.layer[layer].numel, chunk - layers.first_chunk[layer])};
 }
 
 // The place of a block where the last chunk comes first: what was measured last may still be in cache.
-template <typename AnyLayer>
-__device__ inline Place place_from_the_end(const Layers<AnyLayer>& layers) {
+template <typename AnyLayers>
+__device__ inline Place place_from_the_end(const AnyLayers& layers) {
   return place_of(layers, gridDim.x - 1 - blockIdx.x);
-}
-
-// As many numbers of T as sixteen bytes hold, the widest load there is. Or kSize numbers, moved by as many such loads
-// as it takes: to go side by side with packs of a smaller type.
-template <typename T, int kNumbers = 16 / sizeof(T)>
-struct alignas(16) Pack {
-  static constexpr int kSize = kNumbers;
-  T values[kSize];
-};
-
-template <typename T>
-__device__ inline bool is_aligned(const T* pointer) {
-  return reinterpret_cast<uintptr_t>(pointer) % alignof(Pack<T>) == 0;
-}
-
-// Calls use(i, load(i)) for all packs, which the threads of the block share. kUnroll of them are in flight per thread.
-template <int kUnroll, typename Load, typename Use>
-__device__ inline void for_packs(int64_t num_packs, const Load& load, const Use& use) {
-  for (int64_t first = threadIdx.x; first < num_packs; first += kUnroll * kThreads) {
-    decltype(load(first)) loaded[kUnroll];
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (first + u * kThreads < num_packs) {
-        loaded[u] = load(first + u * kThreads);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-      if (first + u * kThreads < num_packs) {
-        use(first + u * kThreads, loaded[u]);
-      }
-    }
-  }
-}
-
-// The sum of every thread's value, for every thread. A fixed tree: lanes, then warps.
-__device__ inline double block_sum(double value) {
-  __shared__ double warp_sums[kThreads / kWarp];
-  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
-    value += __shfl_down_sync(0xffffffffu, value, offset);
-  }
-  if (threadIdx.x % kWarp == 0) {
-    warp_sums[threadIdx.x / kWarp] = value;
-  }
-  __syncthreads();
-  double sum = 0;
-  for (int warp = 0; warp < kThreads / kWarp; ++warp) {
-    sum += warp_sums[warp];
-  }
-  __syncthreads();  // warp_sums may be written again
-  return sum;
-}
-
-__device__ inline double add_square(double sum, double value) { return fma(value, value, sum); }
-
-// The sum of squares of a range, for every thread of the block. In double throughout: no square of a float overflows or
-// vanishes in it, and the sum is exact to far below a float's last bit.
-template <typename T>
-__device__ double sum_of_squares(const T* __restrict__ x, int64_t count) {
-  constexpr int kSize = Pack<T>::kSize;
-  double sum = 0;
-  int64_t peeled = 0;
-  if (is_aligned(x)) {
-    const auto* packs = reinterpret_cast<const Pack<T>*>(x);
-    const int64_t num_packs = count / kSize;
-    peeled = num_packs * kSize;
-    for_packs<4>(
-        num_packs, [&](int64_t pack) { return packs[pack]; },
-        [&](int64_t, const Pack<T>& x) {
-#pragma unroll
-          for (int i = 0; i < kSize; ++i) {
-            sum = add_square(sum, static_cast<double>(x.values[i]));
-          }
-        });
-  }
-  for (int64_t i = peeled + threadIdx.x; i < count; i += kThreads) {
-    sum = add_square(sum, static_cast<double>(x[i]));
-  }
-  return block_sum(sum);
-}
-
-// The same of x + scale * y.
-template <typename T>
-__device__ double sum_of_squares_of_sums(const T* __restrict__ x, const T* __restrict__ y, int64_t count,
-                                         double scale) {
-  constexpr int kSize = Pack<T>::kSize;
-  double sum = 0;
-  int64_t peeled = 0;
-  if (is_aligned(x) && is_aligned(y)) {
-    const auto* xs = reinterpret_cast<const Pack<T>*>(x);
-    const auto* ys = reinterpret_cast<const Pack<T>*>(y);
-    const int64_t num_packs = count / kSize;
-    peeled = num_packs * kSize;
-    struct Packs {
-      Pack<T> x, y;
-    };
-    for_packs<2>(
-        num_packs, [&](int64_t pack) { return Packs{xs[pack], ys[pack]}; },
-        [&](int64_t, const Packs& packs) {
-#pragma unroll
-          for (int i = 0; i < kSize; ++i) {
-            const double y = static_cast<double>(packs.y.values[i]);
-            sum = add_square(sum, static_cast<double>(packs.x.values[i]) + scale * y);
-          }
-        });
-  }
-  for (int64_t i = peeled + threadIdx.x; i < count; i += kThreads) {
-    sum = add_square(sum, static_cast<double>(x[i]) + scale * static_cast<double>(y[i]));
-  }
-  return block_sum(sum);
-}
-
-// The sum of a layer's partial sums, for every thread of the block.
-__device__ inline double sum_of_partials(const double* __restrict__ partials, int64_t count) {
-  double sum = 0;
-  for (int64_t i = threadIdx.x; i < count; i += kThreads) {
-    sum += partials[i];
-  }
-  return block_sum(sum);
 }
 
 template <typename T, typename Compute>
@@ -224,42 +121,43 @@ __device__ inline T adapt_one(T grad, Compute ratio, Compute inv_scale) {
   return static_cast<T>(adapted_gradient(static_cast<Compute>(grad), ratio, inv_scale));
 }
 
-// Rewrites a range in place: each element of x becomes rewrite(itself, that of y). kReads: whether y is read.
+// Rewrites packs in place: each number of x becomes rewrite(itself, that of y). kReads: whether y is read.
+template <bool kAligned, bool kReads, typename T, typename Rewrite>
+__device__ void rewrite_packs(T* __restrict__ x, const T* __restrict__ y, int64_t num_packs, const Rewrite& rewrite) {
+  constexpr int kSize = Pack<T>::kSize;
+  struct Packs {
+    Pack<T> x, y;
+  };
+  for_packs<kAligned ? 2 : 1>(
+      num_packs,
+      [&](int64_t pack) {
+        Packs packs;
+        packs.x = load_pack<kAligned, kSize>(x, pack);
+        if constexpr (kReads) {
+          packs.y = load_pack<kAligned, kSize>(y, pack);
+        }
+        return packs;
+      },
+      [&](int64_t pack, Packs& packs) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          if constexpr (kReads) {
+            packs.x.values[i] = rewrite(packs.x.values[i], packs.y.values[i]);
+          } else {
+            packs.x.values[i] = rewrite(packs.x.values[i]);
+          }
+        }
+        store_pack<kAligned>(x, pack, packs.x);
+      });
+}
+
 template <bool kReads, typename T, typename Rewrite>
 __device__ void rewrite_range(T* __restrict__ x, const T* __restrict__ y, int64_t count, const Rewrite& rewrite) {
-  constexpr int kSize = Pack<T>::kSize;
-  int64_t peeled = 0;
-  if (is_aligned(x) && is_aligned(y)) {
-    auto* xs = reinterpret_cast<Pack<T>*>(x);
-    const auto* ys = reinterpret_cast<const Pack<T>*>(y);
-    const int64_t num_packs = count / kSize;
-    peeled = num_packs * kSize;
-    struct Packs {
-      Pack<T> x, y;
-    };
-    for_packs<2>(
-        num_packs,
-        [&](int64_t pack) {
-          Packs packs;
-          packs.x = xs[pack];
-          if constexpr (kReads) {
-            packs.y = ys[pack];
-          }
-          return packs;
-        },
-        [&](int64_t pack, Packs& packs) {
-#pragma unroll
-          for (int i = 0; i < kSize; ++i) {
-            if constexpr (kReads) {
-              packs.x.values[i] = rewrite(packs.x.values[i], packs.y.values[i]);
-            } else {
-              packs.x.values[i] = rewrite(packs.x.values[i]);
-            }
-          }
-          xs[pack] = packs.x;
-        });
-  }
-  for (int64_t i = peeled + threadIdx.x; i < count; i += kThreads) {
+  const int64_t num_packs = count / Pack<T>::kSize;
+  is_aligned(x) && is_aligned(y) ? rewrite_packs<true, kReads>(x, y, num_packs, rewrite)
+                                 : rewrite_packs<false, kReads>(x, y, num_packs, rewrite);
+  const int64_t i = num_packs * Pack<T>::kSize + threadIdx.x;  // what fills no pack
+  if (i < count) {
     if constexpr (kReads) {
       x[i] = rewrite(x[i], y[i]);
     } else {
@@ -329,47 +227,52 @@ __device__ inline void update_one(T& param, const T& grad, M& momentum, const Sg
   }
 }
 
-// Updates a range of a parameter and its momentum, in place.
+// Updates packs of a parameter and its momentum, in place.
+template <bool kAligned, bool kDecays, bool kMomentum, bool kNesterov, typename T, typename M, typename Compute>
+__device__ void update_packs(T* __restrict__ param, const T* __restrict__ grad, M* __restrict__ momentum,
+                             int64_t num_packs, const SgdNumbers<Compute>& numbers) {
+  constexpr int kSize = Pack<T>::kSize;
+  struct Packs {
+    Pack<T> param, grad;
+    Pack<M, kSize> momentum;
+  };
+  for_packs<!kAligned        ? 1
+            : sizeof(T) == 2 ? 2
+                             : 4>(  // 4 take up to 126 registers for 16-bit numbers
+      num_packs,
+      [&](int64_t pack) {
+        Packs x;
+        x.param = load_pack<kAligned, kSize>(param, pack);
+        x.grad = load_pack<kAligned, kSize>(grad, pack);
+        if constexpr (kMomentum) {
+          x.momentum = load_pack<kAligned, kSize>(momentum, pack);
+        }
+        return x;
+      },
+      [&](int64_t pack, Packs& x) {
+#pragma unroll
+        for (int i = 0; i < kSize; ++i) {
+          update_one<kDecays, kMomentum, kNesterov>(x.param.values[i], x.grad.values[i], x.momentum.values[i], numbers);
+        }
+        store_pack<kAligned>(param, pack, x.param);
+        if constexpr (kMomentum) {
+          store_pack<kAligned>(momentum, pack, x.momentum);
+        }
+      });
+}
+
 template <bool kDecays, bool kMomentum, bool kNesterov, typename T, typename M, typename Compute>
 __device__ void update_range(T* __restrict__ param, const T* __restrict__ grad, M* __restrict__ momentum, int64_t count,
                              const SgdNumbers<Compute>& numbers) {
-  constexpr int kSize = Pack<T>::kSize;
-  int64_t peeled = 0;
+  const int64_t num_packs = count / Pack<T>::kSize;
   if (is_aligned(param) && is_aligned(grad) && is_aligned(momentum)) {
-    auto* params = reinterpret_cast<Pack<T>*>(param);
-    const auto* grads = reinterpret_cast<const Pack<T>*>(grad);
-    auto* momenta = reinterpret_cast<Pack<M, kSize>*>(momentum);
-    const int64_t num_packs = count / kSize;
-    peeled = num_packs * kSize;
-    struct Packs {
-      Pack<T> param, grad;
-      Pack<M, kSize> momentum;
-    };
-    for_packs<sizeof(T) == 2 ? 2 : 4>(  // 4 take up to 126 registers for 16-bit numbers
-        num_packs,
-        [&](int64_t pack) {
-          Packs x;
-          x.param = params[pack];
-          x.grad = grads[pack];
-          if constexpr (kMomentum) {
-            x.momentum = momenta[pack];
-          }
-          return x;
-        },
-        [&](int64_t pack, Packs& x) {
-#pragma unroll
-          for (int i = 0; i < kSize; ++i) {
-            update_one<kDecays, kMomentum, kNesterov>(x.param.values[i], x.grad.values[i], x.momentum.values[i],
-                                                      numbers);
-          }
-          params[pack] = x.param;
-          if constexpr (kMomentum) {
-            momenta[pack] = x.momentum;
-          }
-        });
+    update_packs<true, kDecays, kMomentum, kNesterov>(param, grad, momentum, num_packs, numbers);
+  } else {
+    update_packs<false, kDecays, kMomentum, kNesterov>(param, grad, momentum, num_packs, numbers);
   }
-  M none{};
-  for (int64_t i = peeled + threadIdx.x; i < count; i += kThreads) {
+  const int64_t i = num_packs * Pack<T>::kSize + threadIdx.x;  // what fills no pack
+  if (i < count) {
+    M none{};
     update_one<kDecays, kMomentum, kNesterov>(param[i], grad[i], kMomentum ? momentum[i] : none, numbers);
   }
 }
@@ -420,39 +323,46 @@ __device__ inline Ratio trust_ratio_of(const AnyLayer& layer, const Options& opt
                                         layer.eps, lr_of(layer, options), options.ratio));
 }
 
-// The trust ratio of a block's layer, from partial sums. The block of the layer's first chunk also tells it.
-template <typename Ratio, typename AnyLayer, typename Options>
-__device__ inline Ratio decide_at(const Place& place, const Layers<AnyLayer>& layers, const Options& options,
-                                  const double* param_partials, const double* grad_partials, Ratio* ratios) {
+// The trust ratio of a block's layer. Decided from partial sums, and told by the block of the layer's first chunk; if
+// there are none, it is given, or 1 where ratios is null. One thread decides: roots and divisions in double are slow.
+template <typename Ratio, typename AnyLayers, typename Options>
+__device__ inline Ratio ratio_at(const Place& place, const AnyLayers& layers, const Options& options, Partials partials,
+                                 Ratio* ratios) {
+  if (partials.params == nullptr) {
+    return ratios == nullptr ? Ratio(1) : ratios[place.layer];
+  }
   const int first = layers.first_chunk[place.layer];
   const int num_partials = layers.first_chunk[place.layer + 1] - first;
-  const double param_squared_norm = sum_of_partials(param_partials + first, num_partials);
-  const double grad_sum = sum_of_partials(grad_partials + first, num_partials);
-  const double grad_squared_norm = unscaled_squared_norm(grad_sum, value_of(options.inv_scale));
-  const auto ratio = trust_ratio_of<Ratio>(layers.layer[place.layer], options, param_squared_norm, grad_squared_norm);
-  if (place.chunk == first && threadIdx.x == 0) {
-    ratios[place.layer] = ratio;
+  const double param_squared_norm = sum_of_partials(partials.params + first, num_partials);
+  const double grad_sum = sum_of_partials(partials.grads + first, num_partials);
+  Ratio ratio = 0;
+  if (threadIdx.x == 0) {
+    const double grad_squared_norm = unscaled_squared_norm(grad_sum, value_of(options.inv_scale));
+    ratio = trust_ratio_of<Ratio>(layers.layer[place.layer], options, param_squared_norm, grad_squared_norm);
+    if (place.chunk == first) {
+      ratios[place.layer] = ratio;
+    }
   }
-  return ratio;
+  return static_cast<Ratio>(broadcast(ratio));
 }
 
 // Partial sums of squares of the parameters, or of the gradients with what is added to them, or of both. One block a
 // chunk. Gradients are measured as they are, and what is added is scaled like them: whoever adds the partial sums
 // unscales both.
-template <typename T>
+template <typename T, typename AnyLayers>
 __global__ void __launch_bounds__(kThreads)
-    measure(const __grid_constant__ Layers<MeasuredLayer> layers, double* param_partials, double* grad_partials,
-            const float* inv_scale) {
+    measure(const __grid_constant__ AnyLayers layers, Partials partials, const float* inv_scale) {
   const Place place = place_of(layers, blockIdx.x);
   const MeasuredLayer& layer = layers.layer[place.layer];
   const int64_t count = place.range.end - place.range.begin;
-  if (param_partials != nullptr) {
+  wait_for_earlier_kernels();
+  if (partials.params != nullptr) {
     const double sum = sum_of_squares(static_cast<const T*>(layer.param) + place.range.begin, count);
     if (threadIdx.x == 0) {
-      param_partials[place.chunk] = sum;
+      partials.params[place.chunk] = sum;
     }
   }
-  if (grad_partials != nullptr) {
+  if (partials.grads != nullptr) {
     const T* grad = static_cast<const T*>(layer.grad) + place.range.begin;
     double sum;
     if (layer.scale == 0) {
@@ -462,17 +372,19 @@ __global__ void __launch_bounds__(kThreads)
       sum = sum_of_squares_of_sums(grad, param, count, layer.scale / value_of(inv_scale));
     }
     if (threadIdx.x == 0) {
-      grad_partials[place.chunk] = sum;
+      partials.grads[place.chunk] = sum;
     }
   }
 }
 
 // Squared norms from partial sums. One block a layer.
+template <typename AnyLayers>
 __global__ void __launch_bounds__(kThreads)
-    add_partials(const __grid_constant__ Layers<MeasuredLayer> layers, const double* partials, double* squared_norms,
+    add_partials(const __grid_constant__ AnyLayers layers, const double* partials, double* squared_norms,
                  const float* inv_scale) {
   const int layer = blockIdx.x;
   const int first = layers.first_chunk[layer];
+  wait_for_earlier_kernels();
   const double sum = sum_of_partials(partials + first, layers.first_chunk[layer + 1] - first);
   if (threadIdx.x == 0) {
     squared_norms[layer] = unscaled_squared_norm(sum, value_of(inv_scale));
@@ -480,70 +392,45 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // Trust ratios from squared norms. One thread a layer.
-template <typename Ratio>
+template <typename Ratio, typename AnyLayers>
 __global__ void __launch_bounds__(kThreads)
-    decide(const __grid_constant__ Layers<Layer> layers, const double* param_squared_norms,
+    decide(const __grid_constant__ AnyLayers layers, const double* param_squared_norms,
            const double* grad_squared_norms, Ratio* ratios, LarsOptions options) {
   const int layer = blockIdx.x * kThreads + threadIdx.x;
+  wait_for_earlier_kernels();
   if (layer < layers.count) {
     ratios[layer] =
         trust_ratio_of<Ratio>(layers.layer[layer], options, param_squared_norms[layer], grad_squared_norms[layer]);
   }
 }
 
-// Gradients in place, from trust ratios. One block a chunk.
-template <typename T, typename Ratio>
+// Gradients in place, from partial sums or trust ratios. One block a chunk, as in all that follow.
+template <typename T, typename Ratio, typename AnyLayers>
 __global__ void __launch_bounds__(kThreads)
-    apply(const __grid_constant__ Layers<Layer> layers, const Ratio* ratios, LarsOptions options) {
+    apply(const __grid_constant__ AnyLayers layers, Partials partials, Ratio* ratios, LarsOptions options) {
   const Place place = place_from_the_end(layers);
-  adapt_chunk<T>(layers.layer[place.layer], place.range, options, ratios[place.layer]);
-}
-
-// The same from partial sums.
-template <typename T, typename Ratio>
-__global__ void __launch_bounds__(kThreads)
-    decide_and_apply(const __grid_constant__ Layers<Layer> layers, const double* param_partials,
-                     const double* grad_partials, Ratio* ratios, LarsOptions options) {
-  const Place place = place_from_the_end(layers);
-  const Ratio ratio = decide_at(place, layers, options, param_partials, grad_partials, ratios);
+  wait_for_earlier_kernels();
+  const Ratio ratio = ratio_at(place, layers, options, partials, ratios);
   adapt_chunk<T>(layers.layer[place.layer], place.range, options, ratio);
 }
 
-// Updates in place, from trust ratios. One block a chunk.
-template <typename T, typename Ratio>
+// Updates in place.
+template <typename T, typename Ratio, typename AnyLayers>
 __global__ void __launch_bounds__(kThreads)
-    apply_to_updates(const __grid_constant__ Layers<Layer> layers, const Ratio* ratios) {
+    apply_to_updates(const __grid_constant__ AnyLayers layers, Partials partials, Ratio* ratios, LarsOptions options) {
   const Place place = place_from_the_end(layers);
-  scale_update_chunk<T>(layers.layer[place.layer], place.range, ratios[place.layer]);
-}
-
-// The same from partial sums.
-template <typename T, typename Ratio>
-__global__ void __launch_bounds__(kThreads)
-    decide_and_apply_to_updates(const __grid_constant__ Layers<Layer> layers, const double* param_partials,
-                                const double* grad_partials, Ratio* ratios, LarsOptions options) {
-  const Place place = place_from_the_end(layers);
-  const Ratio ratio = decide_at(place, layers, options, param_partials, grad_partials, ratios);
+  wait_for_earlier_kernels();
+  const Ratio ratio = ratio_at(place, layers, options, partials, ratios);
   scale_update_chunk<T>(layers.layer[place.layer], place.range, ratio);
 }
 
-// Parameters and their momentum in place, with trust ratios or, if ratios is null, without. M: the type of the
-// momentum.
-template <typename T, typename M, typename Ratio>
+// Parameters and their momentum in place. M: the type of the momentum.
+template <typename T, typename M, typename Ratio, typename AnyLayers>
 __global__ void __launch_bounds__(kThreads)
-    update(const __grid_constant__ Layers<SgdLayer> layers, const Ratio* ratios, SgdOptions options) {
+    update(const __grid_constant__ AnyLayers layers, Partials partials, Ratio* ratios, SgdOptions options) {
   const Place place = place_from_the_end(layers);
-  const Ratio ratio = ratios == nullptr ? Ratio(1) : ratios[place.layer];
-  update_chunk<T, M>(layers.layer[place.layer], place.range, options, ratio);
-}
-
-// The same from partial sums.
-template <typename T, typename M, typename Ratio>
-__global__ void __launch_bounds__(kThreads)
-    decide_and_update(const __grid_constant__ Layers<SgdLayer> layers, const double* param_partials,
-                      const double* grad_partials, Ratio* ratios, SgdOptions options) {
-  const Place place = place_from_the_end(layers);
-  const Ratio ratio = decide_at(place, layers, options, param_partials, grad_partials, ratios);
+  wait_for_earlier_kernels();
+  const Ratio ratio = ratio_at(place, layers, options, partials, ratios);
   update_chunk<T, M>(layers.layer[place.layer], place.range, options, ratio);
 }
 

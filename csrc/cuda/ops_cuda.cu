@@ -7,6 +7,8 @@
 #include <c10/cuda/CUDAStream.h>
 #include <torch/library.h>
 
+#include <atomic>
+
 #include "../checks.h"
 #include "../layers.h"
 #include "kernels.cuh"
@@ -18,23 +20,60 @@ namespace {
 #define TORCHLARS_DISPATCH(TYPE, NAME, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(c10::kBFloat16, c10::kHalf, TYPE, NAME, __VA_ARGS__)
 
+// Of the parameters and gradients that are measured and adapted at once. 0: of all layers. See set_run_bytes.
+std::atomic<int64_t> run_bytes = 0;
+
+// Fails with a sentence where kernels would fail to be launched.
+void check_driver() {
+  static const int version = [] {
+    int found = 0;
+    C10_CUDA_CHECK(cudaDriverGetVersion(&found));
+    return found;
+  }();
+  TORCH_CHECK(version >= 12010, "torchlars needs an NVIDIA driver 530 or newer, whose kernels take more than 4 KB of ",
+              "arguments (got: a driver for CUDA ", version / 1000, ".", version % 1000 / 10,
+              "); update the driver, or build torchlars with TORCHLARS_CUDA=0 to use its reference");
+}
+
 // Launches on the current stream of the tensors' device, which it makes the current one.
 struct Launch {
   explicit Launch(const at::Tensor& tensor)
-      : guard(tensor.device()), stream(c10::cuda::getCurrentCUDAStream(tensor.get_device())) {}
+      : guard(tensor.device()), stream(c10::cuda::getCurrentCUDAStream(tensor.get_device())) {
+    check_driver();
+    if (run_bytes > 0) {
+      cudaFuncAttributes compiled;
+      C10_CUDA_CHECK(cudaFuncGetAttributes(&compiled, measure<float, Layers<MeasuredLayer, kArgumentBytes[0]>>));
+      waits = compiled.binaryVersion >= 90 && compiled.ptxVersion >= 90;
+    }
+  }
 
   template <typename... Params, typename... Arguments>
-  void operator()(void (*kernel)(Params...), int blocks, Arguments... arguments) const {
-    kernel<<<blocks, kThreads, 0, stream>>>(arguments...);
-    C10_CUDA_KERNEL_LAUNCH_CHECK();
+  void operator()(void (*kernel)(Params...), int blocks, const Arguments&... arguments) const {
+    cudaLaunchAttribute may_overlap{};
+    may_overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    may_overlap.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config{};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(kThreads);
+    config.stream = stream;
+    config.attrs = &may_overlap;
+    config.numAttrs = waits ? 1 : 0;
+    C10_CUDA_CHECK(cudaLaunchKernelEx(&config, kernel, arguments...));
   }
 
   c10::cuda::CUDAGuard guard;
   c10::cuda::CUDAStream stream;
+  bool waits = false;  // whether kernels wait by themselves for those launched before, and so may begin early
 };
 
 at::Tensor new_vector(const at::Tensor& like, int64_t size, c10::ScalarType dtype) {
   return like.new_empty({size}, like.options().dtype(dtype));
+}
+
+// Those of layers of T.
+template <typename T>
+compute_type<T>* data_of_ratios(const at::Tensor& ratios) {
+  return ratios.mutable_data_ptr<compute_type<T>>();
 }
 
 template <typename T>
@@ -56,43 +95,87 @@ at::Tensor measure_alone(const Launch& launch, at::TensorList tensors, const flo
     layers.push_back({real_numel(tensors[i]), pair.param->defined() ? pair.param->const_data_ptr() : nullptr,
                       pair.grad->const_data_ptr(), scale});
   }
-  const at::Tensor partials = new_vector(tensors[0], count_chunks(layers), c10::kDouble);
+  const at::Tensor partials = new_vector(tensors[0], count_chunks<MeasuredLayer>(layers), c10::kDouble);
   TORCHLARS_DISPATCH(real_dtype(*swept[0].grad), "squared_norms", [&] {
-    launch_measure<scalar_t>(launch, layers, nullptr, partials.mutable_data_ptr<double>(), inv_scale);
+    launch_measure<scalar_t>(launch, layers, {nullptr, partials.mutable_data_ptr<double>()}, inv_scale);
   });
   return partials;
 }
 
-// Partial sums of squares of parameters and of gradients, with scales[i] * params[i] added to these unless scales is
-// empty. In one launch if they are of one dtype and no parameter that is added was copied into its gradient's memory
-// order. Else in two: the order of summation would differ from that of squared_norms, and so would the bits.
-std::pair<at::Tensor, at::Tensor> measure_both(const Launch& launch, at::TensorList grads, at::TensorList params,
-                                               const float* inv_scale, at::ArrayRef<double> scales) {
-  if (grads[0].scalar_type() != params[0].scalar_type()) {
-    return {measure_alone(launch, params), measure_alone(launch, grads, inv_scale, {params, scales})};
-  }
-  std::vector<Pair> swept;
-  std::vector<MeasuredLayer> layers;
-  swept.reserve(grads.size());
-  layers.reserve(grads.size());
-  for (size_t i = 0; i < grads.size(); ++i) {
-    const double scale = scales.empty() ? 0 : scales[i];
-    Pair& pair = swept.emplace_back(grads[i], params[i], scale);
-    if (scale == 0) {
-      pair.param = dense(params[i]);  // in whatever order: the two are not added
-    } else if (!pair.param->is_same(params[i])) {
-      return {measure_alone(launch, params), measure_alone(launch, grads, inv_scale, {params, scales})};
+// Parameters and gradients, with scales[i] * params[i] added to these unless scales is empty, and the partial sums of
+// their squares that trust ratios are decided from.
+class Norms {
+ public:
+  // Measures in one launch if they are of one dtype and no parameter that is added was copied into its gradient's
+  // memory order. Else in two: the order of summation would differ from that of squared_norms, and so would the bits.
+  Norms(const Launch& launch, at::TensorList grads, at::TensorList params, const float* inv_scale,
+        at::ArrayRef<double> scales)
+      : launch_(launch), inv_scale_(inv_scale), num_layers_(static_cast<int64_t>(grads.size())) {
+    if (!add_layers(grads, params, scales)) {
+      layers_.clear();
+      params_ = measure_alone(launch, params);
+      grads_ = measure_alone(launch, grads, inv_scale, {params, scales});
+      return;
     }
-    layers.push_back({real_numel(grads[i]), pair.param->const_data_ptr(), pair.grad->const_data_ptr(), scale});
+    params_ = new_vector(grads[0], count_chunks<MeasuredLayer>(layers_), c10::kDouble);
+    grads_ = new_vector(grads[0], count_chunks<MeasuredLayer>(layers_), c10::kDouble);
   }
-  const at::Tensor param_partials = new_vector(grads[0], count_chunks(layers), c10::kDouble);
-  const at::Tensor grad_partials = new_vector(grads[0], count_chunks(layers), c10::kDouble);
-  TORCHLARS_DISPATCH(real_dtype(grads[0]), "squared_norms", [&] {
-    launch_measure<scalar_t>(launch, layers, param_partials.mutable_data_ptr<double>(),
-                             grad_partials.mutable_data_ptr<double>(), inv_scale);
-  });
-  return {param_partials, grad_partials};
-}
+
+  // Measures, and calls apply(range of layers, their partial sums) until all layers were served.
+  template <typename Apply>
+  void measure_and(const Apply& apply) const {
+    Partials partials{params_.mutable_data_ptr<double>(), grads_.mutable_data_ptr<double>()};
+    if (layers_.empty()) {
+      return apply(Range{0, num_layers_}, partials);
+    }
+    TORCHLARS_DISPATCH(real_dtype(*swept_[0].grad), "squared_norms", [&] {
+      for (const Range run : runs(sizeof(scalar_t))) {
+        const Slice<MeasuredLayer> layers(layers_, run);
+        launch_measure<scalar_t>(launch_, layers, partials, inv_scale_);
+        apply(run, partials);
+        partials = partials.from(count_chunks(layers));
+      }
+    });
+  }
+
+ private:
+  bool add_layers(at::TensorList grads, at::TensorList params, at::ArrayRef<double> scales) {
+    if (grads[0].scalar_type() != params[0].scalar_type()) {
+      return false;
+    }
+    swept_.reserve(grads.size());
+    layers_.reserve(grads.size());
+    for (size_t i = 0; i < grads.size(); ++i) {
+      const double scale = scales.empty() ? 0 : scales[i];
+      Pair& pair = swept_.emplace_back(grads[i], params[i], scale);
+      if (scale == 0) {
+        pair.param = dense(params[i]);  // in whatever order: the two are not added
+      } else if (!pair.param->is_same(params[i])) {
+        return false;
+      }
+      layers_.push_back({real_numel(grads[i]), pair.param->const_data_ptr(), pair.grad->const_data_ptr(), scale});
+    }
+    return true;
+  }
+
+  std::vector<Range> runs(size_t itemsize) const {
+    if (run_bytes == 0) {
+      return {{0, num_layers_}};
+    }
+    std::vector<int64_t> sizes;
+    for (const MeasuredLayer& layer : layers_) {
+      sizes.push_back(2 * layer.numel * static_cast<int64_t>(itemsize));
+    }
+    return runs_within(sizes, run_bytes);
+  }
+
+  const Launch& launch_;
+  const float* inv_scale_;
+  int64_t num_layers_;
+  std::vector<Pair> swept_;
+  std::vector<MeasuredLayer> layers_;  // empty: all is measured already
+  at::Tensor params_, grads_;
+};
 
 // Sets what a kernel that decides by itself takes of each layer. lrs: empty where none is needed.
 template <typename AnyLayer>
@@ -253,7 +336,7 @@ void apply_trust_ratios_(at::TensorList grads, at::TensorList params, const at::
   const LarsOptions options{
       {}, maximize, /*lr_in_momentum=*/!lrs.empty(), data_of<double>(lr_scale), data_of<float>(inv_scale)};
   TORCHLARS_DISPATCH(sweep.dtype(), "apply_trust_ratios_", [&] {
-    launch_apply<scalar_t>(launch, sweep.layers, ratios.const_data_ptr<compute_type<scalar_t>>(), options);
+    launch_apply<scalar_t>(launch, sweep.layers, {}, data_of_ratios<scalar_t>(ratios), options);
   });
   sweep.write_back_to(grads);
 }
@@ -273,17 +356,16 @@ at::Tensor scale_by_trust_ratios_(at::TensorList grads, at::TensorList params, a
   const Launch launch(grads[0]);
   const LarsOptions options{
       {decayed_norm, clip}, maximize, lr_in_momentum, data_of<double>(lr_scale), data_of<float>(inv_scale)};
-  const auto [param_partials, grad_partials] =
-      measure_both(launch, grads, params, options.inv_scale, scales_of(weight_decays, maximize, options.ratio));
+  const Norms norms(launch, grads, params, options.inv_scale, scales_of(weight_decays, maximize, options.ratio));
   Sweep sweep(grads, params, weight_decays);
   set_numbers(sweep.layers, trust_coefs, eps, lrs);
   const at::Tensor ratios = new_vector(grads[0], static_cast<int64_t>(grads.size()),
                                        compute_dtype(grads[0].scalar_type(), params[0].scalar_type()));
-  const auto* param_sums = param_partials.const_data_ptr<double>();
-  const auto* grad_sums = grad_partials.const_data_ptr<double>();
-  TORCHLARS_DISPATCH(sweep.dtype(), "scale_by_trust_ratios_", [&] {
-    launch_decide_and_apply<scalar_t>(launch, sweep.layers, param_sums, grad_sums,
-                                      ratios.mutable_data_ptr<compute_type<scalar_t>>(), options);
+  norms.measure_and([&](Range run, Partials partials) {
+    TORCHLARS_DISPATCH(sweep.dtype(), "scale_by_trust_ratios_", [&] {
+      launch_apply<scalar_t>(launch, {sweep.layers, run}, partials, data_of_ratios<scalar_t>(ratios) + run.begin,
+                             options);
+    });
   });
   sweep.write_back_to(grads);
   return ratios;
@@ -297,7 +379,7 @@ void apply_trust_ratios_to_updates_(at::TensorList params, at::TensorList old_pa
   const Launch launch(params[0]);
   const Sweep sweep(params, old_params, std::vector<double>(params.size(), 1));
   TORCHLARS_DISPATCH(sweep.dtype(), "apply_trust_ratios_to_updates_", [&] {
-    launch_apply_to_updates<scalar_t>(launch, sweep.layers, ratios.const_data_ptr<compute_type<scalar_t>>());
+    launch_apply_to_updates<scalar_t>(launch, sweep.layers, {}, data_of_ratios<scalar_t>(ratios), {});
   });
   sweep.write_back_to(params);
 }
@@ -312,8 +394,7 @@ at::Tensor scale_updates_by_trust_ratios_(at::TensorList params, at::TensorList 
   check_hyper_parameters(op, params.size(), "params", std::vector<double>(params.size()), trust_coefs, eps);
   check_lrs(op, params.size(), "params", {lrs, lr_scale}, params[0].device(), /*are_needed=*/true);
   const Launch launch(params[0]);
-  const auto [old_partials, update_partials] =
-      measure_both(launch, params, old_params, /*inv_scale=*/nullptr, std::vector<double>(params.size(), -1));
+  const Norms norms(launch, params, old_params, /*inv_scale=*/nullptr, std::vector<double>(params.size(), -1));
   Sweep sweep(params, old_params, std::vector<double>(params.size(), 1));
   for (Layer& layer : sweep.layers) {
     layer.weight_decay = 0;
@@ -323,11 +404,11 @@ at::Tensor scale_updates_by_trust_ratios_(at::TensorList params, at::TensorList 
   options.lr_scale = data_of<double>(lr_scale);
   const at::Tensor ratios = new_vector(params[0], static_cast<int64_t>(params.size()),
                                        compute_dtype(params[0].scalar_type(), old_params[0].scalar_type()));
-  const auto* old_sums = old_partials.const_data_ptr<double>();
-  const auto* update_sums = update_partials.const_data_ptr<double>();
-  TORCHLARS_DISPATCH(sweep.dtype(), "scale_updates_by_trust_ratios_", [&] {
-    launch_decide_and_apply_to_updates<scalar_t>(launch, sweep.layers, old_sums, update_sums,
-                                                 ratios.mutable_data_ptr<compute_type<scalar_t>>(), options);
+  norms.measure_and([&](Range run, Partials partials) {
+    TORCHLARS_DISPATCH(sweep.dtype(), "scale_updates_by_trust_ratios_", [&] {
+      launch_apply_to_updates<scalar_t>(launch, {sweep.layers, run}, partials,
+                                        data_of_ratios<scalar_t>(ratios) + run.begin, options);
+    });
   });
   sweep.write_back_to(params);
   return ratios;
@@ -349,8 +430,8 @@ void sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_b
   sweep.dispatch([&](auto param, auto momentum) {
     using T = decltype(param);
     using M = decltype(momentum);
-    const auto* given = ratios.has_value() ? ratios->const_data_ptr<compute_type<T>>() : nullptr;
-    launch_update<T, M>(launch, sweep.layers, given, sweep.options);
+    auto* given = ratios.has_value() ? data_of_ratios<T>(*ratios) : nullptr;
+    launch_update<T, M>(launch, sweep.layers, {}, given, sweep.options);
   });
   sweep.write_back();
 }
@@ -370,23 +451,24 @@ at::Tensor lars_sgd_(at::TensorList params, at::TensorList grads, at::TensorList
   sweep.options.ratio = {decayed_norm, clip};
   sweep.options.lr_in_momentum = lr_in_momentum;
   set_numbers(sweep.layers, trust_coefs, eps, {});
-  const auto [param_partials, grad_partials] = measure_both(launch, grads, params, sweep.options.inv_scale,
-                                                            scales_of(weight_decays, maximize, sweep.options.ratio));
+  const Norms norms(launch, grads, params, sweep.options.inv_scale,
+                    scales_of(weight_decays, maximize, sweep.options.ratio));
   const at::Tensor ratios = new_vector(grads[0], static_cast<int64_t>(grads.size()),
                                        compute_dtype(grads[0].scalar_type(), params[0].scalar_type()));
-  const auto* param_sums = param_partials.const_data_ptr<double>();
-  const auto* grad_sums = grad_partials.const_data_ptr<double>();
-  sweep.dispatch([&](auto param, auto momentum) {
-    using T = decltype(param);
-    using M = decltype(momentum);
-    launch_decide_and_update<T, M>(launch, sweep.layers, param_sums, grad_sums,
-                                   ratios.mutable_data_ptr<compute_type<T>>(), sweep.options);
+  norms.measure_and([&](Range run, Partials partials) {
+    sweep.dispatch([&](auto param, auto momentum) {
+      using T = decltype(param);
+      using M = decltype(momentum);
+      launch_update<T, M>(launch, {sweep.layers, run}, partials, data_of_ratios<T>(ratios) + run.begin, sweep.options);
+    });
   });
   sweep.write_back();
   return ratios;
 }
 
 }  // namespace
+
+void set_run_bytes(int64_t bytes) { run_bytes = bytes; }
 
 TORCH_LIBRARY_IMPL(torchlars, CUDA, m) {
   m.impl("squared_norms", squared_norms);

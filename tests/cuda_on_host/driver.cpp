@@ -181,27 +181,24 @@ void scale(const Case& header) {
     }
   }
 
-  const Buffer<double> param_partials(count_chunks(both)), grad_partials(count_chunks(both));
+  const int64_t chunks = count_chunks<MeasuredLayer>(both);
+  const Buffer<double> param_partials(chunks), grad_partials(chunks);
   const Buffer<compute_type<T>> ratios(header.layers);
+  Partials partials{param_partials.data(), grad_partials.data()};
   if (header.op == kScaleInThreeOps) {
-    launch_measure<T>(launch, only_params, param_partials.data(), nullptr, nullptr);
-    launch_add_partials(launch, sizes, param_partials.data(), param_norms.data(), nullptr);
-    launch_measure<T>(launch, only_grads, nullptr, grad_partials.data(), scales.inv());
-    launch_add_partials(launch, sizes, grad_partials.data(), grad_norms.data(), scales.inv());
+    launch_measure<T>(launch, only_params, {partials.params, nullptr}, nullptr);
+    launch_add_partials(launch, sizes, partials.params, param_norms.data(), nullptr);
+    launch_measure<T>(launch, only_grads, {nullptr, partials.grads}, scales.inv());
+    launch_add_partials(launch, sizes, partials.grads, grad_norms.data(), scales.inv());
     launch_decide(launch, decided, param_norms.data(), grad_norms.data(), ratios.data(), options);
-    if (header.of_updates) {
-      launch_apply_to_updates<T>(launch, swept, ratios.data());
-    } else {
-      launch_apply<T>(launch, swept, ratios.data(), options);
-    }
+    partials = {};
   } else {
-    launch_measure<T>(launch, both, param_partials.data(), grad_partials.data(), scales.inv());
-    if (header.of_updates) {
-      launch_decide_and_apply_to_updates<T>(launch, swept, param_partials.data(), grad_partials.data(), ratios.data(),
-                                            options);
-    } else {
-      launch_decide_and_apply<T>(launch, swept, param_partials.data(), grad_partials.data(), ratios.data(), options);
-    }
+    launch_measure<T>(launch, both, partials, scales.inv());
+  }
+  if (header.of_updates) {
+    launch_apply_to_updates<T>(launch, swept, partials, ratios.data(), options);
+  } else {
+    launch_apply<T>(launch, swept, partials, ratios.data(), options);
   }
   x.write(std::vector<Buffer<T>>(), ratios);
 }
@@ -235,11 +232,13 @@ void update_by_sgd(const Case& header) {
                            ratio_options(header), header.lr_in_momentum != 0, scales.inv()};
   if (header.op == kLarsSgd) {
     const std::vector<MeasuredLayer> measured = x.measured(header);
-    const Buffer<double> param_partials(count_chunks(measured)), grad_partials(count_chunks(measured));
-    launch_measure<T>(launch, measured, param_partials.data(), grad_partials.data(), scales.inv());
-    launch_decide_and_update<T, M>(launch, layers, param_partials.data(), grad_partials.data(), ratios.data(), options);
+    const int64_t chunks = count_chunks<MeasuredLayer>(measured);
+    const Buffer<double> param_partials(chunks), grad_partials(chunks);
+    const Partials partials{param_partials.data(), grad_partials.data()};
+    launch_measure<T>(launch, measured, partials, scales.inv());
+    launch_update<T, M>(launch, layers, partials, ratios.data(), options);
   } else {
-    launch_update<T, M>(launch, layers, header.has_ratios ? ratios.data() : nullptr, options);
+    launch_update<T, M>(launch, layers, {}, header.has_ratios ? ratios.data() : nullptr, options);
   }
   x.write(momentum_buffers, ratios);
 }
