@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.optim.swa_utils import SWALR
 
 import torchlars
-from torchlars import LAMB, LARS, param_groups
+from torchlars import LAMB, LARS, param_groups, wrapper
 
 
 def float64(values):
@@ -661,4 +661,26 @@ def test_a_hook_of_the_base_may_replace_arguments():
     handle.remove()
     optimizer.optim.register_step_pre_hook(lambda who, args, kwargs: 3)
     with pytest.raises(RuntimeError, match="must return None or a tuple"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("make", [LARS, LAMB])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_state_that_a_captured_graph_would_begin_is_refused(monkeypatch, make, base):
+    """A first step inside of a capture lost its momentum at every replay: the graph began it."""
+    param = torch.nn.Parameter(torch.ones(4))
+    param.grad = torch.full_like(param, 0.5)
+    optimizer = make(base([param], lr=0.1, weight_decay=0.1, **({"momentum": 0.9} if base is torch.optim.SGD else {})))
+    with monkeypatch.context() as in_capture:
+        in_capture.setattr(wrapper, "_is_capturing", lambda: True)
+        keys = "momentum_buffer" if base is torch.optim.SGD else "exp_avg, exp_avg_sq, step"
+        message = rf"state of {base.__name__} must exist .* \(begun: {keys}\); take a step before the capture"
+        with pytest.raises(RuntimeError, match=message):
+            optimizer.step()
+        assert not optimizer.state[param]
+        assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    param.grad = torch.full_like(param, 0.5)
+    optimizer.step()
+    with monkeypatch.context() as in_capture:
+        in_capture.setattr(wrapper, "_is_capturing", lambda: True)
         optimizer.step()

@@ -133,6 +133,42 @@ def test_an_lr_elsewhere_is_refused_where_a_graph_is_captured(make):
             optimizer.step()
 
 
+FIRST_STEPS = {
+    "torchlars SGD": our_sgd,
+    **{name: make for name, make in CAPTURED.items() if name.startswith("LAMB") or "of updates" not in name},
+}
+
+
+@pytest.mark.parametrize("make", FIRST_STEPS.values(), ids=FIRST_STEPS)
+def test_a_first_step_is_refused_where_a_graph_is_captured(make):
+    model, twin = network(), network()
+    lr, twin_lr = (torch.tensor(0.1, device="cuda") for _ in range(2))
+    optimizer, expected = make(groups_of(model, lr)), make(groups_of(twin, twin_lr))
+    give_gradients(model, 0)
+    give_gradients(twin, 0)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        lr.add_(0)  # torch warns of graphs without nodes
+        with pytest.raises(RuntimeError, match="take a step before the capture"):
+            optimizer.step()
+    for opt in (optimizer, expected):  # as if nothing had happened
+        opt.step()
+    assert all(torch.equal(param, other) for param, other in zip(model.parameters(), twin.parameters(), strict=True))
+
+
+def test_a_momentum_of_another_dtype_is_refused_where_a_graph_is_captured():
+    """Each replay would start from the momentum of before the capture."""
+    param = nn.Parameter(torch.ones(300, dtype=torch.bfloat16, device="cuda"))
+    optimizer = LARS(torchlars.optim.SGD([param], lr=0.1, momentum=0.9, weight_decay=0.1))
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    optimizer.param_groups[0]["momentum_dtype"] = torch.float32
+    anything = torch.ones(1, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        anything.add_(1)
+        with pytest.raises(RuntimeError, match=r"\(group: 0, shape: \(300,\)\); take a step before the capture"):
+            optimizer.step()
+
+
 @OVER_OURS
 def test_numbers_are_kept_as_they_are_at_the_capture(make):
     model, twin = network(), network()

@@ -388,6 +388,41 @@ _HOOKED = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
 def step_of_base(optim: Optimizer) -> Callable[..., Any]:
+    """Return a base's ``step``, which must not begin any state while a CUDA graph is captured.
+
+    A graph that begins a momentum does so at every replay. Torch's bases do not look.
+    """
+    step = _step_of_base(optim)
+    if torch.compiler.is_compiling() or not _is_capturing():
+        return step
+
+    def step_in_capture(*args: Any, **kwargs: Any) -> Any:
+        before = {param: set(state) for param, state in optim.state.items()}
+        result = step(*args, **kwargs)
+        begun = [
+            (state, key)
+            for param, state in optim.state.items()
+            for key in set(state) - before.get(param, set())
+            if isinstance(state[key], Tensor)
+        ]
+        for state, key in begun:
+            del state[key]
+        if begun:
+            raise RuntimeError(
+                f"the state of {type(optim).__name__} must exist before a CUDA graph is captured, whose replays would "
+                f"begin it anew (begun: {', '.join(sorted({str(key) for _, key in begun}))}); take a step before the "
+                "capture"
+            )
+        return result
+
+    return step_in_capture
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
+def _step_of_base(optim: Optimizer) -> Callable[..., Any]:
     """Return a base's ``step`` without torch's global hooks, which are called once a step, for the wrapper.
 
     The base's own hooks are called. Where something else than torch's own functions, or the counter of a scheduler
@@ -609,9 +644,7 @@ def learning_rate(optim: Optimizer, index: int, group: Group) -> float | Tensor:
 
 def check_can_be_captured(lr: Tensor) -> None:
     """Raise if a learning rate would be copied into a CUDA graph from memory of the host that is gone at its replay."""
-    if torch.compiler.is_compiling() or lr.device.type != "cpu" or not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        return
-    if torch.cuda.is_current_stream_capturing():
+    if not torch.compiler.is_compiling() and lr.device.type == "cpu" and _is_capturing():
         raise RuntimeError(
             f"lr must be on the parameters' device while a CUDA graph is captured (got: a tensor on {lr.device}); "
             "a number is kept as it is at the capture"

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchlars import amp, ops, sharding
 from torchlars.amp import GradScale
+from torchlars.groups import is_capturing
 from torchlars.layers import memory_of, problem_of_memory
 from torchlars.wrapper import check_can_be_captured, finite_number, non_negative_number, number_in
 
@@ -334,8 +335,17 @@ class Bucket:
                 strides = torch.empty_like(local_param, device="meta").stride()
             if buffer.dtype == dtype and sharding.local(buffer).stride() == strides:
                 return buffer
+        self._check_momentum_can_begin(param)
         ordered = torch.zeros_like(param, dtype=dtype, requires_grad=False)
         return ordered if buffer is None else ordered.copy_(buffer)
+
+    def _check_momentum_can_begin(self, param: Tensor) -> None:
+        """Raise if every replay of a CUDA graph would begin the momentum anew."""
+        if not torch.compiler.is_compiling() and is_capturing(param.device):
+            raise RuntimeError(
+                "momentum must exist before a CUDA graph is captured, in its final dtype and memory order, or replays "
+                f"begin it anew (group: {self.group}, shape: {tuple(param.shape)}); take a step before the capture"
+            )
 
     def _update_by_torch(self) -> None:
         """Take the step by torch's own functions, which know sparse gradients, and subclasses and lazy parameters."""
@@ -346,6 +356,8 @@ class Bucket:
                     grad = grad.add(param, alpha=-weight_decay if self.maximize else weight_decay)
                 grad, weight_decay = self.ratios[i] * grad, 0.0
             buffers = [self.state[param].get("momentum_buffer")] if self.momentum != 0 else [None]
+            if self.momentum != 0 and buffers[0] is None:
+                self._check_momentum_can_begin(param)
             torch_sgd(
                 [param],
                 [grad],
