@@ -48,21 +48,18 @@ const auto take = [](auto* kernel, int, const auto&...) {
 template <typename T, typename M>
 void take_sgd(size_t count) {
   const std::vector<SgdLayer> layers(count, SgdLayer{1});
-  launch_update<T, M>(take, layers, nullptr, {});
-  launch_decide_and_update<T, M>(take, layers, nullptr, nullptr, nullptr, {});
+  launch_update<T, M>(take, layers, {}, nullptr, {});
 }
 
 template <typename T>
 void take_all(size_t count) {
   const std::vector<MeasuredLayer> measured(count, MeasuredLayer{1});
   const std::vector<Layer> layers(count, Layer{1});
-  launch_measure<T>(take, measured, nullptr, nullptr, nullptr);
+  launch_measure<T>(take, measured, {}, nullptr);
   launch_add_partials(take, measured, nullptr, nullptr, nullptr);
   launch_decide<compute_type<T>>(take, layers, nullptr, nullptr, nullptr, {});
-  launch_apply<T>(take, layers, nullptr, {});
-  launch_decide_and_apply<T>(take, layers, nullptr, nullptr, nullptr, {});
-  launch_apply_to_updates<T>(take, layers, nullptr);
-  launch_decide_and_apply_to_updates<T>(take, layers, nullptr, nullptr, nullptr, {});
+  launch_apply<T>(take, layers, {}, nullptr, {});
+  launch_apply_to_updates<T>(take, layers, {}, nullptr, {});
   take_sgd<T, T>(count);
   take_sgd<T, compute_type<T>>(count);
 }
