@@ -40,7 +40,24 @@ T& immortal() {
 }
 
 std::recursive_mutex& mutex = immortal<std::recursive_mutex>();
-#define LOCK const std::lock_guard<std::recursive_mutex> lock(mutex)
+// Deferred work may call Python while it holds the mutex: who waits for the mutex must not hold Python's lock.
+std::unique_lock<std::recursive_mutex> locked() {
+  static const auto has_gil = reinterpret_cast<int (*)()>(dlsym(RTLD_DEFAULT, "PyGILState_Check"));
+  static const auto release_gil = reinterpret_cast<void* (*)()>(dlsym(RTLD_DEFAULT, "PyEval_SaveThread"));
+  static const auto take_gil = reinterpret_cast<void (*)(void*)>(dlsym(RTLD_DEFAULT, "PyEval_RestoreThread"));
+  std::unique_lock<std::recursive_mutex> lock(mutex, std::try_to_lock);
+  if (!lock.owns_lock()) {
+    void* const thread = has_gil && has_gil() ? release_gil() : nullptr;
+    lock.lock();
+    if (thread) {
+      lock.unlock();
+      take_gil(thread);
+      return locked();
+    }
+  }
+  return lock;
+}
+#define LOCK const auto lock = locked()
 
 [[noreturn]] void fail(const char* what, const void* where) {
   std::fprintf(stderr, "fake_cuda: %s (%p)\n", what, where);
