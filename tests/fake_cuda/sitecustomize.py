@@ -165,11 +165,13 @@ class Host(TorchDispatchMode):
         if not tensors and torch.device(kwargs.get("device") or HOST).type == "cuda":
             device = torch.device(kwargs["device"])
             devices = {torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)}
-        if not devices or func.is_view:
+        if not devices:
             return func(*args, **kwargs)
-        if is_composite(func):
+        if is_composite(func):  # contiguous(), which is called a view, may copy
             with self:
                 return func.decompose(*args, **kwargs)
+        if func.is_view:
+            return func(*args, **kwargs)
         is_transfer = func is aten.copy_.default and {x.device for x in tensors} != devices
         is_ours = func.namespace == "torchlars"
         if is_ours or is_transfer or not tensors or func.overloadpacket in WITHOUT_KERNEL:
