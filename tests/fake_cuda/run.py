@@ -38,7 +38,7 @@ def build() -> Path:
     calls = [name for name in symbols if re.fullmatch("cu[A-Z].*", name) and name != "cuDevicePrimaryCtxGetState"]
     driver = ["-Wl,-soname,libcuda.so.1", "-DDRIVER_CALLS=" + " ".join(f"UNSUPPORTED({name})" for name in calls)]
     unfinished = tempfile.mkdtemp()
-    compile_ = ["g++", "-std=c++20", "-shared", "-fPIC", "-O2", "-ffp-contract=off"]
+    compile_ = ["g++", "-std=c++20", "-shared", "-fPIC", "-O1", "-ffp-contract=off"]
     kernels = ["-isystem", torch_folder / "include", f"-I{ROOT / 'csrc'}", f"-I{HERE.parent / 'cuda_on_host'}"]
     commands = [
         [*compile_, *driver, f"-I{CUDA_HOME}/include", HERE / "runtime.cpp", "-o", f"{unfinished}/libfake_cuda.so"],
