@@ -21,6 +21,7 @@ CUDA_HOME = os.environ.get("CUDA_HOME", "/usr/local/cuda")
 def build() -> Path:
     """Return the folder of the libraries, which are built where they or what they are made of have changed."""
     sources = [
+        Path(__file__),
         *HERE.glob("*.cpp"),
         *HERE.glob("*.h"),
         *ROOT.glob("csrc/*.h"),

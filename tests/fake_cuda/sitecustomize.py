@@ -159,7 +159,7 @@ class Host(TorchDispatchMode):
     def __torch_dispatch__(self, func, classes, args=(), kwargs=None):
         kwargs = kwargs or {}
         if any(not issubclass(t, Tensor) or t.__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in classes):
-            return NotImplemented
+            return func(*args, **kwargs)
         tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
         devices = {x.device for x in tensors if x.is_cuda}
         if not tensors and torch.device(kwargs.get("device") or HOST).type == "cuda":
