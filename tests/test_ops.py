@@ -29,7 +29,7 @@ def three(grads, params, weight_decays, trust_coefs, eps, maximize):
 
 def gpu_rtol(tensors):
     """The relative error of a sum of squares on a GPU, where most numbers are squared in float."""
-    return {2: 2.0**-23, 4: 1e-13, 8: 1e-14}[tensors[0].real.dtype.itemsize]
+    return {2: 2.0**-23, 4: 1e-13, 8: 1e-14}[min(x.real.dtype.itemsize for x in tensors)]
 
 
 def assert_squared_norms(actual, expected, tensors, ulps):
@@ -37,6 +37,20 @@ def assert_squared_norms(actual, expected, tensors, ulps):
         assert_within_ulps(actual, expected, ulps, "squared norms")
     else:
         torch.testing.assert_close(actual.cpu(), expected, rtol=gpu_rtol(tensors), atol=0, equal_nan=True)
+
+
+def assert_adapted(ratios, grads, expected_ratios, expected_grads, rtol):
+    """Ratios and gradients. On a GPU those in float64 are no better than the norms of what is not."""
+    is_wide = ratios.dtype == torch.float64
+    if is_wide and ratios.is_cuda and rtol > 1e-14:
+        torch.testing.assert_close(ratios.cpu(), expected_ratios, rtol=2 * rtol, atol=0)
+        for grad, expected in zip(grads, expected_grads, strict=True):
+            more = 2 * torch.finfo(grad.dtype).eps
+            torch.testing.assert_close(grad.cpu(), expected, rtol=2 * rtol + more, atol=0)
+        return
+    assert_within_ulps(ratios, expected_ratios, 4 if is_wide else 1)
+    ulps = 8 if expected_grads[0].dtype == torch.float64 else 2
+    assert_all_within_ulps(grads, expected_grads, ulps, "gradient of layer")
 
 
 ROUTES = {"fused": fused, "three": three}
@@ -347,8 +361,7 @@ def test_scaled_gradients_may_have_another_dtype_than_parameters(extension, devi
         actual, expected = (case.make(dtype, where, grad_dtype) for where in (device, "cpu"))
         ratios = ops.scale_by_trust_ratios_(*actual, **options, inv_scale=inv_scale)
         expected_ratios = reference.scale_by_trust_ratios_(*expected, **options, inv_scale=inv_scale.cpu())
-        assert_within_ulps(ratios, expected_ratios, 4 if ratios.dtype == torch.float64 else 1)
-        assert_all_within_ulps(actual[0], expected[0], 8 if grad_dtype == torch.float64 else 2, "gradient of layer")
+        assert_adapted(ratios, actual[0], expected_ratios, expected[0], gpu_rtol([*actual[0], *actual[1]]))
 
 
 def test_unscaled_gradients_are_not_rounded_in_between(backend):
@@ -444,8 +457,7 @@ def test_gradients_may_have_another_dtype_than_parameters(extension, device, rou
     case = Case("mixed_dtypes", "", [*sizes(5, 70, 17000), Layer((3, 4), weight_decay=0.0), Layer((0,))])
     actual, expected = (case.make(dtype, where, grad_dtype) for where in (device, "cpu"))
     ratios, expected_ratios = ROUTES[route](*actual), reference.scale_by_trust_ratios_(*expected)
-    assert_within_ulps(ratios, expected_ratios, 4 if ratios.dtype == torch.float64 else 1)
-    assert_all_within_ulps(actual[0], expected[0], 8 if grad_dtype == torch.float64 else 2, "gradient of layer")
+    assert_adapted(ratios, actual[0], expected_ratios, expected[0], gpu_rtol([*actual[0], *actual[1]]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
