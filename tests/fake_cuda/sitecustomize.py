@@ -156,8 +156,6 @@ def compute(func, args, kwargs, device: torch.device, stream: ctypes.c_void_p, i
 class Host(TorchDispatchMode):
     """Computes ops of torch by the CPU's kernels on the same memory, in the order of the current stream."""
 
-    supports_higher_order_operators = True
-
     def __torch_dispatch__(self, func, classes, args=(), kwargs=None):
         kwargs = kwargs or {}
         if any(not issubclass(t, Tensor) or t.__torch_dispatch__ is not Tensor.__torch_dispatch__ for t in classes):
