@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchlars import LAMB, LARC, LARS, ops, reference
+from torchlars import LAMB, LARC, LARS, _extension, ops, reference
 from torchlars import optim as torchlars_optim
 
 SGD = pytest.mark.parametrize("op", ["sgd_", "lars_sgd_"])
@@ -398,3 +398,50 @@ def test_two_launches_scale_a_bucket_of_updates():
         count_launches(ops.scale_updates_by_trust_ratios_, values, old_values, [1.0] * 3, [0.0] * 3, [0.1] * 3, False)
         == 2
     )
+
+
+@pytest.fixture
+def run_bytes():
+    """Set the bytes of parameters and gradients that are measured and adapted at once; put back afterwards."""
+    yield _extension.extension.set_run_bytes
+    _extension.extension.set_run_bytes(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda params: LARS(torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1)),
+        lambda params: LARS(torchlars_optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1), norm="decayed"),
+        lambda params: LAMB(torch.optim.AdamW(params, lr=0.1, weight_decay=0.1)),
+    ],
+    ids=["LARS(SGD)", "LARS(torchlars SGD)", "LAMB(AdamW)"],
+)
+def test_runs_of_layers_have_the_bits_of_two_launches(make, dtype, run_bytes):
+    params = make_many(dtype)
+    twins = [nn.Parameter(param.detach().clone()) for param in params]
+    for param, twin in zip(params, twins, strict=True):
+        twin.grad = param.grad.clone()
+    optimizer, expected = make(params), make(twins)
+    run_bytes(0)
+    expected.step()
+    run_bytes(300_000)
+    optimizer.step()
+    ratios, expected_ratios = optimizer.trust_ratios(), expected.trust_ratios()
+    for param, twin in zip(params, twins, strict=True):
+        assert torch.equal(param, twin)
+        assert torch.equal(ratios[param], expected_ratios[twin])
+
+
+def make_many(dtype):
+    return [param for _ in range(6) for param in make(dtypes=(dtype,))]
+
+
+def test_runs_take_more_launches(run_bytes):
+    params = make_many(torch.float32)
+    optimizer = LARS(torchlars_optim.SGD(params, lr=0.1, weight_decay=0.1))
+    assert count_launches(optimizer.step) == 2
+    run_bytes(300_000)  # of which the large layers have 168,000 each
+    assert count_launches(optimizer.step) == 12
+    with pytest.raises(ValueError, match=r"expected a non-negative number of bytes \(got: -1\)"):
+        run_bytes(-1)

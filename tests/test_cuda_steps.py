@@ -235,7 +235,7 @@ def test_a_scaler_never_waits_and_has_the_numbers_of_one_that_does(make, overflo
 @pytest.fixture
 def nccl(tmp_path):
     if not dist.is_available() or not dist.is_nccl_available():
-        pytest.skip("torch has no NCCL")
+        pytest.skip("torch has no NCCL, or runs on tests/fake_cuda")
     store = dist.FileStore(str(tmp_path / "store"), 1)
     dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda", 0))
     yield

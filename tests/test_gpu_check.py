@@ -90,7 +90,7 @@ NO_RACE = "========= COMPUTE-SANITIZER\n208 cases agree with the reference\n====
 NCU = """\
 ==PROF== Connected to process 7
 ==PROF== Profiling "measure" - 0: 0%....50%....100% - 9 passes
-==PROF== Profiling "void torchlars::cuda::decide_and_update<float>(torchlars::cuda::Layers<torchlars::cuda::SgdLayer>)" - 1: 0%....100% - 9 passes
+==PROF== Profiling "void torchlars::cuda::update<float, float, float, torchlars::cuda::Layers<torchlars::cuda::SgdLayer, 16384>>(T4)" - 1: 0%....100% - 9 passes
 ==PROF== Profiling "measure" - 2: 0%....50%....100% - 9 passes
     Section: GPU Speed Of Light Throughput
 """
@@ -419,7 +419,7 @@ def test_all_steps_are_done_and_summed_up(pretend, capsys):
     assert "--kernel-name kns=torchlars" in (out / "log.txt").read_text(encoding="utf-8")
     assert (out / "profile.txt").read_text(encoding="utf-8") == NCU
     notes = {result["step"]: result["note"] for result in summary["steps"]}
-    assert notes["profile"] == "measure, decide_and_update"
+    assert notes["profile"] == "measure, update"
 
 
 @pytest.mark.parametrize(
