@@ -660,6 +660,13 @@ RUNTIME cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* functi
                           config->stream);
 }
 
+RUNTIME cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
+  LOCK;
+  *attributes = {};
+  attributes->binaryVersion = attributes->ptxVersion = 90;
+  return result(names.count(function) ? cudaSuccess : cudaErrorInvalidDeviceFunction);
+}
+
 RUNTIME __cudaGetKernel(cudaKernel_t* kernel, const void* function) {
   *kernel = reinterpret_cast<cudaKernel_t>(const_cast<void*>(function));
   return cudaSuccess;
