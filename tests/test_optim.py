@@ -16,8 +16,8 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint.state_dict as dcp
-from cases import CASES, DTYPES, REAL_DTYPES, Case, Layer, channels_last, sizes, sliced, transposed
-from closeness import assert_within_ulps
+from cases import CASES, DTYPES, REAL_DTYPES, Case, Layer, channels_last, on, sizes, sliced, transposed
+from closeness import assert_all_equal, assert_all_within_ulps, assert_within_ulps
 
 import torchlars
 from torchlars import LARS, ops, optim, reference
@@ -1957,10 +1957,14 @@ STEPS = [
 OPS = ["sgd_", "lars_sgd_"]
 
 
-def steps_of(case, dtype):
-    """Every kind of step that the dtype has; of the longest cases one."""
+def steps_of(case, dtype, device="cpu"):
+    """Every kind of step that the dtype has; of the longest cases one, and on a GPU some."""
     kinds = [step for step in STEPS if step[0] != "float32" or dtype.itemsize == 2]
-    return kinds[3:4] if case.name == "many" else kinds[::3] if case.name in ("large_norms", "chunk_borders") else kinds
+    if case.name == "many":
+        return kinds[3:4]
+    if case.name in ("large_norms", "chunk_borders"):
+        return kinds[::3]
+    return kinds if torch.device(device).type == "cpu" else kinds[1::3]
 
 
 def copied(tensor):
@@ -2002,22 +2006,31 @@ def arguments_of(case, dtype, kind, grad_dtype=None):
     }
 
 
+def moved(arguments, device):
+    """The same arguments on a device."""
+
+    def there(value):
+        if isinstance(value, torch.Tensor):
+            return value.to(device)
+        return on(device, value) if isinstance(value, list) and value and isinstance(value[0], torch.Tensor) else value
+
+    return {name: there(value) for name, value in arguments.items()}
+
+
 def call(op, arguments, module=ops, **different):
     """Call an op with copies of what it writes. Return those, and the ratios if there are any."""
     copies = {name: [copied(x) for x in arguments[name]] for name in ("params", "grads", "momentum_buffers")}
     taken = {**arguments, **copies, **different}
     foreign = {"sgd_": {"trust_coefs", "eps"}, "lars_sgd_": {"ratios"}}[op]
     ratios = getattr(module, op)(**{name: value for name, value in taken.items() if name not in foreign})
-    for grad, original in zip(taken["grads"], arguments["grads"], strict=True):
-        assert torch.equal(grad, original), "gradients are only read"
+    assert_all_equal(taken["grads"], arguments["grads"], "gradients are only read, layer")
     return taken["params"], taken["momentum_buffers"], ratios
 
 
 def assert_same_results(actual, expected, ulps=0):
     for name, ones, others in zip(("parameter", "momentum"), actual, expected, strict=False):
-        assert len(ones) == len(others)
-        for i, (one, other) in enumerate(zip(ones, others, strict=True)):
-            assert_within_ulps(one, other, ulps, f"{name} of layer {i}")
+        if ones or others:
+            assert_all_within_ulps(ones, others, ulps, f"{name} of layer")
 
 
 def named(values):
@@ -2026,18 +2039,19 @@ def named(values):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @named(CASES)
-def test_sgd_gives_the_bits_of_the_reference(extension, case, dtype):
-    for kind in steps_of(case, dtype):
+def test_sgd_gives_the_bits_of_the_reference(extension, device, case, dtype):
+    for kind in steps_of(case, dtype, device):
         arguments = arguments_of(case, dtype, kind)
-        assert_same_results(call("sgd_", arguments), call("sgd_", arguments, reference))
+        assert_same_results(call("sgd_", moved(arguments, device)), call("sgd_", arguments, reference))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @named(CASES)
-def test_lars_sgd_equals_the_reference_and_has_the_bits_of_measure_decide_and_update(extension, case, dtype):
+def test_lars_sgd_equals_the_reference_and_has_the_bits_of_measure_decide_and_update(extension, device, case, dtype):
     is_wide = dtype in (torch.float64, torch.complex128)
-    for kind in steps_of(case, dtype)[::2]:
-        arguments = arguments_of(case, dtype, kind)
+    for kind in steps_of(case, dtype, device)[::2]:
+        on_cpu = arguments_of(case, dtype, kind)
+        arguments = moved(on_cpu, device)
         actual = call("lars_sgd_", arguments)
         norms = ops.squared_norms(arguments["params"]), ops.squared_norms(arguments["grads"])
         ratio_dtype = torch.float64 if is_wide else torch.float32
@@ -2047,10 +2061,10 @@ def test_lars_sgd_equals_the_reference_and_has_the_bits_of_measure_decide_and_up
         assert_same_results(actual, call("sgd_", arguments, ratios=ratios))
         # Sums are the only thing in which the two may differ: so the rest is compared with the same ratios.
         expected = reference.trust_ratios(
-            *map(reference.squared_norms, (arguments["params"], arguments["grads"])), *hyper, ratio_dtype
+            *map(reference.squared_norms, (on_cpu["params"], on_cpu["grads"])), *hyper, ratio_dtype
         )
         assert_within_ulps(ratios, expected, 4 if is_wide else 1, "ratios")
-        assert_same_results(actual, call("sgd_", arguments, reference, ratios=ratios))
+        assert_same_results(actual, call("sgd_", on_cpu, reference, ratios=ratios.cpu()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -2182,12 +2196,12 @@ def test_scaled_gradients_may_have_another_dtype_than_parameters(extension, dtyp
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize("grad_dtype", REAL_DTYPES, ids=str)
 @pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
-def test_gradients_may_have_another_dtype_than_parameters(extension, dtype, grad_dtype, op):
+def test_gradients_may_have_another_dtype_than_parameters(extension, device, dtype, grad_dtype, op):
     case = Case("mixed_dtypes", "", [*sizes(5, 70, 17000), Layer((3, 4), weight_decay=0.0), Layer((0,))])
-    for kind in steps_of(case, dtype):
+    for kind in steps_of(case, dtype, device):
         arguments = arguments_of(case, dtype, kind, grad_dtype)
-        actual = call(op, arguments)
-        ratios = arguments["ratios"] if op == "sgd_" else actual[2]
+        actual = call(op, moved(arguments, device))
+        ratios = arguments["ratios"] if op == "sgd_" else actual[2].cpu()
         assert_same_results(actual, call("sgd_", arguments, reference, ratios=ratios))
 
 
@@ -2215,7 +2229,7 @@ def test_memory_around_views_is_not_touched_and_versions_are_bumped(backend, op,
 
 
 @pytest.mark.parametrize("op", OPS)
-def test_momentum_buffers_of_any_layout_are_written_in_place(extension, op):
+def test_momentum_buffers_of_any_layout_are_written_in_place(extension, device, op):
     case = Case(
         "buffers", "", [Layer((6, 5)), Layer((6, 5), param_layout=transposed), Layer((6, 5), grad_layout=sliced)]
     )
@@ -2224,8 +2238,8 @@ def test_momentum_buffers_of_any_layout_are_written_in_place(extension, op):
         arguments["momentum_buffers"] = [
             order(x) for order, x in zip(orders, arguments["momentum_buffers"], strict=True)
         ]
-        actual = call(op, arguments)
-        ratios = arguments["ratios"] if op == "sgd_" else actual[2]
+        actual = call(op, moved(arguments, device))
+        ratios = arguments["ratios"] if op == "sgd_" else actual[2].cpu()
         assert_same_results(actual, call("sgd_", arguments, reference, ratios=ratios))
 
 
