@@ -3,6 +3,10 @@
 That the kernels compute the right numbers is shown by tests/test_ops.py, which takes in every device there is.
 """
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -445,3 +449,12 @@ def test_runs_take_more_launches(run_bytes):
     assert count_launches(optimizer.step) == 12
     with pytest.raises(ValueError, match=r"expected a non-negative number of bytes \(got: -1\)"):
         run_bytes(-1)
+
+
+@pytest.mark.skipif("FAKE_CUDA" not in os.environ, reason="takes another driver")
+def test_a_driver_that_is_too_old_is_refused():
+    step = "import torch, torchlars; torchlars.ops.squared_norms([torch.ones(3, device='cuda')])"
+    environment = {**os.environ, "FAKE_CUDA_DRIVER": "12000"}
+    done = subprocess.run([sys.executable, "-c", step], env=environment, capture_output=True, text=True)
+    assert "needs an NVIDIA driver 530 or newer" in done.stderr
+    assert "(got: a driver for CUDA 12.0)" in done.stderr
