@@ -672,7 +672,7 @@ def test_state_that_a_captured_graph_would_begin_is_refused(monkeypatch, make, b
     param.grad = torch.full_like(param, 0.5)
     optimizer = make(base([param], lr=0.1, weight_decay=0.1, **({"momentum": 0.9} if base is torch.optim.SGD else {})))
     with monkeypatch.context() as in_capture:
-        in_capture.setattr(wrapper, "_is_capturing", lambda: True)
+        in_capture.setattr(wrapper, "is_capturing", lambda: True)
         keys = "momentum_buffer" if base is torch.optim.SGD else "exp_avg, exp_avg_sq, step"
         message = rf"state of {base.__name__} must exist .* \(begun: {keys}\); take a step before the capture"
         with pytest.raises(RuntimeError, match=message):
@@ -682,5 +682,5 @@ def test_state_that_a_captured_graph_would_begin_is_refused(monkeypatch, make, b
     param.grad = torch.full_like(param, 0.5)
     optimizer.step()
     with monkeypatch.context() as in_capture:
-        in_capture.setattr(wrapper, "_is_capturing", lambda: True)
+        in_capture.setattr(wrapper, "is_capturing", lambda: True)
         optimizer.step()

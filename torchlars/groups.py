@@ -17,7 +17,7 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torchlars import ops
-from torchlars.wrapper import Group, bases, non_negative_number
+from torchlars.wrapper import Group, bases, is_capturing, non_negative_number
 
 if TYPE_CHECKING:
     from torchlars.wrapper import OptimizerWrapper
@@ -251,11 +251,6 @@ def _is_plain(param: Tensor) -> bool:
 def _is_readable(param: Tensor) -> bool:
     """Return whether to read a tensor's values makes nobody wait."""
     return param.device.type == "cpu"
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Tell whether what a device is asked for goes into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def large_lr_of_unadapted(optimizer: OptimizerWrapper, adapted: Sequence[int]) -> str | None:

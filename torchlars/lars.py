@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from torchlars import ops, sharding
 from torchlars.amp import GradScale
-from torchlars.groups import ZeroLayers, is_capturing
+from torchlars.groups import ZeroLayers
 from torchlars.layers import (
     TrustRatioWrapper,
     check_layer,
@@ -30,6 +30,7 @@ from torchlars.layers import (
 from torchlars.wrapper import (
     decouples,
     is_base,
+    is_capturing,
     learning_rate,
     non_negative_number,
     one_of,

@@ -169,8 +169,8 @@ def squared_norms(tensors: Sequence[Tensor], inv_scale: Tensor | None = None) ->
 
     Returns:
         A float64 vector of n squared norms, on the tensors' device. Sums accumulate in float64, whose range the squares
-        must not leave: float64 elements below 1e-162 count as 0, above 1e154 as infinite. Only then comes σ². On a GPU
-        the relative error of a sum is below 1e-13, of 16-bit elements below 2⁻²³: most are squared in float32.
+        must not leave: float64 elements below 1e-162 count as 0, above 1e154 as infinite. Only then comes σ². CUDA
+        kernels square most elements in float32: a sum's relative error is below 1e-13, of 16-bit elements below 2⁻²³.
 
     Raises:
         RuntimeError: the list is empty, or devices, dtypes or layouts are mixed or unsupported.
@@ -193,8 +193,8 @@ def squared_norms_of_sums(
         inv_scale: σ, as in :func:`squared_norms`: y is not multiplied by it. Where it is 0 all norms are 0.
 
     Returns:
-        A float64 vector of n squared norms. Both the sums x + sy and the sums of their squares are in float64, but on a
-        GPU as those of :func:`squared_norms`; with σ they are σ² times those of x + (s / σ)y.
+        A float64 vector of n squared norms. Both the sums x + sy and the sums of their squares are in float64, but in
+        CUDA kernels as for :func:`squared_norms`; with σ they are σ² times those of x + (s / σ)y.
 
     Raises:
         RuntimeError: as :func:`squared_norms` does; or lengths or shapes disagree, or a scale is not finite.

@@ -388,20 +388,21 @@ _HOOKED = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
 def step_of_base(optim: Optimizer) -> Callable[..., Any]:
-    """Return a base's ``step``, which must not begin any state while a CUDA graph is captured.
+    """Return a base's ``step``. While a CUDA graph is captured, it raises if it has created tensors of state.
 
-    A graph that begins a momentum does so at every replay. Torch's bases do not look.
+    A graph in which a momentum is created sets it back at every replay. The bases of torch do not check that.
     """
     step = _step_of_base(optim)
-    if torch.compiler.is_compiling() or not _is_capturing():
+    if torch.compiler.is_compiling() or not is_capturing():
         return step
 
     def step_in_capture(*args: Any, **kwargs: Any) -> Any:
-        before = {param: set(state) for param, state in optim.state.items()}
+        before = {param: set(state) for param, state in optim.state.items() if isinstance(state, dict)}
         result = step(*args, **kwargs)
         begun = [
             (state, key)
             for param, state in optim.state.items()
+            if isinstance(state, dict)
             for key in set(state) - before.get(param, set())
             if isinstance(state[key], Tensor)
         ]
@@ -418,7 +419,10 @@ def step_of_base(optim: Optimizer) -> Callable[..., Any]:
     return step_in_capture
 
 
-def _is_capturing() -> bool:
+def is_capturing(device: torch.device | None = None) -> bool:
+    """Return whether what a device, or the current CUDA device, is asked for goes into a CUDA graph."""
+    if device is not None and device.type != "cuda":
+        return False
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
 
 
@@ -644,7 +648,7 @@ def learning_rate(optim: Optimizer, index: int, group: Group) -> float | Tensor:
 
 def check_can_be_captured(lr: Tensor) -> None:
     """Raise if a learning rate would be copied into a CUDA graph from memory of the host that is gone at its replay."""
-    if not torch.compiler.is_compiling() and lr.device.type == "cpu" and _is_capturing():
+    if not torch.compiler.is_compiling() and lr.device.type == "cpu" and is_capturing():
         raise RuntimeError(
             f"lr must be on the parameters' device while a CUDA graph is captured (got: a tensor on {lr.device}); "
             "a number is kept as it is at the capture"

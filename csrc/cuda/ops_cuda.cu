@@ -20,19 +20,19 @@ namespace {
 #define TORCHLARS_DISPATCH(TYPE, NAME, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(c10::kBFloat16, c10::kHalf, TYPE, NAME, __VA_ARGS__)
 
-// Of the parameters and gradients that are measured and adapted at once. 0: of all layers. See set_run_bytes.
+// The bytes of parameters and gradients that are measured and adapted at once, or 0 for all layers. See set_run_bytes.
 std::atomic<int64_t> run_bytes = 0;
 
-// Fails with a sentence where kernels would fail to be launched.
+// A driver that is too old fails the launch with an error that does not say why.
 void check_driver() {
   static const int version = [] {
     int found = 0;
     C10_CUDA_CHECK(cudaDriverGetVersion(&found));
     return found;
   }();
-  TORCH_CHECK(version >= 12010, "torchlars needs an NVIDIA driver 530 or newer, whose kernels take more than 4 KB of ",
+  TORCH_CHECK(version >= 12010, "torchlars needs an NVIDIA driver 530 or newer: its kernels take more than 4 KB of ",
               "arguments (got: a driver for CUDA ", version / 1000, ".", version % 1000 / 10,
-              "); update the driver, or build torchlars with TORCHLARS_CUDA=0 to use its reference");
+              "); update the driver, or build torchlars with TORCHLARS_CUDA=0 to use the reference in plain torch");
 }
 
 // Launches on the current stream of the tensors' device, which it makes the current one.
@@ -124,16 +124,14 @@ class Norms {
   // Measures, and calls apply(range of layers, their partial sums) until all layers were served.
   template <typename Apply>
   void measure_and(const Apply& apply) const {
-    Partials partials{params_.mutable_data_ptr<double>(), grads_.mutable_data_ptr<double>()};
+    const Partials partials{params_.mutable_data_ptr<double>(), grads_.mutable_data_ptr<double>()};
     if (layers_.empty()) {
       return apply(Range{0, num_layers_}, partials);
     }
     TORCHLARS_DISPATCH(real_dtype(*swept_[0].grad), "squared_norms", [&] {
       for (const Range run : runs(sizeof(scalar_t))) {
-        const Slice<MeasuredLayer> layers(layers_, run);
-        launch_measure<scalar_t>(launch_, layers, partials, inv_scale_);
-        apply(run, partials);
-        partials = partials.from(count_chunks(layers));
+        launch_measure<scalar_t>(launch_, {layers_, run}, partials, inv_scale_);
+        apply(run, partials);  // before the next run overwrites them
       }
     });
   }

@@ -13,9 +13,8 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchlars import amp, ops, sharding
 from torchlars.amp import GradScale
-from torchlars.groups import is_capturing
 from torchlars.layers import memory_of, problem_of_memory
-from torchlars.wrapper import check_can_be_captured, finite_number, non_negative_number, number_in
+from torchlars.wrapper import check_can_be_captured, finite_number, is_capturing, non_negative_number, number_in
 
 if TYPE_CHECKING:
     from torchlars.optim import TrustRatios
