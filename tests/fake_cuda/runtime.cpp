@@ -176,6 +176,7 @@ std::vector<Stream*>& created = immortal<std::vector<Stream*>>();
 
 constexpr uintptr_t kArena = uintptr_t(1) << 44;  // a device's addresses, of which none is used twice
 constexpr size_t kPage = 4096, kGap = 1 << 20;    // kGap: no access far outside of an allocation meets another one
+constexpr size_t kAhead = 64;  // torch's fused SGD for bfloat16 on a CPU reads that far beyond the end of a tensor
 constexpr size_t kTotal = size_t(16) << 30;
 constexpr unsigned char kPoison = 0xff;  // NaN in every dtype
 
@@ -230,7 +231,8 @@ EXPORT void* fake_malloc(ssize_t bytes, int device, cudaStream_t handle) {
     return nullptr;
   }
   static uintptr_t next[kDevices] = {kArena, 2 * kArena};
-  const size_t size = bytes, rounded = (size + 15) / 16 * 16, mapped = (rounded + kPage - 1) / kPage * kPage;
+  const size_t size = bytes, rounded = (size + 15) / 16 * 16 + kAhead;
+  const size_t mapped = (rounded + kPage - 1) / kPage * kPage;
   void* const pages = mmap(reinterpret_cast<void*>(next[device]), mapped, PROT_READ | PROT_WRITE,
                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED_NOREPLACE, -1, 0);
   if (pages == MAP_FAILED || allocated + size > kTotal) {
