@@ -170,7 +170,7 @@ def squared_norms(tensors: Sequence[Tensor], inv_scale: Tensor | None = None) ->
     Returns:
         A float64 vector of n squared norms, on the tensors' device. Sums accumulate in float64, whose range the squares
         must not leave: float64 elements below 1e-162 count as 0, above 1e154 as infinite. Only then comes σ². CUDA
-        kernels square most elements in float32: a sum's relative error is below 1e-13, of 16-bit elements below 2⁻²³.
+        kernels square most elements in float32: a sum's relative error is below 1e-12, of 16-bit elements below 2⁻²³.
 
     Raises:
         RuntimeError: the list is empty, or devices, dtypes or layouts are mixed or unsupported.

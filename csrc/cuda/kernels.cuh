@@ -1,7 +1,8 @@
 // The kernels, over flat ranges of memory. Nothing of ATen and nothing but the plainest CUDA: a host shim in tests/
 // compiles and runs this very file on a CPU.
 //
-// A step is two launches for as many layers as `Layers` holds. `measure` has one block a chunk, which leaves one
+// A step is two launches for as many layers as `Layers` holds, or for each run of layers where `set_run_bytes` has set
+// their size. `measure` has one block a chunk, which leaves one
 // partial sum for the parameter and one for the gradient. In `apply`, `apply_to_updates` and `update` every block adds
 // its layer's partial sums again, in the same order as all others, so that blocks need not wait for each other and
 // nothing is accumulated atomically: the bits are the same on every run. Layers whose norms are completed elsewhere in
@@ -55,8 +56,9 @@ struct SgdLayer {
   double dampening = 0;
 };
 
-// The bytes of arguments that a launch copies, however few layers there are: the least of these that hold them. More
-// than the last a kernel cannot take, and more than the first only since driver 530.
+// Sizes of a launch's arguments, in bytes. A launch copies all of them, however few layers there are, so it takes the
+// smallest size that holds its layers. CUDA has no larger than the last, and none larger than the first before driver
+// 530.
 constexpr size_t kArgumentBytes[] = {4096, 16384, 32764};
 constexpr size_t kOtherArguments = 64;  // of them, for all but the layers
 
@@ -154,8 +156,11 @@ __device__ void rewrite_packs(T* __restrict__ x, const T* __restrict__ y, int64_
 template <bool kReads, typename T, typename Rewrite>
 __device__ void rewrite_range(T* __restrict__ x, const T* __restrict__ y, int64_t count, const Rewrite& rewrite) {
   const int64_t num_packs = count / Pack<T>::kSize;
-  is_aligned(x) && is_aligned(y) ? rewrite_packs<true, kReads>(x, y, num_packs, rewrite)
-                                 : rewrite_packs<false, kReads>(x, y, num_packs, rewrite);
+  if (is_aligned(x) && is_aligned(y)) {
+    rewrite_packs<true, kReads>(x, y, num_packs, rewrite);
+  } else {
+    rewrite_packs<false, kReads>(x, y, num_packs, rewrite);
+  }
   const int64_t i = num_packs * Pack<T>::kSize + threadIdx.x;  // what fills no pack
   if (i < count) {
     if constexpr (kReads) {
@@ -236,9 +241,8 @@ __device__ void update_packs(T* __restrict__ param, const T* __restrict__ grad, 
     Pack<T> param, grad;
     Pack<M, kSize> momentum;
   };
-  for_packs<!kAligned        ? 1
-            : sizeof(T) == 2 ? 2
-                             : 4>(  // 4 take up to 126 registers for 16-bit numbers
+  constexpr int kUnroll = !kAligned ? 1 : sizeof(T) == 2 ? 2 : 4;  // 4 take up to 126 registers for 16-bit numbers
+  for_packs<kUnroll>(
       num_packs,
       [&](int64_t pack) {
         Packs x;
@@ -323,8 +327,9 @@ __device__ inline Ratio trust_ratio_of(const AnyLayer& layer, const Options& opt
                                         layer.eps, lr_of(layer, options), options.ratio));
 }
 
-// The trust ratio of a block's layer. Decided from partial sums, and told by the block of the layer's first chunk; if
-// there are none, it is given, or 1 where ratios is null. One thread decides: roots and divisions in double are slow.
+// The trust ratio of a block's layer. If there are partial sums, every block decides it, and the block of the layer's
+// first chunk writes it to ratios. Else it is read from ratios, or 1 if ratios is null. One thread decides: square
+// roots and divisions in double are slow.
 template <typename Ratio, typename AnyLayers, typename Options>
 __device__ inline Ratio ratio_at(const Place& place, const AnyLayers& layers, const Options& options, Partials partials,
                                  Ratio* ratios) {

@@ -106,8 +106,9 @@ at::Tensor measure_alone(const Launch& launch, at::TensorList tensors, const flo
 // their squares that trust ratios are decided from.
 class Norms {
  public:
-  // Measures in one launch if they are of one dtype and no parameter that is added was copied into its gradient's
-  // memory order. Else in two: the order of summation would differ from that of squared_norms, and so would the bits.
+  // measure_and() measures both in one launch, if they are of one dtype and no parameter that is added was copied into
+  // its gradient's memory order. Else the sums would be in another order than those of squared_norms, and so would the
+  // bits: then two launches measure them here.
   Norms(const Launch& launch, at::TensorList grads, at::TensorList params, const float* inv_scale,
         at::ArrayRef<double> scales)
       : launch_(launch), inv_scale_(inv_scale), num_layers_(static_cast<int64_t>(grads.size())) {

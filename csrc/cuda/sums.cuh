@@ -1,8 +1,9 @@
-// Sums of squares, over flat ranges of memory. Their relative error is below 1e-13; for 16-bit numbers below 2^-23.
+// Sums of squares, over flat ranges of memory. Their relative error is below 1e-12; for 16-bit numbers below 2^-23.
 //
 // Most GPUs add in double at 1/32 or 1/64 of the rate at which they add in float, too slowly to keep up with memory. So
 // the numbers that a thread has in flight are squared and summed in float, together with the rounding errors of that,
-// and only this sum is added in double. Where float has not the range for it, the numbers themselves are.
+// and only this sum is added in double. Where float has neither the range nor the precision for it, the numbers
+// themselves are.
 #pragma once
 
 #include <cmath>
@@ -61,22 +62,25 @@ class FloatSum {
     lost_ += fmaf(x, x, -square);
   }
 
-  __device__ void add_square(FloatPair x) {
+  // rest: the part of x.low that float rounded, by up to 2^-24 of itself.
+  __device__ void add_square(FloatPair x, float rest) {
     const float square = x.high * x.high;
     add(square);
     lost_ += fmaf(x.high, x.high, -square) + 2 * x.high * x.low;
+    rests_ = fmaf(rest, rest, rests_);
   }
 
   // Of 16-bit numbers, whose squares float holds exactly: one rounding for two of them, which is lost.
   __device__ void add_squares(float x, float y) { add(fmaf(y, y, x * x)); }
 
-  // Whether no square of weight was too small for float, nor any too large. False for NaN.
-  __device__ bool is_in_range() const { return kLeast <= sum_ && sum_ <= kMost; }
+  // Whether no square of weight was too small for float, none too large, and no rest of weight: one has weight where
+  // the terms of a sum nearly cancel. False for NaN.
+  __device__ bool is_accurate() const { return kLeast <= sum_ && sum_ <= kMost && rests_ <= kMostRests * sum_; }
 
   __device__ double value() const { return static_cast<double>(sum_) + static_cast<double>(lost_); }
 
  private:
-  static constexpr float kLeast = 0x1p-80f, kMost = 0x1p120f;
+  static constexpr float kLeast = 0x1p-80f, kMost = 0x1p120f, kMostRests = 0x1p-45f;
 
   __device__ void add(float square) {
     const float sum = sum_ + square;
@@ -86,6 +90,7 @@ class FloatSum {
 
   float sum_ = 0;
   float lost_ = 0;
+  float rests_ = 0;  // their squares
 };
 
 // What is summed: the squares of an array.
@@ -95,7 +100,7 @@ struct Numbers {
   static constexpr int kUnroll = kAligned ? 4 : 1;
 
   __device__ Loaded load(int64_t pack) const { return load_pack<kAligned, Loaded::kSize>(x, pack); }
-  __device__ static bool is_zero(const Loaded& loaded, int i) { return static_cast<float>(loaded.values[i]) == 0; }
+  __device__ bool is_zero(const Loaded& loaded, int i) const { return static_cast<float>(loaded.values[i]) == 0; }
   __device__ double operator()(const Loaded& loaded, int i) const { return static_cast<double>(loaded.values[i]); }
   __device__ double operator[](int64_t i) const { return static_cast<double>(x[i]); }
   __device__ void add_to(FloatSum& squares, const Loaded& loaded) const {
@@ -130,8 +135,10 @@ struct Sums {
   __device__ Loaded load(int64_t pack) const {
     return {load_pack<kAligned, Pack<T>::kSize>(x, pack), load_pack<kAligned, Pack<T>::kSize>(y, pack)};
   }
-  __device__ static bool is_zero(const Loaded& loaded, int i) {
-    return static_cast<float>(loaded.x.values[i]) == 0 && static_cast<float>(loaded.y.values[i]) == 0;
+  // As far as float shows it: where both numbers are 0, and where an update has not moved one.
+  __device__ bool is_zero(const Loaded& loaded, int i) const {
+    const auto a = static_cast<float>(loaded.x.values[i]), b = static_cast<float>(loaded.y.values[i]);
+    return (a == 0 && b == 0) || (scale == -1 && a - b == 0);
   }
   __device__ double sum(T x, T y) const { return static_cast<double>(x) + scale * static_cast<double>(y); }
   __device__ double operator()(const Loaded& loaded, int i) const {
@@ -146,7 +153,7 @@ struct Sums {
       const float product = in_floats.high * b;
       const float product_rest = fmaf(in_floats.low, b, fmaf(in_floats.high, b, -product));
       const float sum = a + product;
-      squares.add_square(FloatPair{sum, lost_in_sum(a, product, sum) + product_rest});
+      squares.add_square(FloatPair{sum, lost_in_sum(a, product, sum) + product_rest}, product_rest);
     }
   }
 
@@ -176,7 +183,7 @@ __device__ double sum_of_squares(const Summed& summed, int64_t count) {
       for (int u = 0; u < kUnroll; ++u) {
         summed.add_to(squares, loaded[u]);
       }
-      if (squares.is_in_range()) {
+      if (squares.is_accurate()) {
         sum += squares.value();
         continue;
       }
@@ -185,10 +192,10 @@ __device__ double sum_of_squares(const Summed& summed, int64_t count) {
       for (int u = 0; u < kUnroll; ++u) {
 #pragma unroll
         for (int i = 0; i < kSize; ++i) {
-          is_zero = is_zero && Summed::is_zero(loaded[u], i);
+          is_zero = is_zero && summed.is_zero(loaded[u], i);
         }
       }
-      if (is_zero) {  // as gradients of embeddings are, mostly
+      if (is_zero) {  // as most gradients and updates of embeddings are
         continue;
       }
     }
