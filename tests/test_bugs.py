@@ -674,7 +674,7 @@ def test_state_that_a_captured_graph_would_begin_is_refused(monkeypatch, make, b
     with monkeypatch.context() as in_capture:
         in_capture.setattr(wrapper, "is_capturing", lambda: True)
         keys = "momentum_buffer" if base is torch.optim.SGD else "exp_avg, exp_avg_sq, step"
-        message = rf"state of {base.__name__} must exist .* \(begun: {keys}\); take a step before the capture"
+        message = rf"state of {base.__name__} must exist .* \(created in the capture: {keys}\); take a step"
         with pytest.raises(RuntimeError, match=message):
             optimizer.step()
         assert not optimizer.state[param]
@@ -684,3 +684,54 @@ def test_state_that_a_captured_graph_would_begin_is_refused(monkeypatch, make, b
     with monkeypatch.context() as in_capture:
         in_capture.setattr(wrapper, "is_capturing", lambda: True)
         optimizer.step()
+
+
+class CountedMomentum(SGD):
+    """SGD whose momentum is replaced, not updated in place; its state is set up where there is none."""
+
+    def step(self, closure=None):
+        for param in self.param_groups[0]["params"]:
+            state = self.state[param]
+            if not state:
+                state["step"] = 0
+                state["momentum"] = torch.zeros_like(param)
+            state["step"] += 1
+            state["momentum"] = 0.9 * state["momentum"] + param.grad
+            if state["step"] == 3:
+                raise ArithmeticError("in the third step")
+
+
+class Outer(SGD):
+    """A wrapper that keeps the optimizer that steps in an attribute."""
+
+    def __init__(self, params, lr):
+        super().__init__(params, lr)
+        self.inner = CountedMomentum(params, lr)
+
+    def step(self, closure=None):
+        return self.inner.step()
+
+
+@pytest.mark.parametrize("base", [CountedMomentum, Outer])
+def test_state_is_as_it_was_after_a_refused_capture(monkeypatch, base):
+    """A base whose ``step`` counter stayed behind without its tensors failed in every later step."""
+    param = layer()
+    optimizer = LARS(base([param], 0.1))
+    state = (optimizer.optim.inner if base is Outer else optimizer.optim).state
+
+    def refused(error=RuntimeError, match=r"\(created in the capture: momentum\)"):
+        with monkeypatch.context() as in_capture:
+            in_capture.setattr(wrapper, "is_capturing", lambda: True)
+            with pytest.raises(error, match=match):
+                optimizer.step()
+
+    refused()
+    assert not state[param]
+    optimizer.step()
+    momentum = state[param]["momentum"]
+    refused()
+    assert state[param] == {"step": 1, "momentum": momentum}
+    optimizer.step()
+    before = dict(state[param])
+    refused(ArithmeticError, "in the third step")
+    assert state[param] == before

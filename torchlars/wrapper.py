@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copyreg import __newobj__  # type: ignore[attr-defined]
 from inspect import signature, unwrap
 from numbers import Real
@@ -388,39 +388,48 @@ _HOOKED = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
 def step_of_base(optim: Optimizer) -> Callable[..., Any]:
-    """Return a base's ``step``. While a CUDA graph is captured, it raises if it has created tensors of state.
+    """Return a base's ``step``. While a CUDA graph is captured, it raises if tensors of state were created.
 
-    A graph in which a momentum is created sets it back at every replay. The bases of torch do not check that.
+    Every replay of such a graph would begin from the state before the capture. The bases of torch do not check that.
+    State is then as it was, also that of optimizers that the base is wrapped around, and if the base itself raises.
     """
     step = _step_of_base(optim)
     if torch.compiler.is_compiling() or not is_capturing():
         return step
 
     def step_in_capture(*args: Any, **kwargs: Any) -> Any:
-        before = {param: set(state) for param, state in optim.state.items() if isinstance(state, dict)}
-        result = step(*args, **kwargs)
-        begun = [
-            (state, key)
-            for param, state in optim.state.items()
-            if isinstance(state, dict)
-            for key in set(state) - before.get(param, set())
-            if isinstance(state[key], Tensor)
+        before = [
+            (base.state, {p: dict(s) for p, s in base.state.items() if isinstance(s, dict)}) for base in bases(optim)
         ]
-        for state, key in begun:
-            del state[key]
-        if begun:
+        try:
+            result = step(*args, **kwargs)
+        finally:
+            created = sorted({key for states in before for key in _put_back_if_created(*states)})
+        if created:
             raise RuntimeError(
-                f"the state of {type(optim).__name__} must exist before a CUDA graph is captured, whose replays would "
-                f"begin it anew (begun: {', '.join(sorted({str(key) for _, key in begun}))}); take a step before the "
-                "capture"
+                f"the state of {type(optim).__name__} must exist before a CUDA graph is captured, and be updated in "
+                f"place, or every replay begins it anew (created in the capture: {', '.join(created)}); take a step "
+                "before the capture"
             )
         return result
 
     return step_in_capture
 
 
+def _put_back_if_created(states: dict[Any, Any], before: dict[Any, dict[Any, Any]]) -> Iterator[str]:
+    """Put back the state of those parameters that have new tensors in it, and yield the keys of these."""
+    for param, state in states.items():
+        old_state = before.get(param, {})
+        if isinstance(state, dict):
+            created = [str(k) for k, v in state.items() if isinstance(v, Tensor) and v is not old_state.get(k)]
+            if created:
+                state.clear()
+                state.update(old_state)
+            yield from created
+
+
 def is_capturing(device: torch.device | None = None) -> bool:
-    """Return whether what a device, or the current CUDA device, is asked for goes into a CUDA graph."""
+    """Return whether the current stream captures a CUDA graph. Always False of a device that is not CUDA."""
     if device is not None and device.type != "cuda":
         return False
     return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]

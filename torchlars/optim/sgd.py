@@ -299,6 +299,8 @@ class Bucket:
                 if buffer is None:
                     dampenings[i] = 0.0  # m ← d: from zeros, undampened
                 buffers.append(self._buffer_like(param, local_param, buffer))
+                if buffers[-1] is not buffer:
+                    self._check_momentum_can_begin(param)
         lr, lr_scale = self.lr, None
         if isinstance(lr, Tensor):
             lr_scale = ops.lr_scale(lr, self.params[0].device)
@@ -334,7 +336,6 @@ class Bucket:
                 strides = torch.empty_like(local_param, device="meta").stride()
             if buffer.dtype == dtype and sharding.local(buffer).stride() == strides:
                 return buffer
-        self._check_momentum_can_begin(param)
         ordered = torch.zeros_like(param, dtype=dtype, requires_grad=False)
         return ordered if buffer is None else ordered.copy_(buffer)
 
