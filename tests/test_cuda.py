@@ -4,6 +4,7 @@ That the kernels compute the right numbers is shown by tests/test_ops.py, which 
 """
 
 import os
+import re
 import subprocess
 import sys
 
@@ -451,10 +452,25 @@ def test_runs_take_more_launches(run_bytes):
         run_bytes(-1)
 
 
-@pytest.mark.skipif("FAKE_CUDA" not in os.environ, reason="takes another driver")
-def test_a_driver_that_is_too_old_is_refused():
-    step = "import torch, torchlars; torchlars.ops.squared_norms([torch.ones(3, device='cuda')])"
-    environment = {**os.environ, "FAKE_CUDA_DRIVER": "12000"}
+@pytest.mark.skipif("FAKE_CUDA" not in os.environ, reason="takes another driver, or another architecture")
+@pytest.mark.parametrize(
+    ("variable", "error"),
+    [
+        ("FAKE_CUDA_DRIVER=12000", "needs an NVIDIA driver 530 or newer: .* \\(got: a driver for CUDA 12\\.0\\)"),
+        (
+            "FAKE_CUDA_ARCHITECTURE=86",
+            "",
+        ),  # code for it does not wait for earlier kernels, and so must not overlap them
+    ],
+)
+def test_what_drivers_and_architectures_do_not_know_is_not_asked_for(variable, error):
+    step = """
+import torch
+from torchlars import _C, ops
+_C.set_run_bytes(4)
+ops.scale_by_trust_ratios_([torch.ones(3, device="cuda")], [torch.ones(3, device="cuda")], [0.1], [1.0], [0.0], False)
+"""
+    environment = {**os.environ, **dict([variable.split("=")])}
     done = subprocess.run([sys.executable, "-c", step], env=environment, capture_output=True, text=True)
-    assert "needs an NVIDIA driver 530 or newer" in done.stderr
-    assert "(got: a driver for CUDA 12.0)" in done.stderr
+    assert (done.returncode != 0) == bool(error), done.stderr
+    assert re.search(error, done.stderr)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,7 +29,7 @@ def build() -> Path:
         *ROOT.glob("tests/cuda_on_host/*.h"),
     ]
     contents = b"".join(path.read_bytes() for path in sorted(sources))
-    name = hashlib.sha256(contents + f"{torch.__version__}".encode()).hexdigest()[:16]
+    name = hashlib.sha256(contents + torch.__version__.encode()).hexdigest()[:16]
     folder = Path(tempfile.gettempdir()) / f"torchlars_fake_cuda_{name}"
     if folder.exists():
         return folder
@@ -48,8 +48,10 @@ def build() -> Path:
     compilers = [subprocess.Popen(command) for command in commands]
     if sum(compiler.wait() != 0 for compiler in compilers):
         sys.exit("fake_cuda: the libraries could not be built")
-    with contextlib.suppress(OSError):  # another process was faster
+    try:
         os.rename(unfinished, folder)
+    except OSError:  # another process was faster
+        shutil.rmtree(unfinished)
     return folder
 
 

@@ -477,12 +477,8 @@ RUNTIME cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, unsig
   LOCK;
   Stream& stream = stream_of(handle);
   const Event& event = event_of(event_handle);
-  if (const auto capture = event.capture.lock()) {  // the stream joins it
-    if (stream.capture && stream.capture != capture) {
-      return result(break_capture(*stream.capture, cudaErrorStreamCaptureMerge));
-    }
-    stream.capture = capture;
-    return cudaSuccess;
+  if (const auto capture = event.capture.lock()) {
+    return stream.capture == capture ? cudaSuccess : result(break_capture(*capture, cudaErrorNotSupported));
   }
   if (stream.capture) {
     return result(break_capture(*stream.capture, cudaErrorStreamCaptureIsolation));
@@ -540,16 +536,12 @@ RUNTIME cudaStreamIsCapturing(cudaStream_t handle, cudaStreamCaptureStatus* stat
 RUNTIME cudaStreamEndCapture(cudaStream_t handle, cudaGraph_t* graph) {
   LOCK;
   *graph = nullptr;
-  const auto capture = stream_of(handle).capture;
+  const auto capture = stream_of(handle).capture;  // of no other stream: joining one is not supported
   if (!capture) {
     return result(cudaErrorIllegalState);
   }
   captures.erase(capture.get());
-  for (Stream* stream : created) {
-    if (stream->capture == capture) {
-      stream->capture = nullptr;
-    }
-  }
+  stream_of(handle).capture = nullptr;
   if (!capture->is_valid) {
     return result(cudaErrorStreamCaptureInvalidated);
   }
@@ -652,9 +644,15 @@ RUNTIME cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arg
   return result(enqueue(stream, kernel->bind(grid.x, block.x, arguments)));
 }
 
+// For which the kernels are compiled, as 10 * major + minor.
+int architecture() {
+  const char* const wanted = std::getenv("FAKE_CUDA_ARCHITECTURE");
+  return wanted ? std::atoi(wanted) : 90;
+}
+
 RUNTIME cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function, void** arguments) {
   for (unsigned i = 0; i < config->numAttrs; ++i) {
-    if (config->attrs[i].id != cudaLaunchAttributeProgrammaticStreamSerialization) {
+    if (config->attrs[i].id != cudaLaunchAttributeProgrammaticStreamSerialization || architecture() < 90) {
       return result(cudaErrorNotSupported);
     }
   }
@@ -665,7 +663,7 @@ RUNTIME cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* functi
 RUNTIME cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function) {
   LOCK;
   *attributes = {};
-  attributes->binaryVersion = attributes->ptxVersion = 90;
+  attributes->binaryVersion = attributes->ptxVersion = architecture();
   return result(names.count(function) ? cudaSuccess : cudaErrorInvalidDeviceFunction);
 }
 
