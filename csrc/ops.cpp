@@ -85,8 +85,7 @@ PYBIND11_MODULE(_C, m) {
       },
       pybind11::arg("bytes"),
       "For benchmarks: measure and adapt layers on a GPU in runs of so many bytes of parameters and gradients, which "
-      "its "
-      "L2 cache may hold. 0, the default: all layers at once.");
+      "its L2 cache may hold. 0, the default: all layers at once.");
 #else
   m.attr("has_cuda") = false;
 #endif
