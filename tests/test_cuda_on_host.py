@@ -104,12 +104,14 @@ def sparse(pack: int) -> list[Layer]:
 
 def cancelling(pack: int) -> list[Layer]:
     """Return layers whose gradients and decays nearly cancel."""
-    return [Layer(259 * pack + 1, left=left) for left in (0.0, *(2.0**-i for i in range(0, 25, 3)))]
+    numel = 259 * pack + 1
+    random = [Layer(numel, left=left) for left in (0.0, *(2.0**-i for i in range(0, 25, 3)))]
+    return [*random, *(Layer(numel, fill=(2.5, None), left=2.0**-i) for i in (12, 24))]  # 0.1 * 2.5 is a float
 
 
 def decays_beyond_float(pack: int) -> list[Layer]:
-    """Return layers whose decays are subnormal or infinite in float, but what they add is not."""
-    powers = [(-140, 120), (-130, 100), (140, -120), (130, -100)]
+    """Return layers whose decays, or the rests of these, float cannot hold, but what they add to float32 it can."""
+    powers = [(-140, 120), (-120, 120), (140, -120), (130, -100)]
     return [
         Layer(259 * pack + 1, 1.3 * 2.0**decay, scales=(2.0**size, 2.0 ** (decay + size))) for decay, size in powers
     ]
@@ -571,8 +573,8 @@ BUGS = {
         kind="in dialects",
     ),
     "a scale is rounded to float": Bug(
-        "fmaf(in_floats.low, b, fmaf(in_floats.high, b, -product))",
-        "fmaf(in_floats.high, b, -product)",
+        "rest = scale_rest + fmaf",
+        "rest = fmaf",
         "squared norms differ",
         file="cuda/sums.cuh",
         kind="in dialects",
@@ -591,9 +593,17 @@ BUGS = {
         file="cuda/sums.cuh",
         kind="in dialects",
     ),
-    "a scale beyond float is taken for one": Bug(
-        "is_in_range ? static_cast<float>(scale) : NAN",
-        "static_cast<float>(scale)",
+    "sums that cancel with the rest of a scale are taken in float": Bug(
+        "fmaf(scale_rest, scale_rest, fmaf(rest, rest, rests_))",
+        "fmaf(rest, rest, rests_)",
+        "norms differ|ratios differ",
+        case="gradients that cancel the decay",
+        file="cuda/sums.cuh",
+        kind="in dialects",
+    ),
+    "a scale whose rest float cannot hold is taken in float": Bug(
+        "0x1p-100 <=",
+        "0x1p-126 <=",
         "norms differ|ratios differ",
         case="decays beyond float",
         file="cuda/sums.cuh",

@@ -193,8 +193,9 @@ def squared_norms_of_sums(
         inv_scale: σ, as in :func:`squared_norms`: y is not multiplied by it. Where it is 0 all norms are 0.
 
     Returns:
-        A float64 vector of n squared norms. Both the sums x + sy and the sums of their squares are in float64, but in
-        CUDA kernels as for :func:`squared_norms`; with σ they are σ² times those of x + (s / σ)y.
+        A float64 vector of n squared norms. Both the sums x + sy and the sums of their squares are in float64, but CUDA
+        kernels take most of them in pairs of float32: the relative error of :func:`squared_norms` then comes beside
+        what float64 loses in x + sy. With σ they are σ² times those of x + (s / σ)y.
 
     Raises:
         RuntimeError: as :func:`squared_norms` does; or lengths or shapes disagree, or a scale is not finite.
