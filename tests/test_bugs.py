@@ -672,7 +672,7 @@ def test_state_that_a_captured_graph_would_begin_is_refused(monkeypatch, make, b
     param.grad = torch.full_like(param, 0.5)
     optimizer = make(base([param], lr=0.1, weight_decay=0.1, **({"momentum": 0.9} if base is torch.optim.SGD else {})))
     with monkeypatch.context() as in_capture:
-        in_capture.setattr(wrapper, "is_capturing", lambda: True)
+        in_capture.setattr(wrapper, "is_capturing", lambda device=None: True)
         keys = "momentum_buffer" if base is torch.optim.SGD else "exp_avg, exp_avg_sq, step"
         message = rf"state of {base.__name__} must exist .* \(created in the capture: {keys}\); take a step"
         with pytest.raises(RuntimeError, match=message):
@@ -682,23 +682,30 @@ def test_state_that_a_captured_graph_would_begin_is_refused(monkeypatch, make, b
     param.grad = torch.full_like(param, 0.5)
     optimizer.step()
     with monkeypatch.context() as in_capture:
-        in_capture.setattr(wrapper, "is_capturing", lambda: True)
+        in_capture.setattr(wrapper, "is_capturing", lambda device=None: True)
         optimizer.step()
 
 
 class CountedMomentum(SGD):
     """SGD whose momentum is replaced, not updated in place; its state is set up where there is none."""
 
+    fails = False
+
     def step(self, closure=None):
         for param in self.param_groups[0]["params"]:
             state = self.state[param]
+            if param.grad is None:
+                continue
             if not state:
                 state["step"] = 0
+                if self.fails:
+                    raise ArithmeticError("in the first step")
                 state["momentum"] = torch.zeros_like(param)
             state["step"] += 1
-            state["momentum"] = 0.9 * state["momentum"] + param.grad
-            if state["step"] == 3:
-                raise ArithmeticError("in the third step")
+            if param.ndim == 0:
+                state["momentum"] = 0.9 * state["momentum"] + param.grad
+            else:
+                state["momentum"].mul_(0.9).add_(param.grad)
 
 
 class Outer(SGD):
@@ -715,23 +722,26 @@ class Outer(SGD):
 @pytest.mark.parametrize("base", [CountedMomentum, Outer])
 def test_state_is_as_it_was_after_a_refused_capture(monkeypatch, base):
     """A base whose ``step`` counter stayed behind without its tensors failed in every later step."""
-    param = layer()
-    optimizer = LARS(base([param], 0.1))
-    state = (optimizer.optim.inner if base is Outer else optimizer.optim).state
+    param, late, scalar = layer(), layer(grad=False), nn.Parameter(float64(2.0))
+    optimizer = LARS(base([param, late, scalar], 0.1))
+    inner = optimizer.optim.inner if base is Outer else optimizer.optim
 
-    def refused(error=RuntimeError, match=r"\(created in the capture: momentum\)"):
+    def refuse(error, match):
+        before = {param: dict(state) for param, state in inner.state.items() if state}
         with monkeypatch.context() as in_capture:
-            in_capture.setattr(wrapper, "is_capturing", lambda: True)
+            in_capture.setattr(wrapper, "is_capturing", lambda device=None: True)
             with pytest.raises(error, match=match):
                 optimizer.step()
+        assert {param: state for param, state in inner.state.items() if state} == before
 
-    refused()
-    assert not state[param]
+    refuse(RuntimeError, r"\(created in the capture: momentum\); take a step before the capture")
     optimizer.step()
-    momentum = state[param]["momentum"]
-    refused()
-    assert state[param] == {"step": 1, "momentum": momentum}
+    late.grad = torch.ones_like(late)
+    refuse(RuntimeError, r"\(created in the capture: momentum\); take a step before the capture")
+    inner.fails = True
+    refuse(ArithmeticError, "in the first step")
+    inner.fails = False
     optimizer.step()
-    before = dict(state[param])
-    refused(ArithmeticError, "in the third step")
-    assert state[param] == before
+    scalar.grad = torch.ones_like(scalar)
+    optimizer.step()
+    refuse(RuntimeError, rf"step of {base.__name__} cannot be captured .* \(replaced: momentum\); use a base")

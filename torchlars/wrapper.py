@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from copyreg import __newobj__  # type: ignore[attr-defined]
 from inspect import signature, unwrap
 from numbers import Real
@@ -388,10 +388,10 @@ _HOOKED = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
 def step_of_base(optim: Optimizer) -> Callable[..., Any]:
-    """Return a base's ``step``. While a CUDA graph is captured, it raises if tensors of state were created.
+    """Return a base's ``step``. While a CUDA graph is captured, it raises if state has tensors that are new.
 
-    Every replay of such a graph would begin from the state before the capture. The bases of torch do not check that.
-    State is then as it was, also that of optimizers that the base is wrapped around, and if the base itself raises.
+    A graph that creates them does so at every replay. The bases of torch do not check that. State is then as it was,
+    also if the base itself raises; that of optimizers that the base is wrapped around, too.
     """
     step = _step_of_base(optim)
     if torch.compiler.is_compiling() or not is_capturing():
@@ -403,29 +403,40 @@ def step_of_base(optim: Optimizer) -> Callable[..., Any]:
         ]
         try:
             result = step(*args, **kwargs)
-        finally:
-            created = sorted({key for states in before for key in _put_back_if_created(*states)})
-        if created:
-            raise RuntimeError(
-                f"the state of {type(optim).__name__} must exist before a CUDA graph is captured, and be updated in "
-                f"place, or every replay begins it anew (created in the capture: {', '.join(created)}); take a step "
-                "before the capture"
-            )
+            _check_tensors_of_state(optim, before)
+        except BaseException:
+            for states, old_states in before:
+                for param, state in states.items():
+                    if isinstance(state, dict):
+                        state.clear()
+                        state.update(old_states.get(param, {}))
+            raise
         return result
 
     return step_in_capture
 
 
-def _put_back_if_created(states: dict[Any, Any], before: dict[Any, dict[Any, Any]]) -> Iterator[str]:
-    """Put back the state of those parameters that have new tensors in it, and yield the keys of these."""
-    for param, state in states.items():
-        old_state = before.get(param, {})
-        if isinstance(state, dict):
-            created = [str(k) for k, v in state.items() if isinstance(v, Tensor) and v is not old_state.get(k)]
-            if created:
-                state.clear()
-                state.update(old_state)
-            yield from created
+def _check_tensors_of_state(optim: Optimizer, before: Iterable[tuple[Any, dict[Any, dict[Any, Any]]]]) -> None:
+    """Raise if tensors of state that a CUDA graph works on are new: each pair has state, and what it was before."""
+    created: set[str] = set()
+    replaced: set[str] = set()
+    for states, old_states in before:
+        for param, state in states.items():
+            old_state = old_states.get(param, {})
+            for key, value in state.items() if isinstance(state, dict) else ():
+                if isinstance(value, Tensor) and value is not old_state.get(key) and is_capturing(value.device):
+                    (replaced if isinstance(old_state.get(key), Tensor) else created).add(str(key))
+    if replaced:
+        raise RuntimeError(
+            f"a step of {type(optim).__name__} cannot be captured in a CUDA graph: it replaces tensors of its state, "
+            f"and every replay would begin from the same ones (replaced: {', '.join(sorted(replaced))}); use a base "
+            "that updates its state in place"
+        )
+    if created:
+        raise RuntimeError(
+            f"the state of {type(optim).__name__} must exist before a CUDA graph is captured, or every replay begins "
+            f"it anew (created in the capture: {', '.join(sorted(created))}); take a step before the capture"
+        )
 
 
 def is_capturing(device: torch.device | None = None) -> bool:
