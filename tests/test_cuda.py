@@ -452,15 +452,17 @@ def test_runs_take_more_launches(run_bytes):
         run_bytes(-1)
 
 
-@pytest.mark.skipif("FAKE_CUDA" not in os.environ, reason="takes another driver, or another architecture")
+on_fake_device = pytest.mark.skipif("FAKE_CUDA" not in os.environ, reason="is about tests/fake_cuda")
+
+
+@on_fake_device
 @pytest.mark.parametrize(
     ("variable", "error"),
     [
-        ("FAKE_CUDA_DRIVER=12000", "needs an NVIDIA driver 530 or newer: .* \\(got: a driver for CUDA 12\\.0\\)"),
-        (
-            "FAKE_CUDA_ARCHITECTURE=86",
-            "",
-        ),  # code for it does not wait for earlier kernels, and so must not overlap them
+        pytest.param(
+            "DRIVER=12000", r"an NVIDIA driver 530 or newer: .* \(got: a driver for CUDA 12\.0\)", id="driver"
+        ),
+        pytest.param("ARCHITECTURE=86", None, id="kernels that do not wait for earlier ones must not overlap them"),
     ],
 )
 def test_what_drivers_and_architectures_do_not_know_is_not_asked_for(variable, error):
@@ -470,7 +472,30 @@ from torchlars import _C, ops
 _C.set_run_bytes(4)
 ops.scale_by_trust_ratios_([torch.ones(3, device="cuda")], [torch.ones(3, device="cuda")], [0.1], [1.0], [0.0], False)
 """
-    environment = {**os.environ, **dict([variable.split("=")])}
+    environment = {**os.environ, **dict([f"FAKE_CUDA_{variable}".split("=")])}
     done = subprocess.run([sys.executable, "-c", step], env=environment, capture_output=True, text=True)
-    assert (done.returncode != 0) == bool(error), done.stderr
-    assert re.search(error, done.stderr)
+    if error is None:
+        assert done.returncode == 0, done.stderr
+    else:
+        assert re.search(error, done.stderr)
+
+
+@on_fake_device
+def test_the_fake_device_reads_numbers_of_the_host_at_the_call():
+    x, number, graph = torch.ones(3, device="cuda"), torch.tensor(2.0), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = x * number
+    number.fill_(7)
+    graph.replay()
+    assert y.tolist() == [2, 2, 2]
+
+
+@on_fake_device
+@pytest.mark.parametrize("use", ["query", "synchronize", "wait"])
+def test_the_fake_device_refuses_an_event_of_a_capture_that_is_over(use):
+    event, x = torch.cuda.Event(), torch.ones(3, device="cuda")
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        x += 1
+        event.record()
+    with pytest.raises(RuntimeError, match="CUDA error"):
+        getattr(event, use)()

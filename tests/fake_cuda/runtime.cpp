@@ -98,6 +98,7 @@ struct Event {
   Stream* stream = nullptr;
   uint64_t position = 0;  // in the stream
   std::weak_ptr<Capture> capture;
+  bool is_captured = false;  // and has no other meaning, even when the capture is over
   double milliseconds = 0;
 
   bool is_done() const { return stream == nullptr || stream->done >= position; }
@@ -438,7 +439,8 @@ RUNTIME cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t stream_handle,
     return result(cudaErrorInvalidResourceHandle);
   }
   event.capture = stream.capture;
-  if (stream.capture) {
+  event.is_captured = stream.capture != nullptr;
+  if (event.is_captured) {
     return cudaSuccess;
   }
   event.stream = &stream;
@@ -451,16 +453,22 @@ RUNTIME cudaEventRecordWithFlags(cudaEvent_t handle, cudaStream_t stream_handle,
 
 RUNTIME cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { return cudaEventRecordWithFlags(event, stream, 0); }
 
+cudaError_t unsafe_to_ask(const Event& event) {
+  const cudaError_t error = unsafe_in_capture();
+  return error ? error : event.is_captured ? cudaErrorCapturedEvent : cudaSuccess;
+}
+
 RUNTIME cudaEventQuery(cudaEvent_t handle) {
   LOCK;
-  const cudaError_t error = unsafe_in_capture();
-  return result(error ? error : event_of(handle).is_done() ? cudaSuccess : cudaErrorNotReady);
+  const Event& event = event_of(handle);
+  const cudaError_t error = unsafe_to_ask(event);
+  return result(error ? error : event.is_done() ? cudaSuccess : cudaErrorNotReady);
 }
 
 RUNTIME cudaEventSynchronize(cudaEvent_t handle) {
   LOCK;
   const Event& event = event_of(handle);
-  const cudaError_t error = unsafe_in_capture();
+  const cudaError_t error = unsafe_to_ask(event);
   if (error == cudaSuccess && event.stream != nullptr) {
     run_until(*event.stream, event.position);
   }
@@ -469,6 +477,9 @@ RUNTIME cudaEventSynchronize(cudaEvent_t handle) {
 
 RUNTIME cudaEventElapsedTime(float* milliseconds, cudaEvent_t start, cudaEvent_t end) {
   LOCK;
+  if (event_of(start).is_captured || event_of(end).is_captured) {
+    return result(cudaErrorCapturedEvent);
+  }
   *milliseconds = static_cast<float>(event_of(end).milliseconds - event_of(start).milliseconds);
   return result(event_of(start).is_done() && event_of(end).is_done() ? cudaSuccess : cudaErrorNotReady);
 }
@@ -479,6 +490,9 @@ RUNTIME cudaStreamWaitEvent(cudaStream_t handle, cudaEvent_t event_handle, unsig
   const Event& event = event_of(event_handle);
   if (const auto capture = event.capture.lock()) {
     return stream.capture == capture ? cudaSuccess : result(break_capture(*capture, cudaErrorNotSupported));
+  }
+  if (event.is_captured) {
+    return result(cudaErrorCapturedEvent);
   }
   if (stream.capture) {
     return result(break_capture(*stream.capture, cudaErrorStreamCaptureIsolation));

@@ -124,7 +124,7 @@ def compute(func, args, kwargs, device: torch.device, stream: ctypes.c_void_p, i
             kwargs["generator"] = torch.Generator().manual_seed(seed)
         return tree_flatten(func(*args, **kwargs))
 
-    host = elsewhere(on_host if is_deferred else lambda x: on_host(x) if x.is_cuda else x, HOST)
+    host = elsewhere(lambda x: on_host(x) if x.is_cuda else x.clone(), HOST)  # a number of the host is read now
     given = elsewhere(on_meta, torch.device("meta")) if is_deferred else host
     results, results_spec = call(given) if func._schema.returns or not is_deferred else tree_flatten(None)
     positions = {id(x): i for i, x in enumerate(given) if isinstance(x, Tensor)}
