@@ -1,4 +1,4 @@
-"""Everything that takes a GPU to show, in one run: build, tests, sanitizers, launches, waits, speed. See README.md.
+"""What takes a GPU to show, in one run: build, tests, sanitizers, launches, waits, speed. See README.md.
 
 It runs before torchlars is built, and imports neither it nor torch: each step is a process of its own, which ends with
 its time.
