@@ -106,7 +106,8 @@ def cancelling(pack: int) -> list[Layer]:
     """Return layers whose gradients and decays nearly cancel."""
     numel = 259 * pack + 1
     random = [Layer(numel, left=left) for left in (0.0, *(2.0**-i for i in range(0, 25, 3)))]
-    return [*random, *(Layer(numel, fill=(2.5, None), left=2.0**-i) for i in (12, 24))]  # 0.1 * 2.5 is a float
+    alike = [Layer(numel, fill=(2.5, None), left=2.0**-20) for _ in range(5)]  # products that float nearly holds
+    return random + alike
 
 
 def decays_beyond_float(pack: int) -> list[Layer]:
