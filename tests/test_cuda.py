@@ -460,7 +460,7 @@ on_fake_device = pytest.mark.skipif("FAKE_CUDA" not in os.environ, reason="is ab
     ("variable", "error"),
     [
         pytest.param(
-            "DRIVER=12000", r"an NVIDIA driver 530 or newer: .* \(got: a driver for CUDA 12\.0\)", id="driver"
+            "DRIVER=12000", r"needs an NVIDIA driver 530 or newer: .* \(got: a driver for CUDA 12\.0\)", id="driver"
         ),
         pytest.param("ARCHITECTURE=86", None, id="kernels that do not wait for earlier ones must not overlap them"),
     ],

@@ -388,10 +388,10 @@ _HOOKED = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
 def step_of_base(optim: Optimizer) -> Callable[..., Any]:
-    """Return a base's ``step``. While a CUDA graph is captured, it raises if state has tensors that are new.
+    """Return a base's ``step``. While a CUDA graph is captured, it raises if the step has created tensors of state.
 
-    A graph that creates them does so at every replay. The bases of torch do not check that. State is then as it was,
-    also if the base itself raises; that of optimizers that the base is wrapped around, too.
+    Such a graph creates them anew at every replay. The bases of torch do not check that. If the step raises, for this
+    or any other reason, all state is put back, also that of optimizers that the base is wrapped around.
     """
     step = _step_of_base(optim)
     if torch.compiler.is_compiling() or not is_capturing():

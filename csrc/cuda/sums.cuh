@@ -74,8 +74,8 @@ class FloatSum {
   // Of 16-bit numbers, whose squares float holds exactly: one rounding for two of them, which is lost.
   __device__ void add_squares(float x, float y) { add(fmaf(y, y, x * x)); }
 
-  // Whether no square of weight was too small for float, none too large, and no rest of weight: one has weight where
-  // the terms of a sum nearly cancel. False for NaN.
+  // Whether float was enough: no square that matters was too small or too large for it, and no terms of x + scale * y
+  // cancelled so nearly that what it rounded of their rests matters. False for NaN.
   __device__ bool is_accurate() const { return kLeast <= sum_ && sum_ <= kMost && rests_ <= kMostRests * sum_; }
 
   __device__ double value() const { return static_cast<double>(sum_) + static_cast<double>(lost_); }
@@ -91,7 +91,7 @@ class FloatSum {
 
   float sum_ = 0;
   float lost_ = 0;
-  float rests_ = 0;  // their squares
+  float rests_ = 0;  // the sum of squares of rests
 };
 
 // What is summed: the squares of an array.
@@ -136,7 +136,7 @@ struct Sums {
   __device__ Loaded load(int64_t pack) const {
     return {load_pack<kAligned, Pack<T>::kSize>(x, pack), load_pack<kAligned, Pack<T>::kSize>(y, pack)};
   }
-  // As far as float shows it: where both numbers are 0, and where an update has not moved one.
+  // Whether x + scale * y is 0, where that is seen without double: both are 0, or an update has not moved the number.
   __device__ bool is_zero(const Loaded& loaded, int i) const {
     const auto a = static_cast<float>(loaded.x.values[i]), b = static_cast<float>(loaded.y.values[i]);
     return (a == 0 && b == 0) || (scale == -1 && a - b == 0);

@@ -98,7 +98,7 @@ struct Event {
   Stream* stream = nullptr;
   uint64_t position = 0;  // in the stream
   std::weak_ptr<Capture> capture;
-  bool is_captured = false;  // and has no other meaning, even when the capture is over
+  bool is_captured = false;  // recorded in a capture: never done, even when the capture is over
   double milliseconds = 0;
 
   bool is_done() const { return stream == nullptr || stream->done >= position; }
