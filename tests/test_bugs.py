@@ -687,7 +687,7 @@ def test_state_that_a_captured_graph_would_begin_is_refused(monkeypatch, make, b
 
 
 class CountedMomentum(SGD):
-    """SGD whose momentum is replaced, not updated in place; its state is set up where there is none."""
+    """SGD that counts steps beside its momentum, and replaces the momentum of a scalar instead of updating it."""
 
     fails = False
 
@@ -745,3 +745,24 @@ def test_state_is_as_it_was_after_a_refused_capture(monkeypatch, base):
     scalar.grad = torch.ones_like(scalar)
     optimizer.step()
     refuse(RuntimeError, rf"step of {base.__name__} cannot be captured .* \(replaced: momentum\); use a base")
+
+
+def test_layers_on_the_cpu_may_begin_momentum_beside_a_capture(monkeypatch):
+    """Their first step is not captured, but it was refused."""
+    param = layer()
+    optimizer = LARS(SGD([param], lr=0.1, momentum=0.9))
+    monkeypatch.setattr(wrapper, "is_capturing", lambda device=None: device is None)
+    optimizer.step()
+    assert torch.equal(optimizer.state[param]["momentum_buffer"], param.grad)
+
+
+def test_a_sparse_momentum_is_not_made_dense_in_a_capture(monkeypatch):
+    """Every replay would have begun from the sparse momentum of the capture."""
+    param = layer()
+    optimizer = torchlars.optim.SGD([param], lr=0.1, momentum=0.9)
+    momentum = torch.ones_like(param).detach().to_sparse()
+    optimizer.state[param]["momentum_buffer"] = momentum
+    monkeypatch.setattr(torchlars.optim.sgd, "is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match=r"\(group: 0, shape: \(2,\)\); take a step before the capture"):
+        optimizer.step()
+    assert optimizer.state[param]["momentum_buffer"] is momentum
