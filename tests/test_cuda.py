@@ -499,3 +499,17 @@ def test_the_fake_device_refuses_an_event_of_a_capture_that_is_over(use):
         event.record()
     with pytest.raises(RuntimeError, match="CUDA error"):
         getattr(event, use)()
+
+
+@on_fake_device
+def test_the_fake_device_refuses_a_stream_that_joins_a_capture():
+    step = """
+import torch
+event, x = torch.cuda.Event(), torch.ones(3, device="cuda")
+with torch.cuda.graph(torch.cuda.CUDAGraph()):
+    x += 1
+    event.record()
+    torch.cuda.Stream().wait_event(event)
+"""
+    done = subprocess.run([sys.executable, "-c", step], capture_output=True, text=True)  # torch does not recover
+    assert re.search("wait_event.*CUDA error: operation not supported", done.stderr, re.DOTALL)
