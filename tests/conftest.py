@@ -55,15 +55,44 @@ def threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """One CPU thread for a whole file: where tensors are small, a second one would only be waited for."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checked_sparse_tensors():
+    """Checks of sparse tensors for a whole file; torch warns where it is told neither to check nor not to."""
+    with torch.sparse.check_sparse_tensor_invariants():
+        yield
+
+
 @pytest.fixture(autouse=True)
 def _seed():
     torch.manual_seed(20170813)
 
 
+NO_GLOO = not dist.is_available() or not dist.is_gloo_available()
+
+
+@pytest.fixture
+def process_group():
+    """A process group of this process alone."""
+    if NO_GLOO:
+        pytest.skip("torch has no gloo")
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
 @pytest.fixture(scope="session")
 def workers():
     """Four processes that can form a process group."""
-    if not dist.is_available() or not dist.is_gloo_available():
+    if NO_GLOO:
         pytest.skip("torch has no gloo")
     pool = Workers(4)
     yield pool

@@ -36,7 +36,7 @@ LEAST = 5.0  # seconds: a step that has less is not begun
 MODULE = "benchmarks.gpu_check"
 
 CUDA_TESTS = ("tests/test_cuda.py", "tests/test_cuda_steps.py")
-DEVICE_TESTS = ("tests/test_ops.py", "tests/test_optim.py", "tests/test_cifar10_accuracy.py")
+DEVICE_TESTS = ("tests/test_ops.py", "tests/test_optim_ops.py", "tests/test_cifar10_accuracy.py")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
 PLANTED = ("memcheck", "initcheck")
 
