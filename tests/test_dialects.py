@@ -1,7 +1,4 @@
-"""Every dialect of LARS: numbers worked by hand, and steps of SGD told here anew, in float64.
-
-The oracle knows nothing of torch's SGD, of the wrapper or of its reference: it is the formulas, and a dict of momenta.
-"""
+"""Every dialect of LARS against numbers worked by hand and against formulas, and the classes LARC and LAMB."""
 
 import copy
 import inspect
@@ -12,22 +9,17 @@ import pickle
 
 import pytest
 import torch
+from dialects import Oracle, give_gradients, groups, layers, norm, params_of
 from torch import nn
 
 import torchlars
 from torchlars import LAMB, LARC, LARS, ops
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
 SGDS = {"torch": torch.optim.SGD, "torchlars": torchlars.optim.SGD}
 sgds = pytest.mark.parametrize("sgd", SGDS.values(), ids=list(SGDS))
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors are small here: a second thread would only be waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 # By hand: ‖w‖ = 5, ‖g‖ = 0.5, g + λw = (0.6, 0), g − λw = (0, −0.8).
@@ -132,91 +124,9 @@ def label(options):
     return ",".join(f"{key}={value}" for key, value in options.items() if value not in (False, "raw")) or "-"
 
 
-def layers(seed, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(seed)
-    wide = torch.complex128 if dtype.is_complex else torch.float64
-    shapes = [(3, 4), (5,), (), (2, 2)]
-    params = [(i + 0.3) * torch.randn(s, generator=generator, dtype=wide) for i, s in enumerate(shapes, start=1)]
-    params[3].zero_()
-    params[0] = params[0].mT.contiguous().mT  # another memory order than its gradient's
-    return [nn.Parameter(param.to(dtype)) for param in params]
-
-
-def groups(dtype=torch.float64, update=False):
-    """The wrapper's options; others, ascending; not adapted; not adapted, but lr in the momentum."""
-    others = {"trust_coef": 0.05, "eps": 0.2, "clip": True, "norm": "decayed", "maximize": True}
-    return [
-        {"params": layers(0, dtype), "weight_decay": 0.1, "lr": 0.4},
-        {"params": layers(1, dtype), "weight_decay": 0.03, "lr": 0.7, **others},
-        {"params": layers(2, dtype), "weight_decay": 0.2, "lr": 0.2, "trust_coef": None},
-        {"params": layers(3, dtype), "weight_decay": 0.15, "lr": 0.3, "trust_coef": None, "lr_in_momentum": True},
-        {"params": layers(4, dtype), "weight_decay": 0.0, "lr": 0.9, "maximize": update},
-    ]
-
-
-def norm(tensor):
-    return math.sqrt(math.fsum(abs(x) ** 2 for x in tensor.flatten().tolist()))
-
-
-class Oracle:
-    """SGD under LARS, as the formulas say."""
-
-    def __init__(self, param_groups, **options):
-        self.groups = [{**options, **group} for group in param_groups]
-        self.momenta, self.ratios = {}, {}
-
-    def ratio(self, w, g, d, o):
-        decayed = o["norm"] == "decayed"
-        w_norm, g_norm = norm(w), norm(d if decayed else g)
-        r = 1.0
-        if w_norm != 0 and g_norm != 0:
-            rest = 0.0 if decayed else o["weight_decay"] * w_norm
-            r = o["trust_coef"] * w_norm / (g_norm + rest + o["eps"])
-        return min(r / float(o["lr"]), 1.0) if o["clip"] else r
-
-    def step(self):
-        self.ratios = {}
-        for o in self.groups:
-            for p in o["params"]:
-                if p.grad is None:
-                    continue
-                w, g, lr = p.detach().clone(), p.grad, float(o["lr"])
-                d = (-g if o["maximize"] else g) + o["weight_decay"] * w
-                r = 1.0
-                if o["trust_coef"] is not None:
-                    r = self.ratios[p] = self.ratio(w, g, d, o)
-                on_update = o["apply_to"] == "update" and o["trust_coef"] is not None
-                d = d if on_update else r * d
-                if o["lr_in_momentum"]:
-                    d, lr = lr * d, 1.0
-                if o["momentum"]:
-                    if p in self.momenta:
-                        self.momenta[p] = o["momentum"] * self.momenta[p] + (1 - o["dampening"]) * d
-                    else:
-                        self.momenta[p] = d.clone()
-                    d = d + o["momentum"] * self.momenta[p] if o["nesterov"] else self.momenta[p]
-                p.detach().copy_(w - (r if on_update else 1.0) * lr * d)
-
-
 DEFAULTS = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
 PLAIN = {"eps": EPS, "trust_coef": TRUST_COEF, "clip": False, "norm": "raw"}
 PLAIN = {**PLAIN, "lr_in_momentum": False, "apply_to": "gradient"}
-
-
-def params_of(optimizer):
-    groups = optimizer.groups if isinstance(optimizer, Oracle) else optimizer.param_groups
-    return [param for group in groups for param in group["params"]]
-
-
-def give_gradients(optimizers, step):
-    """The same for all; one that is zero, one that is missing, one that the weight decay does not change."""
-    generator = torch.Generator().manual_seed(100 + step)
-    for index, params in enumerate(zip(*map(params_of, optimizers), strict=True)):
-        wide = torch.complex128 if params[0].is_complex() else torch.float64
-        grad = 0.4 * (1 + index % 3) * torch.randn(params[0].shape, generator=generator, dtype=wide)
-        grad = grad * 0 if (step, index) in {(1, 0), (1, 5)} else grad
-        for param in params:
-            param.grad = None if (step, index) == (2, 1) else grad.to(params[0].dtype, copy=True)
 
 
 def change_lr(optimizers, step):
@@ -570,87 +480,6 @@ def test_over_refuses_what_it_cannot_make(call, error, message):
         call()
 
 
-# Bad input.
-
-BAD_OPTIONS = [
-    ({"clip": 1}, TypeError, r"clip{} must be True or False \(got: 1 of type int\)"),
-    ({"clip": "yes"}, TypeError, r"clip{} must be True or False \(got: 'yes' of type str\)"),
-    ({"clip": None}, TypeError, r"clip{} must be True or False \(got: None of type NoneType\)"),
-    ({"norm": "l2"}, ValueError, r"norm{} must be 'raw' or 'decayed' \(got: 'l2'\)"),
-    ({"norm": None}, ValueError, r"norm{} must be 'raw' or 'decayed' \(got: None\)"),
-    ({"norm": 2}, TypeError, r"norm{} must be 'raw' or 'decayed' \(got: 2\)"),
-    ({"lr_in_momentum": 0.5}, TypeError, r"lr_in_momentum{} must be True or False \(got: 0.5 of type float\)"),
-    ({"apply_to": "weights"}, ValueError, r"apply_to{} must be 'gradient' or 'update' \(got: 'weights'\)"),
-    ({"apply_to": ["update"]}, TypeError, r"apply_to{} must be 'gradient' or 'update' \(got: \['update'\]\)"),
-    ({"weight_decay": 0.1}, TypeError, r"weight_decay{} must be None or 'decoupled' \(got: 0.1\); how much is the b"),
-    ({"weight_decay": "coupled"}, ValueError, r"weight_decay{} must be None or 'decoupled' \(got: 'coupled'\)"),
-    (
-        {"lr_in_momentum": True, "apply_to": "update"},
-        ValueError,
-        r"lr_in_momentum=True{} needs apply_to='gradient' \(got: 'update', which scales the whole step",
-    ),
-]
-
-
-def snapshot(optimizer):
-    params = params_of(optimizer)
-    state = {i: dict(optimizer.state[p]) for i, p in enumerate(params) if p in optimizer.state}
-    return copy.deepcopy((params, [p.grad for p in params], state, optimizer.param_groups[0]["lr"]))
-
-
-def assert_unchanged(optimizer, before):
-    assert str(snapshot(optimizer)) == str(before)
-    now = snapshot(optimizer)
-    for one, other in zip([*now[0], *now[1]], [*before[0], *before[1]], strict=True):
-        assert one is other is None or torch.equal(one, other)
-
-
-@pytest.mark.parametrize(("options", "error", "message"), BAD_OPTIONS, ids=repr)
-def test_wrong_options_are_refused_wherever_they_are(options, error, message, backend):
-    def base():
-        return torch.optim.SGD([{"params": layers(0)}, {"params": layers(1)}], lr=0.5, momentum=0.9, weight_decay=0.1)
-
-    with pytest.raises(error, match="^" + message.format("")):
-        LARS(base(), **options)
-    optimizer = LARS(base())
-    give_gradients([optimizer], 0)
-    optimizer.step()
-    give_gradients([optimizer], 1)
-    before, own = snapshot(optimizer), optimizer.state_dict()["lars"]
-    entry = {**optimizer.state_dict(), "lars": options}
-    where = r".*" if "needs" in message else ""
-    name = next(iter(options))
-    in_entry = message.replace(name + "{}", rf"state_dict\['lars'\]\['{name}'\]") if not where else message
-    with pytest.raises(error, match=in_entry.replace("{}", r" of state_dict\['lars'\]")):
-        optimizer.load_state_dict(entry)
-    assert optimizer.state_dict()["lars"] == own
-    assert_unchanged(optimizer, before)
-    if "weight_decay" in options:
-        return  # in a group it is the base's
-    with pytest.raises(error, match="^" + message.format(" of parameter group 2")):
-        optimizer.add_param_group({"params": layers(2), **options})
-    optimizer.param_groups[1].update(options)
-    with pytest.raises(error, match="^" + message.format(" of parameter group 1")):
-        optimizer.step()
-    assert_unchanged(optimizer, before)
-    with pytest.raises(error, match="^" + message.format(" of parameter group 1")):
-        LARS(optimizer.optim)
-
-
-@pytest.mark.parametrize("base", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adagrad])
-def test_lr_in_momentum_needs_a_base_that_is_linear_in_lr(base):
-    message = rf"lr_in_momentum=True{{}} needs a base whose step is linear in lr: .* \(got: {base.__name__}\)"
-    with pytest.raises(TypeError, match=message.format("")):
-        LARS(base(layers(0)), lr_in_momentum=True)
-    optimizer = LARS(base(layers(0)))
-    for group in ({}, {"trust_coef": None}):
-        with pytest.raises(TypeError, match=message.format(" of parameter group 1")):
-            optimizer.add_param_group({"params": layers(1), "lr_in_momentum": True, **group})
-    with pytest.raises(TypeError, match=message.format(r" of state_dict\['lars'\]")):
-        optimizer.load_state_dict({**optimizer.state_dict(), "lars": {"lr_in_momentum": True}})
-    assert optimizer.lr_in_momentum is False
-
-
 @sgds
 @pytest.mark.parametrize("lr_is_tensor", [False, True])
 def test_clip_at_lr_0_moves_nothing_and_momentum_takes_whole_gradients(lr_is_tensor, sgd, backend):
@@ -671,111 +500,6 @@ def test_clip_at_lr_0_moves_nothing_and_momentum_takes_whole_gradients(lr_is_ten
     assert optimizer.trust_ratios()[param].item() == pytest.approx(ratio, rel=1e-14)
     moved = [0.5 * (0.9 * 1.9 * whole + ratio * whole) for whole in (2.3, 0.4)]
     assert param.tolist() == pytest.approx([3.0 - moved[0], 4.0 - moved[1]], rel=1e-14)
-
-
-class WithoutLr(torch.optim.Optimizer):
-    def __init__(self, params, **defaults):
-        super().__init__(params, defaults)
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for group in self.param_groups:
-            for param in group["params"]:
-                param.sub_(param.grad)
-
-
-LR_ERRORS = [
-    ({}, TypeError, r"optimizer must have a learning rate \(got: WithoutLr, without lr in parameter group 0\)"),
-    ({"lr": None}, TypeError, r"lr of parameter group 0 must be a non-negative number \(got: None of type NoneType\)"),
-    ({"lr": -1.0}, ValueError, r"lr of parameter group 0 must be a non-negative number \(got: -1.0\)"),
-    ({"lr": math.nan}, ValueError, r"lr of parameter group 0 must be a non-negative number \(got: nan\)"),
-    ({"lr": torch.ones(2)}, ValueError, r"lr of parameter group 0 must be a number or a tensor of one element \(got: "),
-]
-
-
-@pytest.mark.parametrize(("defaults", "error", "message"), LR_ERRORS, ids=repr)
-def test_lamb_needs_an_lr(defaults, error, message):
-    with pytest.raises(error, match=message):
-        LAMB(WithoutLr(layers(0), **defaults))
-    optimizer = LAMB(WithoutLr(layers(0), lr=0.1))
-    give_gradients([optimizer], 0)
-    optimizer.param_groups[0].update(defaults) if defaults else optimizer.param_groups[0].pop("lr")
-    optimizer.defaults.update(defaults) if defaults else optimizer.defaults.pop("lr")
-    before = [param.detach().clone() for param in params_of(optimizer)]
-    with pytest.raises(error, match=message):
-        optimizer.step()
-    assert all(map(torch.equal, before, params_of(optimizer)))
-    LAMB(WithoutLr([{"params": layers(0), "trust_coef": None}], **defaults))  # what is not adapted needs none
-
-
-@pytest.mark.parametrize(("defaults", "error", "message"), LR_ERRORS, ids=repr)
-def test_clip_needs_an_lr(defaults, error, message):
-    with pytest.raises(error, match=message):
-        LARS(WithoutLr(layers(0), **defaults), clip=True)
-    optimizer = LARS(WithoutLr(layers(0), **defaults))  # which needs none
-    give_gradients([optimizer], 0)
-    optimizer.clip = True
-    before = [(param.detach().clone(), param.grad.clone()) for param in params_of(optimizer)]
-    with pytest.raises(error, match=message):
-        optimizer.step()
-    for (value, grad), param in zip(before, params_of(optimizer), strict=True):
-        assert torch.equal(value, param)
-        assert torch.equal(grad, param.grad)
-
-
-@pytest.mark.parametrize("wrap", [LAMB, lambda base: LARS(base, apply_to="update")], ids=["LAMB", "LARS-update"])
-@pytest.mark.parametrize(
-    ("kind", "error", "message"),
-    [
-        (
-            "float8",
-            TypeError,
-            r"floating dtype with at least 16 bits \(group: 1, parameter: 1, dtype: torch.float8_e4m",
-        ),
-        ("FSDP1", RuntimeError, r"but FSDP1 flattens and splits them; .* \(group: 1, parameter: 1, shape: \(3, 4\)\)"),
-        (
-            "expanded",
-            RuntimeError,
-            r"of a parameter must not share memory \(strides: \(0, 1\)\) \(group: 1, parameter: 1",
-        ),
-        (
-            "conjugated",
-            RuntimeError,
-            r"parameters must not be lazily conjugated or negated, .* \(group: 1, parameter: 1",
-        ),
-        (
-            "negated",
-            RuntimeError,
-            r"parameters must not be lazily conjugated or negated, .* \(group: 1, parameter: 1",
-        ),
-    ],
-)
-def test_a_parameter_whose_update_cannot_be_scaled_is_named_and_nothing_changes(kind, error, message, wrap, backend):
-    fine, param = nn.Parameter(torch.ones(2)), nn.Parameter(torch.rand(3, 4))
-    if kind == "float8":
-        param = nn.Parameter(torch.ones(3, 4).to(torch.float8_e4m3fn))
-    elif kind == "FSDP1":
-        param._fsdp_flattened = True
-    elif kind == "expanded":
-        param = nn.Parameter(torch.rand(1, 4).expand(3, 4))
-    elif kind == "conjugated":
-        param = nn.Parameter(torch.rand(3, 4, dtype=torch.complex64).conj())
-    elif kind == "negated":
-        param = nn.Parameter(torch.rand(3, 4, dtype=torch.complex64).conj().imag)
-        assert param.is_neg()
-    before = param.detach().clone()
-    base = torch.optim.SGD([{"params": [fine]}, {"params": [nn.Parameter(torch.ones(1)), param]}], lr=0.5)
-    for one in (fine, param):
-        one.grad = torch.ones(one.shape, dtype=one.dtype) if kind != "float8" else torch.ones_like(one)
-    optimizer = wrap(base)
-    with pytest.raises(error, match=message):
-        optimizer.step()
-    assert fine.tolist() == [1.0, 1.0]
-    assert torch.equal(param.detach(), before)
-    assert not base.state
-    base.param_groups[1]["trust_coef"] = None
-    base.param_groups[1]["params"].pop()
-    optimizer.step()
 
 
 def test_several_dtypes_devices_and_orders_in_one_group(backend):
