@@ -1,5 +1,5 @@
 // Reads cases from stdin, runs the kernels on each in the way of csrc/cuda/ops_cuda.cu, and writes what they computed
-// to stdout. The other side is tests/test_cuda_on_host.py.
+// to stdout. The other side is tests/host_driver.py.
 #include "cuda_on_host.h"
 
 // After what stands in for CUDA.

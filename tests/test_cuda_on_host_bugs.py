@@ -1,0 +1,415 @@
+"""Bugs planted into the CUDA kernels' source, each of which the comparison on the CPU must catch."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from host_driver import (
+    BUILDS,
+    CSRC,
+    DTYPES,
+    SEVERAL_LAUNCHES,
+    SGD_WAYS,
+    WAYS,
+    check,
+    check_sgd,
+    compile_driver,
+    execute,
+    needs_host_shim,
+    new_case,
+    skip_without_sanitizers,
+)
+
+pytestmark = needs_host_shim
+COMPILES_FAST = ["-O0", "-g0"]
+
+
+def only(dtype: torch.dtype) -> str:
+    return f"-DONLY={DTYPES.index(dtype)}"
+
+
+@dataclass
+class Bug:
+    """A change of the sources, and what must be said of it."""
+
+    old: str
+    new: str
+    caught_by: str
+    case: str = "borders"
+    build: str = "plain"
+    file: str = "cuda/kernels.cuh"
+    sgd: bool = False
+    kind: str = "plain"  # of ways
+    dtype: torch.dtype = torch.float32
+
+
+BUGS = {
+    "the tail of a sum ends early": Bug("if (i < count) {", "if (i < count - 1) {", "differ", file="cuda/sums.cuh"),
+    "the tail of a gradient ends early": Bug(
+        "if (i < count) {\n    if", "if (i < count - 1) {\n    if", "gradients differ"
+    ),
+    "a tail reads one past the end": Bug(
+        "summed[i]", "summed[i + 1]", "heap-buffer-overflow", build="sanitized", file="cuda/sums.cuh"
+    ),
+    "a parameter is read one past the end": Bug(
+        "rewrite(x[i], y[i])", "rewrite(x[i], y[i + 1])", "heap-buffer-overflow", build="sanitized"
+    ),
+    "packs are read past the end": Bug(
+        "if (first + u * kThreads < num_packs) {\n        loaded",
+        "if (first < num_packs) {\n        loaded",
+        "heap-buffer-overflow",
+        build="sanitized",
+        file="cuda/packs.cuh",
+    ),
+    "packs are measured past the end": Bug(
+        "if (first + u * kThreads < num_packs) {\n        loaded",
+        "if (first < num_packs) {\n        loaded",
+        "heap-buffer-overflow",
+        build="sanitized",
+        file="cuda/sums.cuh",
+    ),
+    "packs need no alignment": Bug(
+        "return reinterpret_cast<uintptr_t>(array) % alignof(Pack<T>) == 0",
+        "return array == array",
+        "misaligned address",
+        case="misaligned views",
+        build="sanitized",
+        file="cuda/packs.cuh",
+    ),
+    "a pack that is not aligned is read from elsewhere": Bug(
+        "loaded.values[i] = array[pack * kSize + i]",
+        "loaded.values[i] = array[pack + i]",
+        "differ",
+        case="misaligned views",
+        file="cuda/packs.cuh",
+    ),
+    "a pack that is not aligned is written elsewhere": Bug(
+        "array[pack * kSize + i] = ", "array[pack + i] = ", "differ", case="misaligned views", file="cuda/packs.cuh"
+    ),
+    "packs of a parameter need no alignment": Bug(
+        "is_aligned(x) && is_aligned(y)",
+        "is_aligned(x)",
+        "misaligned address",
+        case="misaligned views",
+        build="sanitized",
+    ),
+    "values are added too early": Bug(
+        "  __syncthreads();\n  double sum = 0;", "  double sum = 0;", "differ", file="cuda/sums.cuh"
+    ),
+    "values are overwritten too early": Bug(
+        "__syncthreads();  // values may be written again", "", "differ", file="cuda/sums.cuh"
+    ),
+    "a ratio is broadcast too early": Bug(
+        "  __syncthreads();\n  return shared", "  return shared", "differ", file="cuda/sums.cuh"
+    ),
+    "half of a block skips a barrier": Bug(
+        "  __syncthreads();\n  double",
+        "  if (threadIdx.x < 128) {\n    __syncthreads();\n  }\n  double",
+        "threads meet that wait in different places",
+        file="cuda/sums.cuh",
+    ),
+    "a thread ends early": Bug(
+        "  __shared__ double values",
+        "  if (threadIdx.x == 100) {\n    return 0;\n  }\n  __shared__ double values",
+        "waits for threads that never come",
+        file="cuda/sums.cuh",
+    ),
+    "shared memory is taken to be zero": Bug(
+        "values[threadIdx.x] = value;",
+        "if (value != 0) {\n    values[threadIdx.x] = value;\n  }",
+        "differ",
+        case="only an empty layer",
+        file="cuda/sums.cuh",
+    ),
+    "a shuffle is left out": Bug(
+        "offset = kWarp / 2; offset > 0", "offset = kWarp / 2; offset > 1", "differ", file="cuda/sums.cuh"
+    ),
+    "sums are floats": Bug(
+        "double sum = 0;\n  for (int64_t first", "float sum = 0;\n  for (int64_t first", "differ", file="cuda/sums.cuh"
+    ),
+    "what a sum loses is forgotten": Bug(
+        "lost_ += lost_in_sum(sum_, square, sum);", "", "squared norms differ", file="cuda/sums.cuh"
+    ),
+    "what a square loses is forgotten": Bug(
+        "lost_ += fmaf(x, x, -square);", "", "squared norms differ", file="cuda/sums.cuh"
+    ),
+    "what an addition loses is forgotten": Bug(
+        "lost_in_sum(a, product, sum) + rest",
+        "rest",
+        "squared norms differ",
+        file="cuda/sums.cuh",
+        kind="in dialects",
+    ),
+    "a scale is rounded to float": Bug(
+        "rest = scale_rest + fmaf",
+        "rest = fmaf",
+        "squared norms differ",
+        file="cuda/sums.cuh",
+        kind="in dialects",
+    ),
+    "squares vanish in float": Bug(
+        "0x1p-80f", "0", "norms differ|ratios differ", case="every binade", file="cuda/sums.cuh"
+    ),
+    "squares overflow in float": Bug(
+        "0x1p120f", "INFINITY", "norms differ|ratios differ", case="every binade", file="cuda/sums.cuh"
+    ),
+    "sums that cancel are taken in float": Bug(
+        " && rests_ <= kMostRests * sum_",
+        "",
+        "norms differ|ratios differ",
+        case="gradients that cancel the decay",
+        file="cuda/sums.cuh",
+        kind="in dialects",
+    ),
+    "sums that cancel with the rest of a scale are taken in float": Bug(
+        "fmaf(scale_rest, scale_rest, fmaf(rest, rest, rests_))",
+        "fmaf(rest, rest, rests_)",
+        "norms differ|ratios differ",
+        case="gradients that cancel the decay",
+        file="cuda/sums.cuh",
+        kind="in dialects",
+    ),
+    "a scale whose rest float cannot hold is taken in float": Bug(
+        "0x1p-100 <=",
+        "0x1p-126 <=",
+        "norms differ|ratios differ",
+        case="decays beyond float",
+        file="cuda/sums.cuh",
+        kind="in dialects",
+    ),
+    "a zero hides other numbers": Bug(
+        "is_zero = is_zero && ",
+        "is_zero = ",
+        "norms differ|ratios differ",
+        case="zeros with an exception",
+        file="cuda/sums.cuh",
+    ),
+    "equal numbers are taken for unmoved ones": Bug(
+        "(scale == -1 && a - b == 0)",
+        "a - b == 0",
+        "norms differ|ratios differ",
+        case="zeros with an exception",
+        file="cuda/sums.cuh",
+        kind="in dialects",
+    ),
+    "infinite numbers are taken for unmoved ones": Bug(
+        "a - b == 0",
+        "a == b",
+        "norms differ|ratios differ",
+        case="zeros with an exception",
+        file="cuda/sums.cuh",
+        kind="of updates",
+    ),
+    "chunks are counted backwards from one too many": Bug(
+        "gridDim.x - 1 - blockIdx.x", "gridDim.x - blockIdx.x", "differ"
+    ),
+    "a layer's first chunk goes to the layer before": Bug("<= value", "< value", "differ", file="plan.h"),
+    "a ratio is not written": Bug(
+        "if (place.chunk == first)", "if (blockIdx.x == 0 && place.chunk == first)", "ratios differ"
+    ),
+    "a ratio is taken from another block": Bug("static_cast<Ratio>(broadcast(ratio))", "ratios[place.layer]", "differ"),
+    "a ratio too many is decided": Bug("layer < layers.count", "layer <= layers.count", "wrote outside of its memory"),
+    "maximize is ignored": Bug("options.maximize ? -layer.weight_decay :", "", "gradients differ"),
+    "a sum is measured in packs that are not aligned": Bug(
+        "is_aligned(x) && is_aligned(y)",
+        "is_aligned(x)",
+        "misaligned address",
+        case="misaligned views",
+        build="sanitized",
+        file="cuda/sums.cuh",
+        kind="in dialects",
+    ),
+    "what is added is not measured": Bug(
+        "layer.scale == 0", "layer.scale == layer.scale", "norms differ|ratios differ", kind="in dialects"
+    ),
+    "what is added is not scaled in packs": Bug(
+        "const auto b = static_cast<float>(loaded.y.values[i]);",
+        "const auto b = static_cast<float>(loaded.y.values[i] / scale);",
+        "differ",
+        kind="in dialects",
+        file="cuda/sums.cuh",
+    ),
+    "what is added is not scaled in the tail": Bug(
+        "+ scale * static_cast", "+ static_cast", "differ", kind="in dialects", file="cuda/sums.cuh"
+    ),
+    "the decay is counted twice": Bug(
+        "options.decayed_norm ? 0 :", "", "ratios differ", file="trust_ratio.h", kind="in dialects"
+    ),
+    "nothing is clipped": Bug(
+        "ratio > 1 ? 1 : ratio", "ratio", "ratios differ", file="trust_ratio.h", kind="in dialects"
+    ),
+    "a ratio is clipped that was not divided by lr": Bug(
+        "options.of_updates ? ratio : ratio / lr", "ratio", "ratios differ", file="trust_ratio.h", kind="in dialects"
+    ),
+    "lr is not in the momentum": Bug("options.lr_in_momentum ? static", "false ? static", "differ", kind="in dialects"),
+    "an update is not divided by lr": Bug(
+        "grad_norm /= lr;", "", "ratios differ", file="trust_ratio.h", kind="of updates"
+    ),
+    "a step of no length is divided by lr 0": Bug(
+        "options.of_updates && grad_norm != 0",
+        "options.of_updates && (grad_norm /= grad_norm) > 0",
+        "ratios differ",
+        file="trust_ratio.h",
+        kind="of updates",
+        case="zero norms and empty layers",
+    ),
+    "an update starts from what it was scaled to": Bug(
+        "return old_param + ratio", "return param + ratio", "differ", file="trust_ratio.h", kind="of updates"
+    ),
+    "lr stays outside of the momentum of SGD": Bug("lr_in_momentum ? lr : 1", "1", "differ", file="sgd.h", sgd=True),
+    "lr is applied twice": Bug("lr_in_momentum ? 1 : lr", "lr", "differ", file="sgd.h", sgd=True),
+    "a skipped step is taken": Bug(
+        "if (inv_scale == 0) {\n    return;",
+        "if (inv_scale != inv_scale) {\n    return;",
+        "a skipped step was written",
+        kind="of scaled gradients",
+        case="NaN and infinity",
+    ),
+    "a skipped step has infinite gradients": Bug(
+        "inv_scale == 0 ? 0 :",
+        "",
+        "ratios differ",
+        file="trust_ratio.h",
+        kind="of scaled gradients",
+        case="NaN and infinity",
+    ),
+    "sums of scaled gradients are taken for those of gradients": Bug(
+        "unscaled_squared_norm(grad_sum, value_of(options.inv_scale))",
+        "grad_sum",
+        "ratios differ",
+        kind="of scaled gradients",
+    ),
+    "what is added to scaled gradients is not scaled": Bug(
+        "layer.scale / value_of(inv_scale)", "layer.scale", "ratios differ", kind="of scaled gradients"
+    ),
+    "the decay is unscaled too": Bug(
+        "(inv_scale * grad + weight_decay * param)",
+        "(inv_scale * (grad + weight_decay * param))",
+        "gradients differ",
+        file="trust_ratio.h",
+        kind="of scaled gradients",
+    ),
+    "a second launch reads the first one's sums": Bug(
+        "chunks, arguments, partials.from(chunk),\n           ratios + layer",
+        "chunks, arguments, partials,\n           ratios + layer",
+        "ratios differ",
+        case=SEVERAL_LAUNCHES,
+        file="cuda/launches.h",
+    ),
+    "the tail of a parameter ends early": Bug(
+        "if (i < count) {\n    M none", "if (i < count - 1) {\n    M none", "differ", sgd=True
+    ),
+    "a momentum is read from another pack": Bug(
+        "kSize>(momentum, pack)", "kSize>(momentum, pack / 2)", "differ", sgd=True
+    ),
+    "a wider momentum is taken in the parameter's packs": Bug(
+        "x.momentum = load_pack<kAligned, kSize>(momentum, pack)",
+        "*reinterpret_cast<Pack<M>*>(&x.momentum) = load_pack<kAligned, Pack<M>::kSize>(momentum, pack)",
+        "differ",
+        sgd=True,
+        dtype=torch.bfloat16,
+    ),
+    "a momentum is not written": Bug(
+        "store_pack<kAligned>(momentum, pack, x.momentum);", "", "momenta differ", sgd=True
+    ),
+    "a momentum is read where there is none": Bug(
+        "if constexpr (kMomentum) {\n          x", "if (true) {\n          x", "SEGV", build="sanitized", sgd=True
+    ),
+    "packs of a momentum need no alignment": Bug(
+        " && is_aligned(momentum)",
+        "",
+        "misaligned address",
+        case="misaligned views",
+        build="sanitized",
+        sgd=True,
+    ),
+    "maximize does not negate the gradient": Bug(
+        "maximize ? -ratio : ratio", "ratio", "parameters differ", file="sgd.h", sgd=True
+    ),
+    "maximize negates the decay too": Bug(
+        "maximize ? -weight_decay : weight_decay", "weight_decay", "parameters differ", file="sgd.h", sgd=True
+    ),
+    "dampening is ignored": Bug("layer.momentum, layer.dampening", "layer.momentum, 0", "parameters differ", sgd=True),
+    "nesterov is ignored": Bug("else if (options.nesterov)", "else if (false)", "parameters differ", sgd=True),
+    "lr_scale is ignored": Bug("layer.lr * *options.lr_scale", "layer.lr", "parameters differ", sgd=True),
+    "lr is rounded before it is scaled": Bug(
+        "layer.lr * *options.lr_scale", "float(layer.lr) * float(*options.lr_scale)", "differ", sgd=True
+    ),
+    "what does not decay takes 0 times infinity": Bug(
+        "const bool decays = numbers.weight_decay != 0",
+        "const bool decays = true",
+        "parameters differ",
+        case="NaN and infinity",
+        sgd=True,
+    ),
+    "a skipped step of SGD is taken": Bug(
+        "if (inv_scale == 0) {\n    return;",
+        "if (inv_scale != inv_scale) {\n    return;",
+        "a skipped step was written",
+        sgd=True,
+        kind="of scaled gradients",
+    ),
+    "SGD takes scaled gradients for unscaled ones": Bug(
+        "inv_scale(static_cast<T>(inv_scale))",
+        "inv_scale(1)",
+        "parameters differ",
+        file="sgd.h",
+        sgd=True,
+        kind="of scaled gradients",
+    ),
+    "a second launch takes the first one's ratios": Bug(
+        "ratios == nullptr ? nullptr : ratios + layer",
+        "ratios",
+        "parameters differ",
+        case=SEVERAL_LAUNCHES,
+        file="cuda/launches.h",
+        sgd=True,
+    ),
+    "a launch has a layer too many": Bug(
+        "Layers<AnyLayer, kMost>::kCapacity)",
+        "Layers<AnyLayer, kMost>::kCapacity + 1)",
+        "insufficient space|out of bounds|overflow",
+        case=SEVERAL_LAUNCHES,
+        file="cuda/launches.h",
+        build="sanitized",
+        sgd=True,
+    ),
+    "a small launch has a layer too many": Bug(
+        "count <= Layers<AnyLayer, kFew>::kCapacity",
+        "count <= Layers<AnyLayer, kFew>::kCapacity + 1000",
+        "insufficient space|out of bounds|overflow",
+        case=SEVERAL_LAUNCHES,
+        file="cuda/launches.h",
+        build="sanitized",
+        sgd=True,
+    ),
+}
+
+
+def plant(bug: Bug, folder: Path) -> Path:
+    """Compile the kernels with a bug in them."""
+    shutil.copytree(CSRC, folder / "csrc")
+    file = folder / "csrc" / bug.file
+    source = file.read_text()
+    assert bug.old in source, f"{bug.file} has no such text: {bug.old}"
+    file.write_text(source.replace(bug.old, bug.new))
+    return compile_driver(folder, folder / "csrc", *BUILDS[bug.build], *COMPILES_FAST, only(bug.dtype))
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_a_planted_bug_is_caught(name: str, tmp_path: Path) -> None:
+    bug = BUGS[name]
+    skip_without_sanitizers(bug.build)
+    case = new_case(bug.case, bug.dtype)
+    ways = SGD_WAYS[bug.kind](bug.dtype)[::-1] if bug.sgd else WAYS[bug.kind]
+    if not bug.sgd and bug.kind == "plain":
+        ways = [ways[1], ways[-2]]
+    if bug.case == SEVERAL_LAUNCHES:
+        ways = ways[1:2] if bug.sgd else ways[-1:]
+    driver = plant(bug, tmp_path)
+    with pytest.raises(AssertionError, match=bug.caught_by):
+        (check_sgd if bug.sgd else check)(case, ways, execute(driver, case, ways))
