@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.distributed as dist
+from by_hand import WRAPPERS
 from workers import Workers
 
 from torchlars import _extension, ops, reference
@@ -22,6 +23,12 @@ def backend(request, monkeypatch):
         monkeypatch.setattr(ops, "_backend", reference)
     elif NO_EXTENSION:
         pytest.skip(f"no extension: {_extension.reason}")
+    return request.param
+
+
+@pytest.fixture(params=WRAPPERS, ids=str)
+def wrap(request):
+    """Every test that asks for it runs for each of the wrappers."""
     return request.param
 
 
