@@ -171,11 +171,11 @@ def test_what_two_interrupts_left_is_put_back_by_the_next_step():
     """The first one comes before hyper-parameters are put back, the second one while they are."""
     param = layer()
     optimizer = LARS(SGD([param], lr=0.5, weight_decay=0.1))
-    optimizer._hidden.hide(optimizer.param_groups[0], "weight_decay", 0.0)  # what a step leaves that ends there
+    optimizer._hidden.replace(optimizer.param_groups[0], "weight_decay", 0.0)  # what a step leaves that ends there
     optimizer.step()
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
     assert_close(param.grad, trust_ratio(weight_decay=0.1) * float64([-0.4 + 0.3, 0.3 + 0.4]))
-    optimizer._hidden.hide(optimizer.param_groups[0], "weight_decay", 0.0)
+    optimizer._hidden.replace(optimizer.param_groups[0], "weight_decay", 0.0)
     optimizer.param_groups[0]["weight_decay"] = 0.7  # by the user, who found 0
     optimizer.step()
     assert optimizer.param_groups[0]["weight_decay"] == 0.7

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import SGD, AdamW
 
 import torchlars
-from torchlars import LARS, groups, param_groups
+from torchlars import LARS, param_groups, zero_layers
 
 LR = {"lr": 16.0, "weight_decay": 0.1}
 
@@ -171,11 +171,11 @@ def test_empty_groups_are_left_out():
         ({"model": nn.Linear}, TypeError, r"model must be a torch.nn.Module \(got: type\)"),
         ({"lr": -1.0}, ValueError, r"lr must be a non-negative number \(got: -1.0\)"),
         ({"lr": None}, TypeError, r"lr must be a non-negative number \(got: None of type NoneType\)"),
-        ({"lr": torch.ones(2), "bias_lr": 0.1}, ValueError, r"lr must be .* of one element \(got: shape \(2,\)\)"),
+        ({"lr": torch.ones(2), "bias_lr": 0.1}, ValueError, r"lr must be .* of one element \(got: \(2,\)\)"),
         ({"lr": torch.tensor(16.0)}, ValueError, r"bias_lr must be given where lr is a tensor \(got: None\)"),
         ({"bias_lr": float("nan")}, ValueError, r"bias_lr must be a non-negative number \(got: nan\)"),
         ({"bias_lr": "0.1"}, TypeError, r"bias_lr must be a non-negative number \(got: '0.1' of type str\)"),
-        ({"bias_lr": torch.ones(0)}, ValueError, r"bias_lr must be .* of one element \(got: shape \(0,\)\)"),
+        ({"bias_lr": torch.ones(0)}, ValueError, r"bias_lr must be .* of one element \(got: \(0,\)\)"),
         ({"weight_decay": -0.1}, ValueError, r"weight_decay must be a non-negative number \(got: -0.1\)"),
         ({"weight_decay": torch.tensor(0.1)}, TypeError, r"weight_decay must be a non-negative number \(got: tensor"),
         ({"exclude": "head.*"}, TypeError, r"exclude must be a list of patterns, .*'head\.\*'\); pass \['head\.\*'\]"),
@@ -407,29 +407,6 @@ def copy_with_gradients(model):
     return model
 
 
-class Clips:
-    """As much of a wrapper as the warning asks for, with the option ``clip``."""
-
-    def __init__(self, optim, clip):
-        self.optim, self.param_groups, self.clip = optim, optim.param_groups, clip
-
-    def group_options(self, index, group):
-        return {"clip": group.get("clip", self.clip)}
-
-
-@pytest.mark.parametrize(("clip", "group_clip", "expected"), [(False, False, 1), (True, False, 1), (False, True, 0)])
-def test_groups_that_clip_give_no_warning(clip, group_clip, expected):
-    params = layers(1)
-    optimizer = Clips(SGD([{"params": params, "clip": group_clip}], lr=16.0), clip)
-    zero_layers = groups.ZeroLayers()
-    zero_layers.watch(params)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        zero_layers.before_step(optimizer, None)
-    assert len(caught) == expected
-
-
-@pytest.mark.skipif("clip" not in LARS.options, reason="LARS has no clip yet")
 def test_lars_that_clips_gives_no_warning():
     assert warned(LARS(SGD(layers(1), lr=16.0), clip=True)) == []
     assert warned(LARS(SGD([{"params": layers(1), "clip": True}], lr=16.0))) == []
@@ -528,10 +505,10 @@ def test_tensors_that_are_not_what_they_seem_are_passed_over():
         nn.UninitializedParameter(),
         inference,
     ]
-    zero_layers = groups.ZeroLayers()
-    zero_layers.watch(passed_over)
-    assert zero_layers._watched == set()
-    assert zero_layers._answers == []
+    watching = zero_layers.ZeroLayers()
+    watching.watch(passed_over)
+    assert watching._watched == set()
+    assert watching._answers == []
     with torch._subclasses.FakeTensorMode():
         LARS(SGD([nn.Parameter(torch.zeros(3))], lr=16.0))
 
@@ -587,8 +564,8 @@ class Event:
 def far_away(monkeypatch):
     """Make the CPU a device whose values are not to be read, and whose events are this one."""
     event = Event(is_done=True)
-    monkeypatch.setattr(groups, "_is_readable", lambda param: False)
-    monkeypatch.setattr(groups, "_record", lambda device: event)
+    monkeypatch.setattr(zero_layers, "_is_readable", lambda param: False)
+    monkeypatch.setattr(zero_layers, "_record", lambda device: event)
     return event
 
 
@@ -632,13 +609,13 @@ def test_a_device_that_has_no_events_gives_no_warning(far_away, monkeypatch):
     def record(device):
         raise NotImplementedError("no events here")
 
-    monkeypatch.setattr(groups, "_record", record)
+    monkeypatch.setattr(zero_layers, "_record", record)
     assert warned(LARS(SGD(layers(1), lr=16.0))) == []
 
 
 def test_a_graph_that_is_captured_is_not_disturbed(far_away, monkeypatch):
     optimizer = LARS(SGD(layers(1), lr=16.0))
-    monkeypatch.setattr(groups, "is_capturing", lambda device: True)
+    monkeypatch.setattr(zero_layers, "is_capturing", lambda device: True)
     assert warned(optimizer) == []
     assert far_away.asked == 0
     optimizer = LARS(SGD(layers(1), lr=16.0))

@@ -1,8 +1,8 @@
-"""What a GradScaler leaves to a step: to unscale the gradients, and to skip it where they overflowed.
+"""Unscaling and overflow skipping inside ``step()``, for bases that support it.
 
-Over a base that can do so itself, the scaler hands two tensors to the optimizer for the duration of a step,
-``grad_scale`` and ``found_inf``, and nobody reads them on the host. Over all others it unscales the gradients, reads
-``found_inf``, and calls ``step`` or does not: then there is nothing to do here.
+For such a base a :class:`torch.amp.GradScaler` sets two tensors as attributes of the optimizer for the duration of a
+step, ``grad_scale`` and ``found_inf``, and the host reads neither. For all others the scaler unscales the gradients
+itself, reads ``found_inf``, and calls ``step`` or does not.
 """
 
 from __future__ import annotations
@@ -76,14 +76,12 @@ class GradScale:
             self._inv_scales[device] = ops.inv_scale(self._grad_scale, self._found_inf, device)
         return self._inv_scales[device]
 
-    def hand_to(self, base: Optimizer) -> None:
-        """Hand over to the base what is left to do."""
-        if self.is_given:
-            base.grad_scale, base.found_inf = self._grad_scale, self._found_inf  # type: ignore[attr-defined]
+    def attributes(self) -> dict[str, Tensor | None]:
+        """Return the attributes by which a base is told."""
+        return {"grad_scale": self._grad_scale, "found_inf": self._found_inf} if self.is_given else {}
 
-    def take_from(self, *optimizers: Optimizer) -> None:
-        """Take it away again."""
-        if self.is_given:
-            for optimizer in optimizers:
-                optimizer.__dict__.pop("grad_scale", None)
-                optimizer.__dict__.pop("found_inf", None)
+
+def drop_scale(optimizer: Optimizer) -> None:
+    """Take from an optimizer what a scaler gave it, which the scaler itself does only after a step that returns."""
+    vars(optimizer).pop("grad_scale", None)
+    vars(optimizer).pop("found_inf", None)

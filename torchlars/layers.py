@@ -1,95 +1,19 @@
-"""What LARS and LAMB ask of layers and their gradients, and the trust ratios of the last step."""
+"""What parameters and their gradients must be for a step, and gradients that can be written in place."""
 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from torchlars import ops, sharding
-from torchlars.groups import large_lr_of_unadapted
-from torchlars.wrapper import OptimizerWrapper, bases, is_base
+from torchlars.bases import problem_of_sparse
 
 __all__: list[str] = []
-
-
-class TrustRatioWrapper(OptimizerWrapper):
-    """A wrapper that remembers which trust ratios it applied last."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._last_step: list[tuple[Sequence[Tensor], Tensor]] = []  # changed in place, which torch 2.11 can trace
-        if "optim" not in state:
-            return
-        self._warns_of_large_lr = True
-        # Tensors that are no parameters, but were given by the user. The references are strong, since
-        # torch.utils.swap_tensors refuses tensors that have weak ones.
-        self._given: set[Tensor] = set()
-        self._shapes: dict[int, list[torch.Size | None]] = {}  # of the layers that were given, by group
-        for index in range(len(self.param_groups)):
-            self._note_layers(index)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group to the base. It may hold any of the wrapper's options as keys."""
-        super().add_param_group(param_group)
-        self._note_layers(len(self.param_groups) - 1)
-
-    def _note_layers(self, index: int) -> None:
-        params = self.param_groups[index]["params"]
-        self._given.update(params[position] for position in ops.positions_of_non_parameters(params))
-        self._shapes[index] = [None if is_lazy(param) else param.shape for param in params]
-
-    def check_groups(self, adapted: Sequence[int]) -> None:
-        """Check the groups at a step, of which some are adapted, before anything changes.
-
-        Raises:
-            RuntimeError: one that is adapted holds what may be a flat partition of several layers.
-        """
-        for index in adapted:
-            params = self.param_groups[index]["params"]
-            for position in ops.positions_of_non_parameters(params):
-                if not self._is_whole(index, position, params) and params[position].grad is not None:
-                    raise RuntimeError(
-                        f"{sharding.FLAT_PARTITION} (group: {index}, parameter: {position}, "
-                        f"shape: {tuple(params[position].shape)})"
-                    )
-        if self._warns_of_large_lr and not torch.compiler.is_compiling():
-            found = large_lr_of_unadapted(self, adapted)
-            if found is not None:
-                self._warns_of_large_lr = False
-                warnings.warn(found, stacklevel=5)
-
-    def _is_whole(self, index: int, position: int, params: Sequence[Tensor]) -> bool:
-        """Tell whether a tensor in a group can be taken for a whole layer.
-
-        It can if it is a parameter, if the user gave it, if it knows how it is sharded, or if it stands where a layer
-        of its shape was given, as master copies of a layer in float32 do.
-        """
-        param = params[position]
-        if sharding.is_distributed(param) or isinstance(param, torch.nn.Parameter) or param in self._given:
-            return True
-        shapes = self._shapes.get(index, [])
-        return len(shapes) == len(params) and shapes[position] == param.shape
-
-    def trust_ratios(self) -> dict[Tensor, Tensor]:
-        """Return the trust ratio of every layer that the last step adapted, by parameter.
-
-        Each is a 0-dimensional tensor on its parameter's device; only reading its value waits for that device. Layers
-        without a gradient and groups with ``trust_coef=None`` have none. Of a sharded layer it is that of the whole
-        one, the same on every rank. Of a step that a scaler skipped, and of one in a CUDA graph before its replay,
-        ratios mean nothing.
-        """
-        return {
-            param: ratio
-            for params, ratios in self._last_step
-            for param, ratio in zip(params, ratios.unbind(), strict=True)
-        }
 
 
 @torch.no_grad()
@@ -115,25 +39,6 @@ def check_param(group: int, position: int, param: Tensor) -> None:
         raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
 
 
-# Of torch's own. They raise where they come to a sparse gradient, which may be after they have moved other layers.
-_WITHOUT_SPARSE = frozenset(
-    getattr(torch.optim, name)
-    for name in (
-        "ASGD", "Adadelta", "Adafactor", "Adam", "AdamW", "Adamax", "Muon", "NAdam", "RAdam", "RMSprop", "Rprop"
-    )
-)  # fmt: skip
-
-
-def _problem_of_sparse(optim: Optimizer, group: int) -> str | None:
-    """Return why a base does not take sparse gradients, as far as that is known, or None."""
-    base = bases(optim)[-1]
-    if type(base) in _WITHOUT_SPARSE:
-        return f"sparse gradients need a base that takes them (got: {type(base).__name__}), as SGD and SparseAdam do"
-    if type(base) in (torch.optim.SGD, torch.optim.Adagrad) and optim.param_groups[group].get("fused", False):
-        return "sparse gradients need fused=False (got: True)"
-    return None
-
-
 def problem_of_memory(param: Tensor) -> str | None:
     """Return why a parameter with its gradient has no memory that can be written, or None."""
     if torch.compiler.is_compiling():  # to ask would break a graph
@@ -154,7 +59,7 @@ def check_layer(group: int, position: int, param: Tensor, weight_decay: float, o
     check_param(group, position, param)
     problem = _problem_of_gradient(param, weight_decay)
     if problem is None and param.grad is not None and param.grad.is_sparse:
-        problem = _problem_of_sparse(optim, group)
+        problem = problem_of_sparse(optim, group)
     if problem is not None:
         raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
 
@@ -327,12 +232,3 @@ def check_update(group: int, position: int, param: Tensor) -> None:
     else:
         return
     raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
-
-
-def check_update_is_scalable(optim: Optimizer, who: str) -> None:
-    """Raise if a base's update has no length per lr."""
-    if is_base(optim, torch.optim.LBFGS):
-        raise TypeError(
-            f"{who} needs a base that takes one step along one direction (got: LBFGS, which searches along many, "
-            "over all layers at once)"
-        )

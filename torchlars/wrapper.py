@@ -1,32 +1,31 @@
-"""The manners of an optimizer that owns nothing.
+"""A torch.optim.Optimizer that wraps another one and forwards the protocol.
 
-A wrapper *is* a :class:`torch.optim.Optimizer` to schedulers, scalers, trainers and checkpoints, while parameters,
-groups and state stay the base optimizer's. What it owns is a few numbers, its options. Nothing here knows what those
-mean.
+Schedulers, scalers, trainers and checkpoints take a wrapper for an optimizer. Parameters, groups and state are the
+base optimizer's; the wrapper has options only, whose meaning is not known here.
 """
 
 from __future__ import annotations
 
-import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from copyreg import __newobj__  # type: ignore[attr-defined]
-from inspect import signature, unwrap
+from inspect import signature
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 from torchlars import amp
+from torchlars.bases import bases
+from torchlars.hidden import Hidden
+from torchlars.options import Group, finite_number, non_negative_number, number_in
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 __all__: list[str] = []
 
-Group = dict[str, Any]
 StateDict = dict[str, Any]
 
 
@@ -47,17 +46,15 @@ class OptimizerWrapper(Optimizer):
 
     #: The wrapper's options. ``check(name, value)`` returns the value as a plain Python one, or raises.
     options: ClassVar[dict[str, Callable[[str, Any], Any]]]
-    #: Those of them that a group cannot have as a key: there it is the base's.
+    #: The options that a group cannot hold as a key.
     wrapper_only: ClassVar[frozenset[str]] = frozenset()
-    #: The option that a group sets to None to be left to the base, untouched.
-    opt_out: ClassVar[str]
     #: The wrapper's own key in a state dict.
     state_key: ClassVar[str]
     #: Whether this is a class made by :meth:`over`, or derived from one.
     _is_over_a_base: ClassVar[bool] = False
 
     optim: Optimizer
-    _hidden: HiddenHyperParameters
+    _hidden: Hidden
 
     def __init__(self, optimizer: Optimizer, **options: Any) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -75,7 +72,7 @@ class OptimizerWrapper(Optimizer):
         self.check_options("", checked)
         for index, group in enumerate(self.param_groups):
             self._check_keys(index, group)
-            self.group_options(index, group)
+            self.check_group(index, group)
 
     @classmethod
     def over(cls, base: type[Optimizer], **options: Any) -> type[Self]:
@@ -150,7 +147,7 @@ class OptimizerWrapper(Optimizer):
         """Add a parameter group to the base. It may hold any of the wrapper's options as keys."""
         if isinstance(param_group, dict):  # else the base says so
             self._check_keys(len(self.param_groups), param_group)
-            self.group_options(len(self.param_groups), param_group)
+            self.check_group(len(self.param_groups), param_group)
         self.optim.add_param_group(param_group)
 
     def train(self, mode: bool = True) -> None:
@@ -167,31 +164,12 @@ class OptimizerWrapper(Optimizer):
 
     # What is owned.
 
-    def group_options(self, index: int, group: Group) -> Group | None:
-        """Return the options of the ``index``-th group, or None if it opts out.
+    def check_group(self, index: int, group: Group) -> None:
+        """Raise if an option that the ``index``-th group holds is wrong, or does not go together with the others."""
+        raise NotImplementedError
 
-        A key of the group comes before the wrapper's own value, unless the base itself has a key of that name: Adam's
-        ``eps`` is Adam's.
-        """
-        if group.get("differentiable", self.defaults.get("differentiable", False)):
-            raise ValueError(
-                f"differentiable must be False (group: {index}, got: True); {type(self).__name__} writes in place, "
-                "which cannot be differentiated through"
-            )
-        own = self._group_keys(group)
-        opts_out = own.get(self.opt_out, self.opt_out) is None
-        own = {
-            name: self.options[name](f"{name} of parameter group {index}", value)
-            for name, value in own.items()
-            if not (opts_out and name == self.opt_out)
-        }
-        if opts_out:
-            return None
-        options = {
-            name: own[name] if name in own else check(name, getattr(self, name)) for name, check in self.options.items()
-        }
-        self.check_options(f" of parameter group {index}", options)
-        return options
+    def check_options(self, of_group: str, options: Group) -> None:
+        """Raise if options do not go together, or not with the base; ``of_group`` says whose they are."""
 
     def _group_keys(self, group: Group) -> Group:
         """Return what a group says of the wrapper's options."""
@@ -215,9 +193,6 @@ class OptimizerWrapper(Optimizer):
         """Tell whether a key of a group is the base's own, or that of a base which the base is wrapped around."""
         return any(name in base.defaults for base in bases(self.optim))
 
-    def check_options(self, of_group: str, options: Group) -> None:
-        """Raise if options do not go together, or not with the base; ``of_group`` says whose they are."""
-
     def __getstate__(self) -> StateDict:
         """Return what the wrapper owns. Hooks are dropped, as torch drops them.
 
@@ -232,7 +207,7 @@ class OptimizerWrapper(Optimizer):
         self.__dict__.update((name, value) for name, value in state.items() if name not in of_base)
         if of_base:
             self.optim.__setstate__(of_base)
-        self.__dict__.setdefault("_hidden", HiddenHyperParameters())
+        self.__dict__.setdefault("_hidden", Hidden())
         had_differentiable = "differentiable" in self.defaults
         Optimizer.__setstate__(self, {})  # makes every hook table that this torch knows, and hooks step
         if not had_differentiable:
@@ -275,7 +250,7 @@ class OptimizerWrapper(Optimizer):
             self.check_options(f" of state_dict[{self.state_key!r}]", {**before, **own_values})
             for index, (own, group) in enumerate(zip(group_options, state_dict.get("param_groups", ()), strict=False)):
                 self._check_keys(index, group)
-                self.group_options(index, {**own, **group})
+                self.check_group(index, {**own, **group})
             self.optim.load_state_dict({key: value for key, value in state_dict.items() if key != self.state_key})
         except BaseException:
             self.__dict__.update(before)
@@ -356,265 +331,6 @@ def _new_over(cls: type[OptimizerWrapper], base: type[Optimizer], options: dict[
     return made.__new__(made)
 
 
-class HiddenHyperParameters:
-    """Hyper-parameters that the base must not see while its own arithmetic runs."""
-
-    def __init__(self) -> None:
-        self._hidden: list[tuple[Group, str, Any, Any]] = []
-
-    def hide(self, group: Group, name: str, value: Any) -> None:
-        """Put ``value`` in the place of what the group holds."""
-        self._hidden.append((group, name, group[name], value))
-        group[name] = value
-
-    def restore(self) -> None:
-        """Put back the very objects that were there."""
-        while self._hidden:
-            group, name, before, _ = self._hidden[-1]
-            group[name] = before
-            self._hidden.pop()  # last, so that nothing is lost if this is interrupted
-
-    def restore_what_was_left(self) -> None:
-        """Put back what an interrupted step left, unless the user has set it since."""
-        while self._hidden:
-            group, name, before, value = self._hidden[-1]
-            if group.get(name) is value:
-                group[name] = before
-            self._hidden.pop()
-
-
-#: What torch makes of every ``step``: a function that calls global hooks and the optimizer's own around it.
-_HOOKED = Optimizer.profile_hook_step(lambda self: None).__code__
-
-
-def step_of_base(optim: Optimizer) -> Callable[..., Any]:
-    """Return a base's ``step``. While a CUDA graph is captured, it raises if the step has created tensors of state.
-
-    Such a graph creates them anew at every replay. The bases of torch do not check that. If the step raises, for this
-    or any other reason, all state is put back, also that of optimizers that the base is wrapped around.
-    """
-    step = _step_of_base(optim)
-    if torch.compiler.is_compiling() or not is_capturing():
-        return step
-
-    def step_in_capture(*args: Any, **kwargs: Any) -> Any:
-        before = [
-            (base.state, {p: dict(s) for p, s in base.state.items() if isinstance(s, dict)}) for base in bases(optim)
-        ]
-        try:
-            result = step(*args, **kwargs)
-            _check_tensors_of_state(optim, before)
-        except BaseException:
-            for states, old_states in before:
-                for param, state in states.items():
-                    if isinstance(state, dict):
-                        state.clear()
-                        state.update(old_states.get(param, {}))
-            raise
-        return result
-
-    return step_in_capture
-
-
-def _check_tensors_of_state(optim: Optimizer, before: Iterable[tuple[Any, dict[Any, dict[Any, Any]]]]) -> None:
-    """Raise if tensors of state that a CUDA graph works on are new: each pair has state, and what it was before."""
-    created: set[str] = set()
-    replaced: set[str] = set()
-    for states, old_states in before:
-        for param, state in states.items():
-            old_state = old_states.get(param, {})
-            for key, value in state.items() if isinstance(state, dict) else ():
-                if isinstance(value, Tensor) and value is not old_state.get(key) and is_capturing(value.device):
-                    (replaced if isinstance(old_state.get(key), Tensor) else created).add(str(key))
-    if replaced:
-        raise RuntimeError(
-            f"a step of {type(optim).__name__} cannot be captured in a CUDA graph: it replaces tensors of its state, "
-            f"and every replay would begin from the same ones (replaced: {', '.join(sorted(replaced))}); use a base "
-            "that updates its state in place"
-        )
-    if created:
-        raise RuntimeError(
-            f"the state of {type(optim).__name__} must exist before a CUDA graph is captured, or every replay begins "
-            f"it anew (created in the capture: {', '.join(sorted(created))}); take a step before the capture"
-        )
-
-
-def is_capturing(device: torch.device | None = None) -> bool:
-    """Return whether the current stream captures a CUDA graph. Always False of a device that is not CUDA."""
-    if device is not None and device.type != "cuda":
-        return False
-    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
-
-
-def _step_of_base(optim: Optimizer) -> Callable[..., Any]:
-    """Return a base's ``step`` without torch's global hooks, which are called once a step, for the wrapper.
-
-    The base's own hooks are called. Where something else than torch's own functions, or the counter of a scheduler
-    around them, stands in the place of its step, that is returned.
-    """
-    is_counted = getattr(optim.step, "_wrapped_by_lr_sched", False)
-    hooked: Any = getattr(optim.step, "__wrapped__" if is_counted else "__func__", None)
-    if torch.compiler.is_compiling() or getattr(hooked, "__code__", None) is not _HOOKED:
-        return optim.step
-
-    def step(*args: Any, **kwargs: Any) -> Any:
-        all_args: Any = (optim, *args)
-        if is_counted:
-            optim._opt_called = True  # type: ignore[attr-defined]  # which is all that the counter does
-        for pre_hook in optim._optimizer_step_pre_hooks.values():
-            replaced = pre_hook(optim, all_args, kwargs)
-            if replaced is not None:
-                if not (isinstance(replaced, tuple) and len(replaced) == 2):
-                    raise RuntimeError(
-                        f"step pre-hooks must return None or a tuple of new args and kwargs (got: {replaced!r})"
-                    )
-                all_args, kwargs = replaced
-        result = hooked.__wrapped__(*all_args, **kwargs)
-        optim._optimizer_step_code()
-        for post_hook in optim._optimizer_step_post_hooks.values():
-            post_hook(optim, all_args, kwargs)
-        return result
-
-    return step
-
-
-def bases(optim: Any) -> list[Optimizer]:
-    """Return a base optimizer and those it is wrapped around, the outermost first.
-
-    Wrappers keep theirs under many names (``optim``, ``optimizer``, ``base_optimizer``, ``_base_optimizer``), and none
-    says so. So every attribute counts that is an optimizer. Only stored ones: reading a property runs foreign code.
-    """
-    found = [optim] if isinstance(optim, Optimizer) else []
-    for outer in found:  # grows meanwhile
-        for inner in vars(outer).values():
-            if isinstance(inner, Optimizer) and not any(inner is other for other in found):
-                found.append(inner)
-    return found
-
-
-def is_base(optim: Optimizer, *kinds: type[Optimizer]) -> bool:
-    """Tell whether a base optimizer, or one that it is wrapped around, is of a kind."""
-    return any(isinstance(base, kinds) for base in bases(optim))
-
-
-def steps_as(optim: Any, kind: type[Optimizer]) -> bool:
-    """Tell whether a base optimizer is of a kind, or hands its step on to one that is, as ZeroRedundancyOptimizer does.
-
-    What keeps its base under another name than ``optim`` may use the lr itself, as ScheduleFreeWrapper does.
-    """
-    seen: list[Optimizer] = []
-    while isinstance(optim, Optimizer) and optim not in seen:
-        if isinstance(optim, kind):
-            return True
-        seen.append(optim)
-        optim = vars(optim).get("optim")
-    return False
-
-
-#: The keys of groups and defaults that say whether weight decay is decoupled: by truth, or by any value but "l2".
-DECOUPLED_FLAGS = frozenset(
-    {
-        "decoupled_weight_decay",  # torch
-        "weight_decouple",  # pytorch_optimizer, adabelief_pytorch
-        "decoupled_decay",  # timm
-        "decoupled",  # timm's Adopt
-        "decouple",  # Prodigy and D-Adaptation
-        "use_decoupled_weight_decay",  # Meta's Distributed Shampoo
-        "stable_weight_decay",  # pytorch_optimizer's Adai
-        "weight_decay_type",  # pytorch_optimizer's ApolloDQN
-        "adam_w_mode",  # Transformer Engine
-    }
-)
-
-#: The classes whose weight decay does not go through the gradient, and whose groups do not say so. Some have a flag
-#: for the way in which it does not, whose False means another way (Kron, NovoGrad, Adan).
-DECOUPLED_CLASSES: dict[str, frozenset[str]] = {
-    library: frozenset(names.split())
-    for library, names in {
-        "torch": "Adafactor Muon",
-        "timm": "Adafactor AdafactorBigVision Adahessian AdamP AdamWLegacy Adan Kron LaProp Lamb Lars Lion Mars Muon "
-        "NAdamW NvNovoGrad RAdamLegacy SGDP SGDW",
-        "pytorch_optimizer": "Adan Conda DAdaptAdan DAdaptSGD DASH FAdam FOCUS Fira FlashAdamW GaLore LARS LoRARite "
-        "NovoGrad SOAP SPAM SaRA ScheduleFreeAdamW ScheduleFreeRAdam StableSPAM",
-        "bitsandbytes": "Optimizer2State Lion Lion8bit Lion32bit PagedLion PagedLion8bit PagedLion32bit",
-    }.items()
-}
-
-#: Where the optimizers are that are themselves no wrappers, and coupled unless they say so. (Others of torch are.)
-PLAIN_BASES = ("torch.optim.", "torchlars.optim.")
-
-#: Those whose weight decay does, and whose groups do not say so, beside torch's own.
-COUPLED_CLASSES: dict[str, frozenset[str]] = {
-    "timm": frozenset({"NAdamLegacy"}),
-    "pytorch_optimizer": frozenset({"AccSGD", "ScheduleFreeSGD"}),
-    "bitsandbytes": frozenset({"Optimizer1State", "PytorchLARS"}),
-}
-
-
-def decouples(optim: Optimizer, group: Group) -> bool | None:
-    """Tell whether the base shrinks the weights of a group apart from the gradient.
-
-    The group says so, else the defaults of the base or of one that it is wrapped around, else the name of a known
-    class, or that it takes trust ratios. None where nobody says.
-    """
-    says = _says_decoupled(group)
-    if says:
-        return True
-    known = None
-    wraps_nothing = type(optim).__module__.startswith(PLAIN_BASES)  # and this runs in every step
-    for base in [optim] if wraps_nothing else bases(optim):
-        of_class = _known_of_class(type(base))
-        if of_class:
-            return True
-        if of_class is None and getattr(base, "takes_trust_ratios", False):
-            of_class = False  # it multiplies them by gradients with their decay
-        known = of_class if known is None else known
-        says = _says_decoupled(base.defaults) if says is None else says
-    return known if says is None else says
-
-
-def _says_decoupled(options: Group) -> bool | None:
-    """Return what a group or defaults say."""
-    if DECOUPLED_FLAGS.isdisjoint(options):
-        return None
-    return any(options[flag] not in (False, None, "l2") for flag in DECOUPLED_FLAGS if flag in options)
-
-
-_known_of_classes: dict[type[Optimizer], bool | None] = {}
-
-
-def _known_of_class(cls: type[Optimizer]) -> bool | None:
-    """Return :func:`_class_decouples` of a class, which is asked for in every step."""
-    if torch.compiler.is_compiling():
-        return _class_decouples(cls)
-    if cls not in _known_of_classes:
-        _known_of_classes[cls] = _class_decouples(cls)
-    return _known_of_classes[cls]
-
-
-def _decays_in_its_step(cls: type[Optimizer]) -> bool:
-    """Tell whether a class that is not torch's has a step that is not torch's either, and reads the weight decay."""
-    if torch.compiler.is_compiling() or cls.__module__.startswith(PLAIN_BASES) or "step" not in vars(cls):
-        return False
-    step = unwrap(vars(cls)["step"])  # torch puts the inherited one, wrapped, into every class
-    code = getattr(step, "__code__", None)
-    module = getattr(step, "__module__", None) or ""  # exec() may make functions without one
-    return code is not None and not module.startswith(PLAIN_BASES) and "weight_decay" in code.co_consts
-
-
-def _class_decouples(cls: type[Optimizer]) -> bool | None:
-    """Return what is known of a class, or of the nearest one that it is derived from, without importing its library."""
-    for known in cls.__mro__:
-        library = known.__module__.partition(".")[0]
-        if known.__name__ in DECOUPLED_CLASSES.get(library, ()):
-            return True
-        if known is Optimizer or _decays_in_its_step(known):
-            return None
-        if known.__module__.startswith(PLAIN_BASES) or known.__name__ in COUPLED_CLASSES.get(library, ()):
-            return False
-    return None
-
-
 #: What other implementations of LARS and LAMB call their options in parameter groups, and what to say here instead.
 FOREIGN_KEYS = {
     "trust_coefficient": "trust_coef",  # apex, quadra, lightning-bolts, lightly, pytorch_optimizer
@@ -633,104 +349,3 @@ FOREIGN_KEYS = {
     "exclude_bias_n_norm": "trust_coef=None in a group of biases and norms",  # solo-learn
     "lars_exclude": "trust_coef=None, where it is True",  # OpenMMLab
 }
-
-
-def weight_decay_of(index: int, group: Group) -> float:
-    """Return the weight decay of the ``index``-th group, of whichever kind.
-
-    Raises:
-        TypeError, ValueError: it is not a non-negative number.
-    """
-    name = f"weight_decay of parameter group {index}"
-    return non_negative_number(name, number_in(name, group.get("weight_decay", 0.0)))
-
-
-def learning_rate(optim: Optimizer, index: int, group: Group) -> float | Tensor:
-    """Return the learning rate of the base's ``index``-th group: a number, or a tensor whose value is not looked at.
-
-    Raises:
-        TypeError, ValueError: there is none, or it is not a non-negative number or a tensor of one element.
-    """
-    if "lr" not in group:
-        raise TypeError(
-            f"optimizer must have a learning rate (got: {type(optim).__name__}, without lr in parameter group {index})"
-        )
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(
-                f"lr of parameter group {index} must be a number or a tensor of one element (got: {tuple(lr.shape)})"
-            )
-        check_can_be_captured(lr)
-        return lr
-    return non_negative_number(f"lr of parameter group {index}", lr)
-
-
-def check_can_be_captured(lr: Tensor) -> None:
-    """Raise if a learning rate would be copied into a CUDA graph from memory of the host that is gone at its replay."""
-    if not torch.compiler.is_compiling() and lr.device.type == "cpu" and is_capturing():
-        raise RuntimeError(
-            f"lr must be on the parameters' device while a CUDA graph is captured (got: a tensor on {lr.device}); "
-            "a number is kept as it is at the capture"
-        )
-
-
-def true_or_false(name: str, value: Any) -> bool:
-    """Return a truth value, or raise."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be True or False (got: {value!r} of type {type(value).__name__})")
-    return value
-
-
-def one_of(*values: Any) -> Callable[[str, Any], Any]:
-    """Return a check that a value is one of several."""
-
-    def check(name: str, value: Any) -> Any:
-        if not isinstance(value, str | None) or value not in values:
-            kind = TypeError if not isinstance(value, str | None) else ValueError
-            raise kind(f"{name} must be {' or '.join(map(repr, values))} (got: {value!r})")
-        return value
-
-    return check
-
-
-def non_negative_number(name: str, value: Any) -> float:
-    """Return a finite number that is at least 0, or raise."""
-    return _number(name, value, "non-negative", lambda number: number >= 0)
-
-
-def positive_number(name: str, value: Any) -> float:
-    """Return a finite number above 0, or raise."""
-    return _number(name, value, "positive", lambda number: number > 0)
-
-
-def finite_number(name: str, value: Any) -> float:
-    """Return a finite number, or raise."""
-    return _number(name, value, "finite", lambda number: True)
-
-
-def _number(name: str, value: Any, kind: str, in_range: Callable[[float], bool]) -> float:
-    is_float = type(value) is float  # which is asked first because it is quick: this runs in every step
-    if not is_float and (isinstance(value, bool) or not isinstance(value, Real)):
-        raise TypeError(f"{name} must be a {kind} number (got: {value!r} of type {type(value).__name__})")
-    try:
-        number = float(value)
-    except OverflowError:
-        number = math.inf
-    if not math.isfinite(number) or not in_range(number):
-        raise ValueError(f"{name} must be a {kind} number (got: {value!r})")
-    return number
-
-
-def number_in(name: str, value: Any) -> Any:
-    """Return the number in a tensor of one element, as schedulers leave in groups, and all else as it is."""
-    if type(value) is float or not isinstance(value, Tensor):  # the first is quick: this runs in every step
-        return value
-    if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
-        raise TypeError(f"{name} must be a number (got: a tensor of shape {tuple(value.shape)} and {value.dtype})")
-    if value.device.type != "cpu":
-        raise TypeError(
-            f"{name} must be a number or a tensor on the CPU (got: one on {value.device}, whose value the host would "
-            "have to wait for in every step); pass its .item()"
-        )
-    return float(value.detach())

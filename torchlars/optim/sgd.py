@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 from torchlars import amp, ops, sharding
 from torchlars.amp import GradScale
 from torchlars.layers import memory_of, problem_of_memory
-from torchlars.wrapper import check_can_be_captured, finite_number, is_capturing, non_negative_number, number_in
+from torchlars.options import finite_number, is_capturing, learning_rate, non_negative_number, number_in
 
 if TYPE_CHECKING:
     from torchlars.optim import TrustRatios
@@ -127,7 +127,7 @@ class SGD(torch.optim.SGD):
                     loss = closure()
             self._step(trust_ratios)
         except BaseException:
-            GradScale.of(self).take_from(self)  # else the scaler does so
+            amp.drop_scale(self)
             raise
         return loss
 
@@ -397,13 +397,7 @@ def momentum_dtype_of(param: Tensor, momentum_dtype: torch.dtype | None) -> torc
 
 def _hyper_parameters(of_group: str, group: dict[str, Any]) -> dict[str, Any]:
     """Return hyper-parameters as an update takes them, or raise."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor):
-        if lr.numel() != 1:
-            raise ValueError(f"lr{of_group} must be a number or a tensor of one element (got: {tuple(lr.shape)})")
-        check_can_be_captured(lr)
-    else:
-        lr = non_negative_number(f"lr{of_group}", lr)
+    lr = learning_rate(f"lr{of_group}", group["lr"])
     if group.get("differentiable", False):
         raise ValueError(f"differentiable{of_group} must be False (got: True): the step writes in place")
     momentum_dtype = group.get("momentum_dtype")

@@ -1,0 +1,206 @@
+"""How the layers of a group are adapted, and buckets: the layers that one call of an op takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from torchlars import ops, sharding
+from torchlars.layers import scale_updates
+from torchlars.options import Group
+
+__all__: list[str] = []
+
+
+@dataclass
+class Adaptation:
+    """How one step adapts the layers of a group. The default only unscales gradients."""
+
+    group: Group
+    trust_coef: float | None = None  # None: no trust ratio, only lr in the momentum or gradients to be unscaled
+    eps: float = 0.0
+    clip: bool = False
+    norm: str = "raw"
+    lr_in_momentum: bool = False
+    ratio_of: str = "gradient"  # or "update": whose norm is in the ratio
+    apply_to: str = "gradient"  # or "update": what the ratio multiplies
+    weight_decay: float = 0.0  # the coupled one
+    is_decoupled: bool = False
+    maximize: bool = False
+    lr: float | Tensor | None = None  # None: not needed
+
+    @property
+    def multiplies_gradients(self) -> bool:
+        """Whether gradients are multiplied by trust ratios."""
+        return self.trust_coef is not None and self.apply_to == "gradient"
+
+    @cached_property
+    def kernel_options(self) -> dict[str, Any]:
+        """The arguments of a pass that measures, decides and applies."""
+        return {
+            "trust_coef": self.trust_coef,
+            "eps": self.eps,
+            "decayed_norm": self.norm == "decayed",
+            "clip": self.clip,
+            "lr_in_momentum": self.lr_in_momentum,
+            "lr": self.lr,
+        }
+
+    @cached_property
+    def kind(self) -> tuple[Any, ...]:
+        """What all layers of a bucket have in common."""
+        lr = self.lr if isinstance(self.lr, Tensor) else None
+        adapts = self.trust_coef is not None
+        return (self.maximize, self.norm, self.clip, self.lr_in_momentum, self.ratio_of, self.apply_to, adapts, lr)
+
+
+@dataclass(eq=False)
+class Bucket:
+    """Layers of one device and dtype, sharded over the same ranks and adapted in the same way."""
+
+    adaptation: Adaptation  # weight_decay, trust_coef, eps and lr are those of the first layer
+    process_groups: Sequence[Any] = ()
+    inv_scale: Tensor | None = None
+    is_written: bool = False  # whether gradients are, if only to be unscaled
+    is_sparse: bool = False
+    params: list[Tensor] = field(default_factory=list)
+    local_params: list[Tensor] = field(default_factory=list)
+    old_params: list[Tensor] = field(default_factory=list)  # local ones before the base's step, for updates
+    grads: list[Tensor] = field(default_factory=list)  # local ones
+    weight_decays: list[float] = field(default_factory=list)
+    trust_coefs: list[float] = field(default_factory=list)
+    eps: list[float] = field(default_factory=list)
+    lrs: list[float] = field(default_factory=list)
+    squared_norms: Tensor | None = None  # of all parameters, then of all gradients or updates
+    ratios: Tensor | None = None
+
+    def add(self, param: Tensor, adaptation: Adaptation, grad: Tensor | None = None) -> None:
+        """Add a layer, with its local gradient if that is in the ratio or written."""
+        self.params.append(param)
+        self.local_params.append(sharding.local(param))
+        if grad is not None:
+            self.grads.append(grad)
+        self.weight_decays.append(adaptation.weight_decay)
+        if adaptation.trust_coef is not None:
+            self.trust_coefs.append(adaptation.trust_coef)
+        self.eps.append(adaptation.eps)
+        if adaptation.lr is not None:
+            self.lrs.append(1.0 if isinstance(adaptation.lr, Tensor) else adaptation.lr)
+
+    @property
+    def takes_one_pass(self) -> bool:
+        """Whether one op measures, decides and applies.
+
+        Not where other ranks hold shards; nor can the values of a sparse gradient be swept beside a parameter that has
+        more of them.
+        """
+        return self.adaptation.multiplies_gradients and not self.is_sparse and not self.process_groups
+
+    def measure(self) -> Tensor:
+        """Measure the local part of each layer. Return the squared norms, to be completed in place."""
+        how = self.adaptation
+        if how.ratio_of == "update" and not self.grads:  # else these are the updates, as the base handed them over
+            params = self.old_params
+            others = ops.squared_norms_of_sums(self.local_params, params, [-1.0] * len(params))
+        elif how.norm == "decayed":
+            params = self.local_params
+            scales = [-weight_decay if how.maximize else weight_decay for weight_decay in self.weight_decays]
+            others = ops.squared_norms_of_sums(self.grads, params, scales, self.inv_scale)
+        else:
+            params = self.local_params
+            others = ops.squared_norms(self.grads, self.inv_scale)
+        self.squared_norms = torch.cat([ops.squared_norms(params), others])
+        return self.squared_norms
+
+    def decide(self) -> Tensor:
+        """Return the trust ratios, once squared norms are complete."""
+        how = self.adaptation
+        assert self.squared_norms is not None
+        param_squared_norms, other_squared_norms = self.squared_norms.chunk(2)
+        is_decay_beside_norm = how.ratio_of == "gradient" and how.norm == "raw"
+        self.ratios = ops.trust_ratios(
+            param_squared_norms,
+            other_squared_norms,
+            self.weight_decays if is_decay_beside_norm else [0.0] * len(self.params),
+            self.trust_coefs,
+            self.eps,
+            self._dtype(),
+            self.lrs,
+            self._lr_scale(),
+            how.clip,
+            how.ratio_of == "update",
+        )
+        return self.ratios
+
+    def scale_gradients(self) -> None:
+        """Decide, and scale the gradients if they are written. Where one pass does so, measure as well."""
+        how = self.adaptation
+        if self.takes_one_pass:
+            self.ratios = ops.scale_by_trust_ratios_(
+                self.grads,
+                self.local_params,
+                self.weight_decays,
+                self.trust_coefs,
+                self.eps,
+                how.maximize,
+                self.lrs,
+                self._lr_scale(),
+                how.norm == "decayed",
+                how.clip,
+                how.lr_in_momentum,
+                self.inv_scale,
+            )
+            return
+        if how.trust_coef is not None:
+            self.decide()
+        if self.is_written:
+            scales_updates = how.apply_to == "update"
+            ops.apply_trust_ratios_(
+                self.grads,
+                self.local_params,
+                self._ones() if self.ratios is None or scales_updates else self.ratios,
+                [0.0] * len(self.grads) if scales_updates else self.weight_decays,
+                how.maximize,
+                self.lrs if how.lr_in_momentum else [],
+                self._lr_scale(),
+                self.inv_scale,
+            )
+
+    def scale_updates(self) -> None:
+        """Scale the updates. Where ratios are of updates, decide, and measure unless that is done already."""
+        if self.ratios is None and self.squared_norms is None:
+            if torch.compiler.is_compiling() or len(ops.overlapping(self.local_params)) == 0:
+                self.ratios = ops.scale_updates_by_trust_ratios_(
+                    self.local_params,
+                    self.old_params,
+                    self.trust_coefs,
+                    self.eps,
+                    self.lrs,
+                    self.adaptation.clip,
+                    self._lr_scale(),
+                )
+                return
+            self.measure()
+        ratios = self.decide() if self.ratios is None else self.ratios
+        scale_updates(self.params, self.old_params, ratios)
+
+    def _lr_scale(self) -> Tensor | None:
+        lr = self.adaptation.lr
+        return ops.lr_scale(lr, self.params[0].device) if isinstance(lr, Tensor) else None
+
+    def _dtype(self) -> torch.dtype:
+        dtype = self.local_params[0].dtype
+        return ops.compute_dtype(self.grads[0].dtype if self.grads else dtype, dtype)
+
+    def _ones(self) -> Tensor:
+        return torch.ones(len(self.params), dtype=self._dtype(), device=self.params[0].device)
+
+
+def measure(buckets: Sequence[Bucket]) -> None:
+    """Measure, and complete the norms of layers that are sharded over several ranks."""
+    sharding.complete([(bucket.process_groups, bucket.measure()) for bucket in buckets])

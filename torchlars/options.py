@@ -1,0 +1,161 @@
+"""Checks of options and hyper-parameters: each returns a value as it is computed with, or raises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from numbers import Real
+from operator import is_
+from types import NoneType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__: list[str] = []
+
+#: A parameter group of an optimizer.
+Group = dict[str, Any]
+
+
+def is_capturing(device: torch.device | None = None) -> bool:
+    """Return whether the current stream captures a CUDA graph. Always False of a device that is not CUDA."""
+    if device is not None and device.type != "cuda":
+        return False
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
+def true_or_false(name: str, value: Any) -> bool:
+    """Return a truth value, or raise."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False (got: {value!r} of type {type(value).__name__})")
+    return value
+
+
+def one_of(*values: Any) -> Callable[[str, Any], Any]:
+    """Return a check that a value is one of several."""
+
+    def check(name: str, value: Any) -> Any:
+        if not isinstance(value, str | None) or value not in values:
+            kind = TypeError if not isinstance(value, str | None) else ValueError
+            raise kind(f"{name} must be {' or '.join(map(repr, values))} (got: {value!r})")
+        return value
+
+    return check
+
+
+def non_negative_number(name: str, value: Any) -> float:
+    """Return a finite number that is at least 0, or raise."""
+    return _number(name, value, "non-negative", lambda number: number >= 0)
+
+
+def positive_number(name: str, value: Any) -> float:
+    """Return a finite number above 0, or raise."""
+    return _number(name, value, "positive", lambda number: number > 0)
+
+
+def finite_number(name: str, value: Any) -> float:
+    """Return a finite number, or raise."""
+    return _number(name, value, "finite", lambda number: True)
+
+
+def _number(name: str, value: Any, kind: str, in_range: Callable[[float], bool]) -> float:
+    is_float = type(value) is float  # the common case, checked first because it is fast
+    if not is_float and (isinstance(value, bool) or not isinstance(value, Real)):
+        raise TypeError(f"{name} must be a {kind} number (got: {value!r} of type {type(value).__name__})")
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or not in_range(number):
+        raise ValueError(f"{name} must be a {kind} number (got: {value!r})")
+    return number
+
+
+def number_in(name: str, value: Any) -> Any:
+    """Return the number in a tensor of one element, as schedulers leave in groups, and every other value as it is."""
+    if type(value) is float or not isinstance(value, Tensor):
+        return value
+    if value.numel() != 1 or value.is_complex() or value.dtype == torch.bool:
+        raise TypeError(f"{name} must be a number (got: a tensor of shape {tuple(value.shape)} and {value.dtype})")
+    if value.device.type != "cpu":
+        raise TypeError(
+            f"{name} must be a number or a tensor on the CPU (got: one on {value.device}, whose value the host would "
+            "have to wait for in every step); pass its .item()"
+        )
+    return float(value.detach())
+
+
+def weight_decay_of(index: int, group: Group) -> float:
+    """Return the weight decay of the ``index``-th group, coupled or decoupled.
+
+    Raises:
+        TypeError, ValueError: it is not a non-negative number.
+    """
+    name = f"weight_decay of parameter group {index}"
+    return non_negative_number(name, number_in(name, group.get("weight_decay", 0.0)))
+
+
+def learning_rate(name: str, lr: Any) -> float | Tensor:
+    """Return a learning rate: a number, or a tensor of one element whose value is not read.
+
+    Raises:
+        TypeError, ValueError: it is neither, or negative.
+        RuntimeError: a CUDA graph is being captured, and the tensor is on the CPU: its memory may be gone at a replay.
+    """
+    if not isinstance(lr, Tensor):
+        return non_negative_number(name, lr)
+    if lr.numel() != 1:
+        raise ValueError(f"{name} must be a number or a tensor of one element (got: {tuple(lr.shape)})")
+    if not torch.compiler.is_compiling() and lr.device.type == "cpu" and is_capturing():
+        raise RuntimeError(
+            f"lr must be on the parameters' device while a CUDA graph is captured (got: a tensor on {lr.device}); "
+            "a number is kept as it is at the capture"
+        )
+    return lr
+
+
+class GroupReader:
+    """Reads parameter groups, and again only those that have changed since the last step.
+
+    What was read from a group holds as long as the group is the same dict, with the same keys and the identical values,
+    and so are the values of the *context*, which is all else that was read. Values that can change in place, as tensors
+    do, are read every time. Nothing about parameters, which are looked at in every step, is remembered.
+    """
+
+    def __init__(self) -> None:
+        self._context: list[Any] = []
+        self._last: list[_Reading] = []
+
+    def read(self, groups: Sequence[Group], context: list[Any], read: Callable[[int, Group], Any]) -> list[Any]:
+        """Return ``read(index, group)`` of every group."""
+        if torch.compiler.is_compiling():
+            return [read(index, group) for index, group in enumerate(groups)]
+        if len(self._context) != len(context) or not all(map(is_, self._context, context)):
+            self._context, self._last = context, []
+        last, readings = iter(self._last), []
+        for index, group in enumerate(groups):
+            keys, values = list(group), list(group.values())
+            reading = next(last, None)
+            if (
+                reading is None
+                or reading[0] is not group
+                or reading[1] != keys
+                or not all(map(is_, values, reading[2]))
+            ):
+                cannot_change = all(map(_cannot_change, keys, values))
+                reading = (group, keys if cannot_change else None, values, read(index, group))
+            readings.append(reading)
+        self._last = readings
+        return [reading[3] for reading in readings]
+
+
+#: A group, its keys (None: not to be used again), its values, and what was read.
+_Reading = tuple[Group, list[str] | None, list[Any], Any]
+_CONSTANTS = frozenset({float, int, bool, str, tuple, NoneType, torch.dtype})
+
+
+def _cannot_change(key: str, value: Any) -> bool:
+    """Return whether a value of a group stays what it is. An lr on an accelerator is not read, whatever its value."""
+    is_lr_on_device = key == "lr" and isinstance(value, Tensor) and value.device.type != "cpu"
+    return type(value) in _CONSTANTS or key in ("params", "param_names") or is_lr_on_device

@@ -1,0 +1,544 @@
+"""The step of LARS, LARC and LAMB: gather, measure, complete, decide, apply."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy
+
+from torchlars import amp, ops, sharding
+from torchlars.amp import GradScale
+from torchlars.bases import bases, check_line_search, decouples, step_of_base
+from torchlars.bucket import Adaptation, Bucket, measure
+from torchlars.layers import (
+    check_layer,
+    check_update,
+    copies,
+    lay_out_gradients,
+    own_gradients,
+    readable_gradient,
+    undo_adaptation,
+    writable_gradient,
+)
+from torchlars.options import Group, GroupReader, is_capturing, learning_rate, weight_decay_of
+from torchlars.wrapper import OptimizerWrapper
+from torchlars.zero_layers import ZeroLayers, large_lr_of_unadapted
+
+__all__: list[str] = []
+
+
+class TrustRatioWrapper(OptimizerWrapper):
+    """A wrapper that multiplies gradients or updates by trust ratios. Subclasses say which, and add options."""
+
+    #: Whose norm is in the ratio: ``"gradient"`` or ``"update"``. A subclass of the latter scales updates.
+    ratio_of: ClassVar[str]
+
+    _zero_layers: ZeroLayers | None  # from the constructor to the first step
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_zero_layers", None)
+        self._reader = GroupReader()
+        self._last_step: list[tuple[Sequence[Tensor], Tensor]] = []  # changed in place, which torch 2.11 can trace
+        if "optim" not in state:
+            return
+        self._warns_of_large_lr = True
+        # Tensors that are no parameters, but were given by the user. The references are strong, since
+        # torch.utils.swap_tensors refuses tensors that have weak ones.
+        self._given: set[Tensor] = set()
+        self._shapes: dict[int, list[torch.Size | None]] = {}  # of the layers that were given, by group
+        for index in range(len(self.param_groups)):
+            self._note_layers(index)
+
+    def add_param_group(self, param_group: Group) -> None:
+        """Add a parameter group to the base. It may hold any of the wrapper's options as keys."""
+        super().add_param_group(param_group)
+        self._note_layers(len(self.param_groups) - 1)
+
+    def _note_layers(self, index: int) -> None:
+        params = self.param_groups[index]["params"]
+        self._given.update(params[position] for position in ops.positions_of_non_parameters(params))
+        self._shapes[index] = [None if is_lazy(param) else param.shape for param in params]
+
+    def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Take the base's step, with gradients or updates multiplied by their layers' trust ratios.
+
+        Args:
+            closure: evaluates the model anew and returns the loss. It is called as often as the base asks, with
+                gradients enabled and the user's hyper-parameters in place, and may change the groups. The gradients
+                that it leaves are adapted each time.
+            *args: passed on to the base.
+            **kwargs: passed on to the base.
+
+        Returns:
+            What the base returns: the closure's loss, if any.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: a group, parameter or gradient cannot be adapted; the message names it.
+                Nothing has changed then.
+
+        Whatever raises, hyper-parameters are back as they were. If the base raises before it has written to any adapted
+        parameter, as far as their version counters tell, gradients are put back as they were. What is lost is their
+        rounding, in units of the larger one of g and λw, and what had become 0 or was not finite. A base's step that
+        has begun stays as far as it got.
+        """
+        this = Step(self, closure)
+        try:
+            self._hidden.restore_after_interrupt()
+            args, kwargs = this.arguments(*args, **kwargs)
+            this.read_groups()
+            if closure is None:
+                this.adapt()
+            this.hide()
+            try:
+                loss = step_of_base(self.optim)(*args, **kwargs)
+            finally:
+                self._hidden.restore()
+            this.scale_updates()
+        except BaseException:
+            this.undo()
+            amp.drop_scale(self)
+            raise
+        self._last_step[:] = this.reported
+        return loss
+
+    def adaptations(self) -> list[Adaptation | None]:
+        """Return how the layers of each group are adapted now; None for a group that is left to the base."""
+        context = [getattr(self, name) for name in self.options]
+        for base in bases(self.optim):
+            context += [base, getattr(base, "takes_trust_ratios", None), *base.defaults, *base.defaults.values()]
+        return self._reader.read(self.param_groups, context, self._adaptation)
+
+    def check_group(self, index: int, group: Group) -> None:
+        """Raise if an option that the ``index``-th group holds is wrong, or does not go together with the others."""
+        self._adaptation(index, {**self.defaults, **group})
+
+    def _adaptation(self, index: int, group: Group) -> Adaptation | None:
+        """Read a group, whose keys come before the wrapper's own values, unless the base has a key of that name."""
+        name = f"of parameter group {index}"
+        if group.get("differentiable", self.defaults.get("differentiable", False)):
+            raise ValueError(
+                f"differentiable must be False (group: {index}, got: True); {type(self).__name__} writes in place, "
+                "which cannot be differentiated through"
+            )
+        own = self._group_keys(group)
+        is_left = own.get("trust_coef", 0) is None  # to the base
+        for key, value in own.items():
+            if not (is_left and key == "trust_coef"):
+                own[key] = self.options[key](f"{key} {name}", value)
+        if not is_left:
+            options = {**self._own_values(), **own}
+        elif own.get("lr_in_momentum", False):
+            options = {"trust_coef": None, "lr_in_momentum": True, "apply_to": own.get("apply_to", "gradient")}
+        else:
+            return None
+        self.check_options(f" {name}", options)
+        is_said_decoupled = options.pop("weight_decay", None) == "decoupled"
+        how = Adaptation(group, ratio_of=self.ratio_of, **options)
+        if self.ratio_of == "update":
+            how.apply_to = "update"
+        else:
+            check_line_search(self.optim, index, group)
+            how.maximize = bool(group.get("maximize", False))
+            how.is_decoupled = is_said_decoupled or bool(decouples(self.optim, group))
+            if not how.is_decoupled:
+                how.weight_decay = weight_decay_of(index, group)
+            elif how.lr_in_momentum and group.get("weight_decay", 0) != 0:
+                raise ValueError(
+                    f"lr_in_momentum=True {name} hides lr from the base, which decoupled weight decay is multiplied by "
+                    "(got: decoupled_weight_decay=True)"
+                )
+        if how.clip or how.lr_in_momentum or self.ratio_of == "update":
+            if "lr" not in group and "lr" not in self.defaults:
+                raise TypeError(
+                    f"optimizer must have a learning rate (got: {type(self.optim).__name__}, without lr in parameter "
+                    f"group {index})"
+                )
+            how.lr = learning_rate(f"lr {name}", group.get("lr", self.defaults.get("lr")))
+        return how
+
+    def check_layers(self, adapted: Sequence[int]) -> None:
+        """Raise if a group that is adapted holds what may be a flat partition of several layers."""
+        for index in adapted:
+            params = self.param_groups[index]["params"]
+            for position in ops.positions_of_non_parameters(params):
+                if not self._is_whole(index, position, params) and params[position].grad is not None:
+                    raise RuntimeError(
+                        f"{sharding.FLAT_PARTITION} (group: {index}, parameter: {position}, "
+                        f"shape: {tuple(params[position].shape)})"
+                    )
+
+    def _is_whole(self, index: int, position: int, params: Sequence[Tensor]) -> bool:
+        """Tell whether a tensor in a group can be taken for a whole layer.
+
+        It can if it is a parameter, if the user gave it, if it knows how it is sharded, or if it stands where a layer
+        of its shape was given, as master copies of a layer in float32 do.
+        """
+        param = params[position]
+        if sharding.is_distributed(param) or isinstance(param, torch.nn.Parameter) or param in self._given:
+            return True
+        shapes = self._shapes.get(index, [])
+        return len(shapes) == len(params) and shapes[position] == param.shape
+
+    def warn_of_large_lr(self, adapted: Sequence[int]) -> None:
+        """Warn, once, if a group that is not adapted is about to take an lr that is made for trust ratios."""
+        if self._warns_of_large_lr and not torch.compiler.is_compiling():
+            found = large_lr_of_unadapted(self.optim, adapted)
+            if found is not None:
+                self._warns_of_large_lr = False
+                warnings.warn(found, stacklevel=5)
+
+    def trust_ratios(self) -> dict[Tensor, Tensor]:
+        """Return the trust ratio of every layer that the last step adapted, by parameter.
+
+        Each is a 0-dimensional tensor on its parameter's device; only reading its value waits for that device. Layers
+        without a gradient and groups with ``trust_coef=None`` have none. Of a sharded layer it is that of the whole
+        one, the same on every rank. Of a step that a scaler skipped, and of one in a CUDA graph before its replay,
+        ratios mean nothing.
+        """
+        return {
+            param: ratio
+            for params, ratios in self._last_step
+            for param, ratio in zip(params, ratios.unbind(), strict=True)
+        }
+
+
+class Step:
+    """One step; to a base that takes trust ratios, its :class:`torchlars.optim.TrustRatios`."""
+
+    def __init__(self, wrapper: TrustRatioWrapper, closure: Callable[[], Any] | None) -> None:
+        self._wrapper = wrapper
+        self._hidden = wrapper._hidden
+        self._closure = closure
+        takes = "takes_trust_ratios" if wrapper.ratio_of == "gradient" else "takes_ratios_of_updates"
+        self._base_takes = bool(getattr(wrapper.optim, takes, False))
+        self._grad_scale = self._scale_for_base = GradScale.of(wrapper)
+        self._unscales = False
+        self._adaptations: dict[int, Adaptation] = {}
+        self._written: list[tuple[Sequence[Tensor], Tensor | None]] = []  # whose gradients were, and by what ratios
+        self._params: Sequence[Sequence[Tensor]] = ()  # all that are adapted, by bucket
+        self._versions = 0  # of these, before the base's step
+        self._updated: dict[Tensor, Adaptation] = {}  # the parameters whose updates are scaled
+        self._old_params: dict[Tensor, Tensor] = {}  # these, before the base's step
+        self._scaled_later: list[Bucket] = []  # updates, by ratios that are decided already
+        self.reported: list[tuple[Sequence[Tensor], Tensor]] = []
+
+    def arguments(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Return what the base's step is called with, given what the wrapper's was called with beside its closure."""
+        if self._closure is not None:
+            args = (self._evaluate, *args)
+        elif args:  # they keep their places
+            args = (None, *args)
+        if self._base_takes:
+            kwargs["trust_ratios"] = self
+        return args, kwargs
+
+    def _evaluate(self) -> Any:
+        """Evaluate the closure, with the user's hyper-parameters in place, and adapt the gradients that it leaves."""
+        self._hidden.restore()
+        with torch.enable_grad():
+            loss = self._closure()  # type: ignore[misc]
+        self.read_groups()
+        self.adapt()
+        self.hide()
+        return loss
+
+    def read_groups(self) -> None:
+        """Read how groups are adapted, and copy the parameters whose updates are scaled."""
+        wrapper = self._wrapper
+        self._adaptations = {index: how for index, how in enumerate(wrapper.adaptations()) if how is not None}
+        adapted = [index for index, how in self._adaptations.items() if how.trust_coef is not None]
+        wrapper.check_layers(adapted)
+        wrapper.warn_of_large_lr(adapted)
+        self._updated = self._to_be_updated()
+        new_params = [param for param in self._updated if param not in self._old_params]
+        if len(new_params) > 0:
+            self._old_params.update(copies(new_params))
+        # If gradients are unscaled here, all are: the base has one scale for all groups.
+        self._unscales = self._grad_scale.is_given and any(map(self._is_written, self._adaptations.values()))
+        self._scale_for_base = self._grad_scale.once_unscaled() if self._unscales else self._grad_scale
+
+    def _to_be_updated(self) -> dict[Tensor, Adaptation]:
+        """Return all parameters whose updates may have to be scaled here. The closure may give gradients to more."""
+        params: dict[Tensor, Adaptation] = {}
+        for index, how in self._adaptations.items():
+            if how.apply_to == "update" and not self._is_for_base(how):
+                for position, param in enumerate(how.group["params"]):
+                    if param.grad is not None or (self._closure is not None and param.requires_grad):
+                        check_update(index, position, param)
+                        params.setdefault(param, how)
+        return params
+
+    def _is_written(self, how: Adaptation) -> bool:
+        """Tell whether gradients are written here."""
+        return how.apply_to == "gradient" and not self._is_for_base(how)
+
+    def _is_for_base(self, how: Adaptation) -> bool:
+        """Tell whether the base multiplies by a group's ratios.
+
+        It multiplies gradients together with their decay: not if that is decoupled.
+        """
+        if how.ratio_of == "update":
+            return self._base_takes
+        return self._base_takes and how.multiplies_gradients and not how.is_decoupled
+
+    def adapt(self) -> None:
+        """Gather, measure, complete, decide and apply, as far as ratios are of gradients and not for the base."""
+        self._warn_of_zero_layers()
+        self.reported.clear()
+        self._scaled_later.clear()
+        self._written.clear()
+        written = [index for index, how in self._adaptations.items() if self._is_written(how)]
+        lay_out_gradients(self._wrapper.param_groups, skipped=written)  # those are looked at as they are gathered
+        if all(how.ratio_of == "update" or self._is_for_base(how) for how in self._adaptations.values()):
+            return
+        with torch.no_grad():
+            fast_layers, buckets = self._gather()
+            # Not the buckets: while something else refers to gradients, the base takes longer to read .grad.
+            self._params = [bucket.params for bucket in [*fast_layers.buckets, *buckets]]
+            self._versions = fast_layers.versions + _versions(bucket.params for bucket in buckets)
+            for fast_bucket in fast_layers.buckets:
+                params = fast_bucket.params
+                ratios = fast_bucket.adapt(self._grad_scale.inv_scale(params[0].device))
+                self._written.append((params, ratios))
+                self.report(params, ratios)
+            measure([bucket for bucket in buckets if bucket.trust_coefs and not bucket.takes_one_pass])
+            for bucket in buckets:
+                bucket.scale_gradients()
+                scales_updates = bucket.adaptation.apply_to == "update"
+                if bucket.is_written:
+                    self._written.append((bucket.params, None if scales_updates else bucket.ratios))
+                if bucket.ratios is not None:
+                    self.report(bucket.params, bucket.ratios)
+                    if scales_updates:
+                        bucket.grads.clear()
+                        self._scaled_later.append(bucket)
+
+    def _warn_of_zero_layers(self) -> None:
+        zero_layers = self._wrapper._zero_layers
+        if zero_layers is not None and not torch.compiler.is_compiling():
+            self._wrapper._zero_layers = None
+            zero_layers.warn(self._wrapper.optim, self._adaptations)
+
+    def _gather(self) -> tuple[Any, Sequence[Bucket]]:
+        """Return all layers to adapt, in buckets: those of the fast path, and the others.
+
+        What there is to raise is raised before anything changes.
+        """
+        fast_layers, buckets = self._gather_as_they_lie()
+        replaced = False
+        if not fast_layers.same_layout or buckets:
+            replaced = lay_out_gradients(self._wrapper.param_groups)
+        if fast_layers.shares_memory or any(bucket.is_written for bucket in buckets):
+            written = [param for bucket in fast_layers.buckets for param in bucket.params]
+            written += [param for bucket in buckets if bucket.is_written for param in bucket.params]
+            params = (param for group in self._wrapper.param_groups for param in group["params"])
+            replaced = own_gradients(written, params, self._wrapper.state) or replaced
+        return self._gather_as_they_lie() if replaced else (fast_layers, buckets)
+
+    def _gather_as_they_lie(self) -> tuple[Any, Sequence[Bucket]]:
+        """Return all layers to adapt, in buckets, wherever their gradients lie in memory."""
+        fast_layers = ops.plain_layers("LarsLayers")
+        buckets: dict[Any, Bucket] = {}
+        seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
+        for index, group in enumerate(self._wrapper.param_groups):
+            how = self._adaptations.get(index)
+            if how is None or self._is_for_base(how):
+                if not self._unscales:
+                    continue
+                how = Adaptation(group)  # only unscaled
+            params = group["params"]
+            positions: Iterable[int] = range(len(params))
+            if how.multiplies_gradients:
+                positions = fast_layers.add(params, how.weight_decay, how.maximize, **how.kernel_options)
+            for position in positions:
+                param = params[position]
+                if param.grad is None or param in seen:
+                    continue
+                seen.add(param)
+                if index in self._adaptations:
+                    check_layer(index, position, param, how.weight_decay, self._wrapper.optim)
+                groups = sharding.process_groups(param)
+                key = (param.device, param.dtype, param.grad.dtype, param.grad.is_sparse, groups, how.kind)
+                if key not in buckets:
+                    is_written = how.apply_to == "gradient" or self._unscales
+                    inv_scale = self._grad_scale.inv_scale(param.device)
+                    buckets[key] = Bucket(how, groups, inv_scale, is_written, param.grad.is_sparse)
+                bucket = buckets[key]
+                bucket.add(param, how, writable_gradient(param) if bucket.is_written else readable_gradient(param))
+        return fast_layers, list(buckets.values())
+
+    def hide(self) -> None:
+        """Hide from the base what gradients hold already: weight decay, lr in the momentum, and the loss's scale."""
+        for name, value in self._scale_for_base.attributes().items():
+            self._hidden.replace(vars(self._wrapper.optim), name, value)
+        for how in self._adaptations.values():
+            if how.apply_to == "update":
+                continue
+            if how.weight_decay != 0 and not self._is_for_base(how):
+                self._hidden.replace(how.group, "weight_decay", 0.0)
+            if how.lr_in_momentum:
+                self._hidden.replace(how.group, "lr", 1.0)
+
+    def scale_updates(self) -> None:
+        """Multiply updates by trust ratios. Where these are of updates, measure, complete and decide them first."""
+        if len(self._updated) == 0:
+            return
+        with torch.no_grad():
+            of_updates = self._gather_updates()
+            measure([bucket for bucket in of_updates if bucket.process_groups])
+            for bucket in [*self._scaled_later, *of_updates]:
+                bucket.old_params = [self._old_params[param] for param in bucket.params]
+                bucket.scale_updates()
+            self.reported += [(bucket.params, bucket.ratios) for bucket in of_updates]  # type: ignore[misc]
+
+    def _gather_updates(self) -> list[Bucket]:
+        """Return the layers that ratios of updates are decided for, in buckets."""
+        buckets: dict[Any, Bucket] = {}
+        for param, how in self._updated.items():
+            if how.ratio_of == "update" and param.grad is not None:
+                groups = sharding.process_groups(param)
+                key = (param.device, param.dtype, groups, how.kind)
+                if key not in buckets:
+                    buckets[key] = Bucket(how, groups)
+                buckets[key].add(param, how)
+                buckets[key].old_params.append(self._old_params[param])
+        return list(buckets.values())
+
+    def undo(self) -> None:
+        """Put back what was hidden, and gradients if the base has not written any adapted parameter since."""
+        self._hidden.restore()
+        written, self._written = self._written, []
+        if not written or torch.compiler.is_compiling() or _versions(self._params) != self._versions:
+            return
+        if any(is_capturing(params[0].device) for params, _ in written):  # into a CUDA graph: nothing has run yet
+            return
+        adapted = filter(self._is_written, self._adaptations.values())  # all others were only unscaled
+        hows = {param: how for how in adapted for param in how.group["params"]}
+        with torch.no_grad():
+            for params, ratios in written:
+                factors = [1.0] * len(params) if ratios is None else ratios.tolist()
+                for param, factor in zip(params, factors, strict=True):
+                    how = hows.get(param, Adaptation({}))
+                    inv_scale = self._grad_scale.inv_scale(param.device)
+                    undo_adaptation(
+                        param,
+                        factor * float(how.lr) if how.lr_in_momentum and how.lr is not None else factor,
+                        -how.weight_decay if how.maximize else how.weight_decay,
+                        1.0 if inv_scale is None else float(inv_scale),
+                    )
+
+    # The protocol of torchlars.optim.TrustRatios.
+
+    def options(self, index: int) -> dict[str, Any] | None:
+        """Return how to measure the gradients of a group, or None if they are to be taken as they are."""
+        how = self._adaptation_for_base(index, "gradient")
+        return None if how is None else how.kernel_options
+
+    def update_options(self, index: int) -> dict[str, Any] | None:
+        """Return how to measure the updates of a group, or None if they are to be taken as they are."""
+        how = self._adaptation_for_base(index, "update")
+        return None if how is None else {"trust_coef": how.trust_coef, "eps": how.eps, "clip": how.clip}
+
+    def measure(self, index: int, params: Sequence[Tensor]) -> Tensor | None:
+        """Return what the gradients of some parameters of a group are to be multiplied by, or None for nothing."""
+        return self.measure_all([(index, params)])[0]
+
+    def measure_all(self, layers: Iterable[tuple[int, Sequence[Tensor]]]) -> list[Tensor | None]:
+        """Return the same for parameters of several groups, whose shards are completed together."""
+        with torch.no_grad():
+            buckets = [self._bucket_for_base("gradient", index, params) for index, params in layers]
+            return self._decide_for_base(buckets)
+
+    def measure_updates(self, layers: Iterable[tuple[int, Sequence[Tensor], Sequence[Tensor]]]) -> list[Tensor | None]:
+        """Return what the updates of some parameters of groups are to be multiplied by, or None for nothing."""
+        with torch.no_grad():
+            buckets = [self._bucket_for_base("update", *of_group) for of_group in layers]
+            return self._decide_for_base(buckets)
+
+    def report(self, params: Sequence[Tensor], ratios: Tensor) -> None:
+        """Take note of ratios that were applied."""
+        self.reported.append((params, ratios))
+
+    def _adaptation_for_base(self, index: int, ratio_of: str) -> Adaptation | None:
+        how = self._adaptations.get(index)
+        return how if how is not None and how.ratio_of == ratio_of and self._is_for_base(how) else None
+
+    def _bucket_for_base(
+        self, ratio_of: str, index: int, params: Sequence[Tensor], updates: Sequence[Tensor] | None = None
+    ) -> Bucket | None:
+        """Return layers that the base asks for, or None if it is to take their gradients or updates as they are."""
+        how = self._adaptation_for_base(index, ratio_of)
+        if how is None:
+            return None
+        if updates is not None:
+            how = replace(how, lr=1.0)  # which the base has not multiplied by yet
+            if len(updates) != len(params):
+                raise ValueError(
+                    f"updates must be one for each of params (group: {index}, params: {len(params)}, "
+                    f"updates: {len(updates)})"
+                )
+        if len(params) == 0:
+            return Bucket(how)
+        positions = {param: position for position, param in enumerate(how.group["params"])}
+        inv_scale = None if ratio_of == "update" else self._scale_for_base.inv_scale(params[0].device)
+        bucket = Bucket(how, sharding.process_groups(params[0]), inv_scale)
+        for i, param in enumerate(params):
+            position = positions.get(param)
+            if position is None:
+                raise ValueError(f"params must be of the group (group: {index}, got one of shape {tuple(param.shape)})")
+            if param.grad is None:
+                raise ValueError(f"params must have gradients (group: {index}, parameter: {position})")
+            if updates is None:
+                check_layer(index, position, param, how.weight_decay, self._wrapper.optim)
+            else:
+                check_update(index, position, param)
+            if (param.device, param.dtype) != (params[0].device, params[0].dtype):
+                raise ValueError(
+                    f"params must be of one device and dtype (group: {index}, parameter: {position}, {param.dtype} on "
+                    f"{param.device}, but {params[0].dtype} on {params[0].device} before)"
+                )
+            if sharding.process_groups(param) != bucket.process_groups:
+                raise ValueError(
+                    f"params must be sharded over the same ranks (group: {index}, parameter: {position}, "
+                    f"shape: {tuple(param.shape)})"
+                )
+            if updates is None:
+                bucket.add(param, how, readable_gradient(param))
+            else:
+                if updates[i].shape != param.shape:
+                    raise ValueError(
+                        f"updates must have their parameter's shape (group: {index}, parameter: {position}, "
+                        f"shape: {tuple(param.shape)}, update: {tuple(updates[i].shape)})"
+                    )
+                bucket.add(param, how, sharding.local(sharding.placed_like(param, updates[i])))
+        return bucket
+
+    def _decide_for_base(self, buckets: Sequence[Bucket | None]) -> list[Tensor | None]:
+        """Measure, complete and decide; what the base multiplies by, for each bucket."""
+        measure([bucket for bucket in buckets if bucket is not None and bucket.params])
+        factors: list[Tensor | None] = []
+        for bucket in buckets:
+            if bucket is None:
+                factors.append(None)
+            elif len(bucket.params) == 0:
+                factors.append(torch.empty(0))
+            else:
+                how, ratios = bucket.adaptation, bucket.decide()
+                self.report(bucket.params, ratios)
+                in_momentum = how.lr_in_momentum and how.lr is not None
+                factors.append(ops.times_lr(ratios, how.lr) if in_momentum else ratios)  # type: ignore[arg-type]
+        return factors
+
+
+def _versions(params: Iterable[Sequence[Tensor]]) -> int:
+    """Return how often the parameters of some buckets were written in place, all together."""
+    if torch.compiler.is_compiling():
+        return 0
+    flat = (param for of_bucket in params for param in of_bucket)
+    return sum(param._version for param in flat if not param.is_inference())  # these do not count
