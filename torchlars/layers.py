@@ -15,6 +15,8 @@ from torchlars.bases import problem_of_sparse
 
 __all__: list[str] = []
 
+WRONG_DTYPE = "parameters must be of a real or complex floating dtype with at least 16 bits"
+
 
 @torch.no_grad()
 def copies(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
@@ -32,8 +34,8 @@ def check_param(group: int, position: int, param: Tensor) -> None:
     problem = sharding.problem_of(param) or problem_of_memory(param)
     if problem is None and param.dtype not in ops.DTYPES:
         raise TypeError(
-            f"parameters must be of a real or complex floating dtype with at least 16 bits (group: {group}, "
-            f"parameter: {position}, dtype: {param.dtype}); leave others to the base: trust_coef=None in their group"
+            f"{WRONG_DTYPE} (group: {group}, parameter: {position}, dtype: {param.dtype}); leave others to the base: "
+            "trust_coef=None in their group"
         )
     if problem is not None:
         raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
@@ -57,14 +59,14 @@ def problem_of_memory(param: Tensor) -> str | None:
 def check_layer(group: int, position: int, param: Tensor, weight_decay: float, optim: Optimizer) -> None:
     """Raise if a parameter with its gradient cannot be adapted, or the base is known not to take it."""
     check_param(group, position, param)
-    problem = _problem_of_gradient(param, weight_decay)
+    problem = problem_of_gradient(param, weight_decay)
     if problem is None and param.grad is not None and param.grad.is_sparse:
         problem = problem_of_sparse(optim, group)
     if problem is not None:
         raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
 
 
-def _problem_of_gradient(param: Tensor, weight_decay: float) -> str | None:
+def problem_of_gradient(param: Tensor, weight_decay: float) -> str | None:
     """Return why a gradient cannot be adapted, or None."""
     grad = param.grad
     assert grad is not None

@@ -1,8 +1,12 @@
 """Base optimizers that take trust ratios into their own update, and the protocol by which any base can.
 
-A base that LARS scales gradients for reads and writes each gradient once more than its update needs. One that *takes
-trust ratios* multiplies by them where it reads the gradient anyway, and leaves ``.grad`` as it was. It says so, and
-its ``step`` has one keyword more::
+LARS writes r · (g + λw) into ``.grad`` before the base's step, which reads it once more. LAMB scales what the base's
+step has written. A base that *takes trust ratios* multiplies by them in its own update instead, and ``.grad`` stays as
+it was. It says so by an attribute, ``takes_trust_ratios`` for those of gradients (LARS, LARC) or
+``takes_ratios_of_updates`` for those of updates (LAMB), and its ``step`` takes a keyword ``trust_ratios``, a
+:class:`TrustRatios`. Without a wrapper that is None, and the step is the base's plain one.
+
+**Ratios of gradients**::
 
     class MySGD(torch.optim.Optimizer):
         takes_trust_ratios = True
@@ -21,65 +25,35 @@ its ``step`` has one keyword more::
                     param -= group["lr"] * (direction if ratios is None else ratios[i] * direction)
             return loss
 
-LARS passes a :class:`TrustRatios`, asks for nothing in return, and hides no weight decay: λ in r · (g + λw) is the
-base's own. Without LARS, ``trust_ratios`` is None and the step is the base's plain one. A base with parameters of
-several devices or dtypes in a group asks for those of each. Groups whose updates are scaled (``apply_to="update"``)
-get None, and while lr is in the momentum a group's ``lr`` reads 1. A subclass whose ``step`` does not know the keyword
-says ``takes_trust_ratios = False``, and gets gradients scaled as any other base does.
+LARS hides no weight decay from such a base: λ in r · (g + λw) is the base's own. Groups whose updates are scaled
+(``apply_to="update"``) and groups with decoupled weight decay have no ratios here; LARS adapts them itself. While lr is
+in the momentum, a group's ``lr`` reads 1.
+
+**Ratios of updates**::
+
+    class MyAdamW(torch.optim.Optimizer):
+        takes_ratios_of_updates = True
+
+        @torch.no_grad()
+        def step(self, closure=None, *, trust_ratios=None):
+            ...
+            for index, group in enumerate(self.param_groups):
+                params = [param for param in group["params"] if param.grad is not None]
+                updates = [self.direction(param) + group["weight_decay"] * param for param in params]
+                ratios = None if trust_ratios is None else trust_ratios.measure_updates([(index, params, updates)])[0]
+                for i, param in enumerate(params):
+                    param -= group["lr"] * (updates[i] if ratios is None else ratios[i] * updates[i])
+
+Such a base computes its updates before it writes a parameter, and LAMB keeps no copies of parameters. Updates need not
+survive the rounding of a parameter: in bfloat16 they are as precise as the base computes them.
+
+A base that measures by itself, in one pass with its update, asks for ``options`` or ``update_options`` instead, and
+hands the ratios to ``report``. A base may have both attributes: it is asked for ratios of one kind at a time, and the
+methods of the other kind return None. A base with parameters of several devices or dtypes in a group asks for those of
+each. A subclass whose ``step`` does not know the keyword sets the attribute to False, and is adapted as any other base.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterable, Sequence
-from typing import Any, Protocol
-
-from torch import Tensor
-
+from torchlars.optim.protocol import TrustRatios
 from torchlars.optim.sgd import SGD
 
 __all__ = ["SGD", "TrustRatios"]
-
-
-class TrustRatios(Protocol):
-    """The trust ratios of one step, for a base that applies them itself.
-
-    They are of the gradients at the time of the call, so that a base with a closure asks once it has evaluated it.
-    """
-
-    def measure(self, index: int, params: Sequence[Tensor]) -> Tensor | None:
-        """Return the vector of what to multiply the gradients of some parameters of a group by, on their device.
-
-        That is the trust ratio r, and γr where lr is in the momentum (then the group's ``lr`` reads 1).
-
-        Args:
-            index: the group's, in ``param_groups``.
-            params: n parameters with gradients, of one device and one dtype.
-
-        Returns:
-            A vector of n, float64 for float64 layers and float32 for all others; None for a group that LARS leaves
-            alone, and whose step is the plain one.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: a parameter or gradient cannot be adapted; the message names it.
-        """
-
-    def measure_all(self, layers: Iterable[tuple[int, Sequence[Tensor]]]) -> list[Tensor | None]:
-        """Return what :meth:`measure` returns, for parameters of several groups: pairs of an index and parameters.
-
-        Layers that are sharded over several ranks cost one collective for all of them, instead of one a call. In a call
-        of either method all parameters of a list are sharded over the same ranks, or none is.
-        """
-
-    def options(self, index: int) -> dict[str, Any] | None:
-        """Return how a group's trust ratios are decided, or None if LARS leaves it alone.
-
-        For a base that measures by itself in the pass of its own update, as :class:`SGD` does. It must heed every key:
-        ``trust_coef``, ``eps``, ``decayed_norm``, ``clip`` and ``lr_in_momentum``, and ``lr``, the group's real
-        learning rate (a number or a tensor), which is None where neither of the last two is set.
-        """
-
-    def report(self, params: Sequence[Tensor], ratios: Tensor) -> None:
-        """Take note of ratios that the base measured by itself, for ``LARS.trust_ratios()``.
-
-        :meth:`measure` does so by itself.
-        """

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,16 +13,21 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchlars import amp, ops, sharding
 from torchlars.amp import GradScale
-from torchlars.layers import memory_of, problem_of_memory
-from torchlars.options import finite_number, is_capturing, learning_rate, non_negative_number, number_in
-
-if TYPE_CHECKING:
-    from torchlars.optim import TrustRatios
+from torchlars.layers import WRONG_DTYPE, memory_of, problem_of_gradient, problem_of_memory
+from torchlars.optim.momentum import (
+    MomentumOptimizer,
+    check_can_begin,
+    momentum_dtype_of,
+    momentum_like,
+    problem_of_momentum,
+)
+from torchlars.optim.protocol import TrustRatios
+from torchlars.options import Group, GroupReader, finite_number, learning_rate, non_negative_number, number_in
 
 __all__: list[str] = []
 
 
-class SGD(torch.optim.SGD):
+class SGD(MomentumOptimizer, torch.optim.SGD):
     r"""Stochastic gradient descent in one pass over memory, with the trust ratios of LARS or without.
 
     .. math::
@@ -65,6 +70,7 @@ class SGD(torch.optim.SGD):
 
     #: Tells LARS to pass trust ratios to :meth:`step` and leave gradients alone.
     takes_trust_ratios = True
+    momentum_keys = ("momentum_buffer",)
 
     def __init__(
         self,
@@ -79,7 +85,8 @@ class SGD(torch.optim.SGD):
         momentum_dtype: torch.dtype | None = None,
     ) -> None:
         given = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-        _hyper_parameters("", {**given, "nesterov": nesterov, "maximize": maximize, "momentum_dtype": momentum_dtype})
+        self.check_group("", {**given, "nesterov": nesterov, "maximize": maximize, "momentum_dtype": momentum_dtype})
+        self._reader = GroupReader()
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
         if momentum_dtype is not None:  # else groups hold the keys of torch's SGD, and no other
             self.defaults["momentum_dtype"] = momentum_dtype
@@ -89,8 +96,16 @@ class SGD(torch.optim.SGD):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, if its hyper-parameters are possible."""
         if isinstance(param_group, dict):  # else torch says so
-            _hyper_parameters(f" of parameter group {len(self.param_groups)}", {**self.defaults, **param_group})
+            self.check_group(f" of parameter group {len(self.param_groups)}", {**self.defaults, **param_group})
         super().add_param_group(param_group)
+
+    def check_group(self, of_group: str, group: Group) -> None:
+        """Raise if no step can be taken with the hyper-parameters of a group."""
+        _hyper_parameters(of_group, group)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._reader = GroupReader()
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
@@ -166,8 +181,9 @@ class SGD(torch.optim.SGD):
         plain_layers = ops.plain_layers("SgdLayers")
         buckets: list[Bucket] = []
         seen: set[Tensor] = set()
-        for index, group in enumerate(self.param_groups):
-            numbers = _hyper_parameters(f" of parameter group {index}", {**self.defaults, **group})
+        context = [*self.defaults, *self.defaults.values()]
+        all_numbers = self._reader.read(self.param_groups, context, self._read_group)
+        for index, (group, numbers) in enumerate(zip(self.param_groups, all_numbers, strict=True)):
             options: dict[str, Any] | None = None if trust_ratios is None else trust_ratios.options(index)
             others = []
             positions: Iterable[int] = range(len(group["params"]))
@@ -180,6 +196,9 @@ class SGD(torch.optim.SGD):
                     others.append((position, param))
             buckets += self._closer_look(index, others, numbers, overlapping)
         return plain_layers, buckets
+
+    def _read_group(self, index: int, group: Group) -> dict[str, Any]:
+        return _hyper_parameters(f" of parameter group {index}", {**self.defaults, **group})
 
     def _overlapping_layers(self) -> Collection[Tensor]:
         """Return the layers of which a parameter, gradient or momentum overlaps another tensor of the step."""
@@ -212,60 +231,6 @@ class SGD(torch.optim.SGD):
             buckets[key].grads.append(sharding.local(grad))
         return buckets.values()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Return the state dict, of plain types and tensors: ``momentum_dtype`` is in it by its name.
-
-        torch.distributed.checkpoint gathers nothing else to one rank.
-        """
-        state_dict = super().state_dict()
-        for group in state_dict["param_groups"]:
-            if group.get("momentum_dtype") is torch.float32:
-                group["momentum_dtype"] = "float32"
-        return state_dict
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load a state dict of this class, or of :class:`torch.optim.SGD`.
-
-        Momentum becomes of the dtype that ``momentum_dtype`` asks for. A group keeps a key of its own where the state
-        dict has none, as those of :class:`torch.optim.SGD` have.
-
-        Raises:
-            TypeError, ValueError: a hyper-parameter or a momentum is impossible.
-
-        Whatever raises, nothing was loaded then.
-        """
-        own_keys = [{key: group[key] for key in ("momentum_dtype",) if key in group} for group in self.param_groups]
-        loaded: dict[str, Any] = {}
-
-        def check(_: Any, final: dict[str, Any]) -> None:
-            _check_state_dict(final, self.defaults)
-            loaded.update(final)
-
-        handle = self.register_load_state_dict_pre_hook(check)  # after all others
-        before = self.param_groups, self.state
-        try:
-            super().load_state_dict(state_dict)
-            self._load_momentum(loaded, own_keys)
-        except BaseException:
-            self.param_groups, self.state = before  # torch replaces both, and does not change them
-            raise
-        finally:
-            handle.remove()
-
-    def _load_momentum(self, loaded: dict[str, Any], own_keys: Sequence[dict[str, Any]]) -> None:
-        """Give the momentum that was loaded the dtype that groups ask for: torch has rounded it to the parameters'."""
-        for group, own in zip(self.param_groups, own_keys, strict=True):
-            group.update({**own, **group})
-            if group.get("momentum_dtype") == "float32":
-                group["momentum_dtype"] = torch.float32
-        ids: Iterator[Any] = (i for group in loaded["param_groups"] for i in group["params"])
-        for group in self.param_groups:
-            for param, i in zip(group["params"], ids, strict=False):  # the next group goes on with ids
-                buffer = loaded["state"].get(i, {}).get("momentum_buffer")
-                if buffer is not None:
-                    dtype = momentum_dtype_of(param, group.get("momentum_dtype", self.defaults.get("momentum_dtype")))
-                    self.state[param]["momentum_buffer"] = buffer.to(device=param.device, dtype=dtype)
-
 
 @dataclass
 class Bucket:
@@ -285,6 +250,9 @@ class Bucket:
     grads: list[Tensor] = field(default_factory=list)  # likewise
     ratios: Tensor | None = None
 
+    def _momentum_dtype(self, param: Tensor) -> torch.dtype:
+        return momentum_dtype_of(param, torch.float32 if self.momentum_in_float32 else None)
+
     def update(self, inv_scale: Tensor | None) -> None:
         """Take the step, unless ``inv_scale`` is 0."""
         if _is_for_torch(self.params[0], self.grads[0]):
@@ -294,13 +262,11 @@ class Bucket:
         dampenings = [self.dampening] * layers
         buffers = []
         if self.momentum != 0:
-            for i, (param, local_param) in enumerate(zip(self.params, self.local_params, strict=True)):
+            for i, param in enumerate(self.params):
                 buffer = self.state[param].get("momentum_buffer")
                 if buffer is None:
                     dampenings[i] = 0.0  # m ← d: from zeros, undampened
-                buffers.append(self._buffer_like(param, local_param, buffer))
-                if buffers[-1] is not buffer:
-                    self._check_momentum_can_begin(param)
+                buffers.append(momentum_like(param, buffer, self._momentum_dtype(param), self.group))
         lr, lr_scale = self.lr, None
         if isinstance(lr, Tensor):
             lr_scale = ops.lr_scale(lr, self.params[0].device)
@@ -324,29 +290,6 @@ class Bucket:
         if sharding.is_distributed(self.params[0]):
             sharding.note_writes(self.params + buffers)
 
-    def _buffer_like(self, param: Tensor, local_param: Tensor, buffer: Tensor | None) -> Tensor:
-        """Return a momentum buffer in the parameter's memory order, so that the two can be swept side by side."""
-        dtype = momentum_dtype_of(param, torch.float32 if self.momentum_in_float32 else None)
-        if buffer is not None and buffer.is_sparse:  # of a gradient that was sparse, as torch begins it
-            buffer = buffer.to_dense()
-        if buffer is not None:
-            buffer = sharding.placed_like(param, buffer)
-            strides = local_param.stride()
-            if not local_param.is_contiguous():  # in gaps of a parameter there is no momentum
-                strides = torch.empty_like(local_param, device="meta").stride()
-            if buffer.dtype == dtype and sharding.local(buffer).stride() == strides:
-                return buffer
-        ordered = torch.zeros_like(param, dtype=dtype, requires_grad=False)
-        return ordered if buffer is None else ordered.copy_(buffer)
-
-    def _check_momentum_can_begin(self, param: Tensor) -> None:
-        """Raise if every replay of a CUDA graph would begin the momentum anew."""
-        if not torch.compiler.is_compiling() and is_capturing(param.device):
-            raise RuntimeError(
-                "momentum must exist before a CUDA graph is captured, in its final dtype and memory order, or replays "
-                f"begin it anew (group: {self.group}, shape: {tuple(param.shape)}); take a step before the capture"
-            )
-
     def _update_by_torch(self) -> None:
         """Take the step by torch's own functions, which know sparse gradients, and subclasses and lazy parameters."""
         for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
@@ -357,7 +300,7 @@ class Bucket:
                 grad, weight_decay = self.ratios[i] * grad, 0.0
             buffers = [self.state[param].get("momentum_buffer")] if self.momentum != 0 else [None]
             if self.momentum != 0 and buffers[0] is None:
-                self._check_momentum_can_begin(param)
+                check_can_begin(param, self.group)
             torch_sgd(
                 [param],
                 [grad],
@@ -390,11 +333,6 @@ def _is_for_torch(param: Tensor, grad: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg())  # to ask would break a graph
 
 
-def momentum_dtype_of(param: Tensor, momentum_dtype: torch.dtype | None) -> torch.dtype:
-    """Return the dtype of a parameter's momentum buffer."""
-    return momentum_dtype if momentum_dtype is not None and param.dtype.itemsize == 2 else param.dtype
-
-
 def _hyper_parameters(of_group: str, group: dict[str, Any]) -> dict[str, Any]:
     """Return hyper-parameters as an update takes them, or raise."""
     lr = learning_rate(f"lr{of_group}", group["lr"])
@@ -421,25 +359,6 @@ def _hyper_parameters(of_group: str, group: dict[str, Any]) -> dict[str, Any]:
     return numbers
 
 
-def _check_state_dict(state_dict: dict[str, Any], defaults: dict[str, Any]) -> None:
-    """Raise if no step could be taken with what a state dict holds."""
-    for index, group in enumerate(state_dict["param_groups"]):
-        dtype = group.get("momentum_dtype", defaults.get("momentum_dtype"))
-        numbers = {**defaults, **group, "momentum_dtype": torch.float32 if dtype == "float32" else dtype}
-        lr = _hyper_parameters(f" of parameter group {index}", numbers)["lr"]
-        if isinstance(lr, Tensor) and lr.device.type == "cpu":
-            non_negative_number(f"lr of parameter group {index}", number_in("lr", lr))
-    if not isinstance(state_dict["state"], dict):
-        raise TypeError(f"state_dict['state'] must be a dict (got: {type(state_dict['state']).__name__})")
-    for key, state in state_dict["state"].items():
-        where = f"state_dict['state'][{key!r}]"
-        if not isinstance(state, dict):
-            raise TypeError(f"{where} must be a dict (got: {type(state).__name__})")
-        buffer = state.get("momentum_buffer")
-        if buffer is not None and not isinstance(buffer, Tensor):
-            raise TypeError(f"{where}['momentum_buffer'] must be a tensor or None (got: {type(buffer).__name__})")
-
-
 def _gradient(group: int, position: int, param: Tensor, numbers: dict[str, Any], momentum_buffer: Any) -> Tensor:
     """Return a parameter's gradient, distributed as it is, or raise if the step cannot be taken with it."""
     grad = param.grad
@@ -457,42 +376,23 @@ def _gradient(group: int, position: int, param: Tensor, numbers: dict[str, Any],
 
 def _problem_of(param: Tensor, grad: Tensor, numbers: dict[str, Any], momentum_buffer: Any) -> str | None:
     """Return why no step can be taken with a parameter, its gradient and its momentum, or None."""
-    weight_decay = numbers["weight_decay"]
     has_momentum = numbers["momentum"] != 0
-    no_memory = problem_of_memory(param)
-    if no_memory is not None:
-        return no_memory
-    if param.dtype not in ops.DTYPES or grad.dtype not in ops.DTYPES or grad.is_complex() != param.is_complex():
-        return (
-            "parameters and gradients must be both real or both complex, of a floating dtype with at least 16 bits "
-            f"(parameter: {param.dtype}, gradient: {grad.dtype})"
-        )
-    if grad.is_sparse and weight_decay != 0:
-        return f"sparse gradients need weight_decay=0 (weight_decay: {weight_decay})"
-    if grad.layout not in (torch.strided, torch.sparse_coo):
-        return f"gradients must be strided or sparse COO (layout: {grad.layout})"
-    if grad.shape != param.shape:
-        return f"gradients must have their parameter's shape (gradient: {tuple(grad.shape)})"
-    if grad.device != param.device:
-        return f"gradients must be on their parameter's device (parameter: {param.device}, gradient: {grad.device})"
+    problem = problem_of_memory(param)
+    if problem is None and param.dtype not in ops.DTYPES:
+        problem = f"{WRONG_DTYPE} (dtype: {param.dtype})"
+    problem = problem or problem_of_gradient(param, numbers["weight_decay"])
+    if problem is None and has_momentum and momentum_buffer is not None:
+        problem = problem_of_momentum(param, "momentum_buffer", momentum_buffer)
+    if problem is not None:
+        return problem
     if (sharding.is_distributed(param) or not is_traceable_wrapper_subclass(param)) and not grad.is_sparse:
         here = sharding.local(param)
         if not ops.is_writable_in_place(here):
             return f"elements of a parameter must not share memory (strides: {here.stride()})"
-    if has_momentum and momentum_buffer is not None:
-        if not isinstance(momentum_buffer, Tensor):
-            return f"momentum must be a tensor (momentum_buffer: {momentum_buffer!r})"
-        if momentum_buffer.layout not in (torch.strided, torch.sparse_coo):
-            return f"momentum must be strided or sparse COO (momentum_buffer: {momentum_buffer.layout})"
-        if momentum_buffer.shape != param.shape:
-            return f"momentum must have its parameter's shape (momentum_buffer: {tuple(momentum_buffer.shape)})"
-        if sharding.is_distributed(momentum_buffer) != sharding.is_distributed(param):
-            kind = "a DTensor" if sharding.is_distributed(momentum_buffer) else "a whole tensor"
-            return f"momentum must be distributed as its parameter is (momentum_buffer: {kind})"
     is_kept_apart = has_momentum and momentum_dtype_of(param, torch.float32) != param.dtype
     if numbers["momentum_in_float32"] and is_kept_apart and _is_for_torch(param, grad):
         return (
             "momentum_dtype must be None for sparse gradients, tensor subclasses and lazily negated parameters "
             f"(dtype: {param.dtype})"
         )
-    return sharding.problem_of_gradient(param)
+    return None
