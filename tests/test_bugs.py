@@ -672,7 +672,7 @@ def test_state_that_a_captured_graph_would_begin_is_refused(monkeypatch, make, b
     param.grad = torch.full_like(param, 0.5)
     optimizer = make(base([param], lr=0.1, weight_decay=0.1, **({"momentum": 0.9} if base is torch.optim.SGD else {})))
     with monkeypatch.context() as in_capture:
-        in_capture.setattr(wrapper, "is_capturing", lambda device=None: True)
+        in_capture.setattr(bases, "is_capturing", lambda device=None: True)
         keys = "momentum_buffer" if base is torch.optim.SGD else "exp_avg, exp_avg_sq, step"
         message = rf"state of {base.__name__} must exist .* \(created in the capture: {keys}\); take a step"
         with pytest.raises(RuntimeError, match=message):
@@ -682,7 +682,7 @@ def test_state_that_a_captured_graph_would_begin_is_refused(monkeypatch, make, b
     param.grad = torch.full_like(param, 0.5)
     optimizer.step()
     with monkeypatch.context() as in_capture:
-        in_capture.setattr(wrapper, "is_capturing", lambda device=None: True)
+        in_capture.setattr(bases, "is_capturing", lambda device=None: True)
         optimizer.step()
 
 
@@ -729,7 +729,7 @@ def test_state_is_as_it_was_after_a_refused_capture(monkeypatch, base):
     def refuse(error, match):
         before = {param: dict(state) for param, state in inner.state.items() if state}
         with monkeypatch.context() as in_capture:
-            in_capture.setattr(wrapper, "is_capturing", lambda device=None: True)
+            in_capture.setattr(bases, "is_capturing", lambda device=None: True)
             with pytest.raises(error, match=match):
                 optimizer.step()
         assert {param: state for param, state in inner.state.items() if state} == before
@@ -751,7 +751,7 @@ def test_layers_on_the_cpu_may_begin_momentum_beside_a_capture(monkeypatch):
     """Their first step is not captured, but it was refused."""
     param = layer()
     optimizer = LARS(SGD([param], lr=0.1, momentum=0.9))
-    monkeypatch.setattr(wrapper, "is_capturing", lambda device=None: device is None)
+    monkeypatch.setattr(bases, "is_capturing", lambda device=None: device is None)
     optimizer.step()
     assert torch.equal(optimizer.state[param]["momentum_buffer"], param.grad)
 
