@@ -1,4 +1,4 @@
-"""README's recipes run as they are printed, on a small network and a CPU, and train it.
+"""The recipes of examples/README.md run as they are printed, on a small network and a CPU, and train it.
 
 Only what a test cannot have is exchanged: the GPU, the number of epochs, the process group. The numbers that trainers get
 are compared in test_interop.py; those of the table of peers in test_peers.py; the CUDA graph needs test_cuda_steps.py.
@@ -23,7 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from torchlars import LARS
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text("utf-8")
+README = (Path(__file__).resolve().parents[1] / "examples" / "README.md").read_text("utf-8")
 RECIPES = dict(re.findall(r"^### ([^\n]+)\n(?:(?!^##).)*?^```python\n(.*?)^```", README, re.M | re.S))
 SCHEDULE = "Schedule: warm-up, then poly(2)"
 SHARDED = "Sharded: FSDP2"
@@ -81,7 +81,7 @@ def loss_of(model: nn.Module) -> float:
 def code_of(recipe: str, exchanged: dict[str, str]) -> str:
     code = RECIPES[recipe]
     for old, new in exchanged.items():
-        assert code.count(old) == 1, f"README's recipe {recipe!r} does not say {old!r}"
+        assert code.count(old) == 1, f"the recipe {recipe!r} does not say {old!r}"
         code = code.replace(old, new)
     return code
 
