@@ -1,4 +1,4 @@
-"""The calls of README's table "Coming from X", the formulas of the peers, and problems to solve with both."""
+"""The calls under "Coming from X" in examples/README.md, the formulas of the peers, and problems to solve with both."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,8 @@ from torch import nn
 import torchlars.optim
 
 ROOT = Path(__file__).resolve().parent.parent
-SECTION = re.search(r"^## Coming from X\n(.*?)^## ", (ROOT / "README.md").read_text("utf-8"), re.M | re.S)[1]
+README = (ROOT / "examples" / "README.md").read_text("utf-8")
+SECTION = re.search(r"^## Coming from X\n(.*?)(?:^## |\Z)", README, re.M | re.S)[1]
 PREAMBLE = re.search(r"^```python\n(.*?)^```", SECTION, re.M | re.S)[1]
 CALLS = {peer: call[1:-1] for peer, call in re.findall(r"^\| (.+?) \| (`[^`|]+`) \|", SECTION, re.M)}
 BASES = {"torch": torch.optim.SGD, "torchlars": torchlars.optim.SGD}

@@ -1,4 +1,4 @@
-"""The calls of README's table "Coming from X" give published numbers and those of the peers' formulas.
+"""The calls under "Coming from X" in examples/README.md give published numbers and those of the peers' formulas.
 
 Every call is read from the table and evaluated. It is compared with numbers that the peer once produced
 (``published.json``), and with the peer's formula, written here from what is known of it. The formulas include what

@@ -1,4 +1,4 @@
-"""The calls of README's table "Coming from X" beside the peers themselves, where they are installed."""
+"""The calls under "Coming from X" in examples/README.md beside the peers themselves, where they are installed."""
 
 import importlib
 import inspect
