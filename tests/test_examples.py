@@ -59,7 +59,7 @@ def test_the_readme_has_the_figures_that_lamb_over_adam_prints(example, capsys):
     rows = [line for line in capsys.readouterr().out.splitlines() if ".weight" in line or ".bias" in line]
     lars = [float(row.split("|")[3]) for row in rows]
     assert len(lars) == 5
-    readme = " ".join((EXAMPLES.parent / "README.md").read_text(encoding="utf-8").split())
+    readme = " ".join((EXAMPLES / "README.md").read_text(encoding="utf-8").split())
     assert f"between {min(lars):.4f} and {max(lars):.4f} of its weights" in readme
 
 
