@@ -16,7 +16,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 from torch.optim.swa_utils import SWALR
 
 import torchlars
-from torchlars import LAMB, LARS, param_groups, wrapper
+from torchlars import LAMB, LARS, bases, param_groups
 
 
 def float64(values):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -34,15 +33,11 @@ class Adaptation:
     maximize: bool = False
     lr: float | Tensor | None = None  # None: not needed
 
-    @property
-    def multiplies_gradients(self) -> bool:
-        """Whether gradients are multiplied by trust ratios."""
-        return self.trust_coef is not None and self.apply_to == "gradient"
-
-    @cached_property
-    def kernel_options(self) -> dict[str, Any]:
-        """The arguments of a pass that measures, decides and applies."""
-        return {
+    def __post_init__(self) -> None:
+        #: Whether gradients are multiplied by trust ratios.
+        self.multiplies_gradients = self.trust_coef is not None and self.apply_to == "gradient"
+        #: The arguments of a pass that measures, decides and applies.
+        self.kernel_options: dict[str, Any] = {
             "trust_coef": self.trust_coef,
             "eps": self.eps,
             "decayed_norm": self.norm == "decayed",
@@ -50,13 +45,12 @@ class Adaptation:
             "lr_in_momentum": self.lr_in_momentum,
             "lr": self.lr,
         }
-
-    @cached_property
-    def kind(self) -> tuple[Any, ...]:
-        """What all layers of a bucket have in common."""
-        lr = self.lr if isinstance(self.lr, Tensor) else None
-        adapts = self.trust_coef is not None
-        return (self.maximize, self.norm, self.clip, self.lr_in_momentum, self.ratio_of, self.apply_to, adapts, lr)
+        #: What all layers of a bucket have in common.
+        self.kind = (
+            *(self.maximize, self.norm, self.clip, self.lr_in_momentum, self.ratio_of, self.apply_to),
+            self.trust_coef is not None,
+            self.lr if isinstance(self.lr, Tensor) else None,
+        )
 
 
 @dataclass(eq=False)

@@ -67,7 +67,7 @@ def _number(name: str, value: Any, kind: str, in_range: Callable[[float], bool])
         number = float(value)
     except OverflowError:
         number = math.inf
-    if not math.isfinite(number) or not in_range(number):
+    if not -math.inf < number < math.inf or not in_range(number):  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} must be a {kind} number (got: {value!r})")
     return number
 

@@ -138,29 +138,37 @@ class TrustRatioWrapper(OptimizerWrapper):
         else:
             return None
         self.check_options(f" {name}", options)
-        is_said_decoupled = options.pop("weight_decay", None) == "decoupled"
-        how = Adaptation(group, ratio_of=self.ratio_of, **options)
+        is_decoupled = options.pop("weight_decay", None) == "decoupled"
+        weight_decay, lr = 0.0, None
         if self.ratio_of == "update":
-            how.apply_to = "update"
+            options["apply_to"] = "update"
         else:
             check_line_search(self.optim, index, group)
-            how.maximize = bool(group.get("maximize", False))
-            how.is_decoupled = is_said_decoupled or bool(decouples(self.optim, group))
-            if not how.is_decoupled:
-                how.weight_decay = weight_decay_of(index, group)
-            elif how.lr_in_momentum and group.get("weight_decay", 0) != 0:
+            is_decoupled = is_decoupled or bool(decouples(self.optim, group))
+            if not is_decoupled:
+                weight_decay = weight_decay_of(index, group)
+            elif options["lr_in_momentum"] and group.get("weight_decay", 0) != 0:
                 raise ValueError(
                     f"lr_in_momentum=True {name} hides lr from the base, which decoupled weight decay is multiplied by "
                     "(got: decoupled_weight_decay=True)"
                 )
-        if how.clip or how.lr_in_momentum or self.ratio_of == "update":
+        if self.ratio_of == "update" or options.get("clip", False) or options["lr_in_momentum"]:
             if "lr" not in group and "lr" not in self.defaults:
                 raise TypeError(
                     f"optimizer must have a learning rate (got: {type(self.optim).__name__}, without lr in parameter "
                     f"group {index})"
                 )
-            how.lr = learning_rate(f"lr {name}", group.get("lr", self.defaults.get("lr")))
-        return how
+            lr = learning_rate(f"lr {name}", group.get("lr", self.defaults.get("lr")))
+        maximize = self.ratio_of == "gradient" and bool(group.get("maximize", False))
+        return Adaptation(
+            group,
+            ratio_of=self.ratio_of,
+            weight_decay=weight_decay,
+            is_decoupled=is_decoupled,
+            maximize=maximize,
+            lr=lr,
+            **options,
+        )
 
     def check_layers(self, adapted: Sequence[int]) -> None:
         """Raise if a group that is adapted holds what may be a flat partition of several layers."""
