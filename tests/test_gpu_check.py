@@ -588,7 +588,7 @@ def test_cases_take_in_what_sanitizers_are_to_see(module):
     every = list(cases.cases())
     from torchlars import ops
 
-    assert {case.op for case in every} == set(ops.OPS) == set(cases.ARGUMENTS)
+    assert {case.op for case in every} == set(ops.OPS) == set(cases.OPS)
     for op in ops.OPS:
         of_op = [case for case in every if case.op == op]
         assert {case.dtype for case in of_op} == set(cases.DTYPES), op
@@ -609,7 +609,7 @@ def test_a_case_that_disagrees_stops_everything(module, extension, monkeypatch):
     cases = module("gpu_check.cases")
     reference = importlib.import_module("torchlars.reference")
     norms = reference.squared_norms
-    monkeypatch.setattr(reference, "squared_norms", lambda *args, **more: norms(*args, **more) * 1.001)
+    monkeypatch.setattr(reference, "squared_norms", lambda tensors, inv_scale: norms(tensors, inv_scale) * 1.001)
     with pytest.raises(AssertionError, match="squared_norms float32, 14 layers, inv_scale None: result differs"):
         cases.check(next(cases.cases()), torch.device("cpu"))
 

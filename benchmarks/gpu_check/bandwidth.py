@@ -13,35 +13,12 @@ from pathlib import Path
 
 import torch
 
-import torchlars  # noqa: F401  # loads the ops
 from benchmarks import common
+from benchmarks.gpu_check.cases import passes
 from benchmarks.step_time import cuda
 
 BYTES = 10**9
 ROUNDS, REPEATS = 7, 5
-
-
-def passes(elements: int, device: torch.device) -> dict[str, tuple[int, Callable[[], object]]]:
-    """Return by name how many bytes a pass reads and writes for each byte of a tensor, and the pass."""
-    ops = torch.ops.torchlars
-    param, grad, momentum, target = (torch.full((elements,), value, device=device) for value in (1.0, 1.0, 0.0, 0.0))
-    ratios = torch.ones(1, device=device)
-    return {
-        "copy": (2, lambda: target.copy_(param)),
-        "norm pass": (2, lambda: ops.squared_norms([param, grad])),
-        "norm of one tensor": (1, lambda: ops.squared_norms([param])),
-        "scale pass": (3, lambda: ops.apply_trust_ratios_([grad], [param], ratios, [1e-12], False)),
-        "both, as LARS calls them": (
-            5,
-            lambda: ops.scale_by_trust_ratios_([grad], [param], [1e-12], [1.0], [0.0], False),
-        ),
-        "update pass": (
-            5,
-            lambda: ops.sgd_(
-                [param], [grad], [momentum], ratios, [1e-12], [1e-9], [0.9], [0.0], False, False, None, None
-            ),
-        ),
-    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
