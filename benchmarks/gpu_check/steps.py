@@ -1,14 +1,13 @@
-"""What one step launches over the layers of ResNet-50, and whether the host waits for it. Writes JSON.
+"""What one step launches in every mode over the layers of ResNet-50, and whether the host waits for it.
 
-``python -m benchmarks.gpu_check.steps --out steps.json``, or under Nsight Compute with ``--profile``.
+``python -m benchmarks.gpu_check.steps``: exits with status 1 if the host waits. Under Nsight Compute: ``--profile``.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
+import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from benchmarks.step_time.sets import SETS
 from torchlars import LAMB, LARC, LARS
 
 Params = list[Parameter]
-DEVICE = "cuda"
+Step = Callable[[], object]
 
 
 def sgd(params: Params, **options: Any) -> Optimizer:
@@ -57,82 +56,94 @@ MODES: dict[str, Callable[[Params], Optimizer]] = {
     "LAMB(torchlars.optim.SGD)": lambda params: LAMB(our_sgd(params)),
 }
 SCALED = ("LARS(SGD fused)", "LARS(torchlars.optim.SGD)", "LAMB(AdamW fused)")
-PROFILED = ("LARS(torchlars.optim.SGD)", "LARS(SGD fused)", "LAMB(AdamW fused)")
 TWO_DTYPES = ("LARS(SGD fused)", "LARS(torchlars.optim.SGD)")
+PROFILED = ("LARS(torchlars.optim.SGD)", "LARS(SGD fused)", "LAMB(AdamW fused)")
 
 
-def layers(dtypes: Sequence[torch.dtype]) -> Params:
-    """Return the layers with gradients, dealt out to dtypes in turn."""
+def layers(name: str, device: torch.device, *dtypes: torch.dtype) -> Params:
+    """Return a set of layers with gradients, dealt out to dtypes in turn."""
     params = []
-    for i, shape in enumerate(SETS["resnet50"].shapes()):
-        param = Parameter((0.05 * torch.randn(shape, device=DEVICE)).to(dtypes[i % len(dtypes)]))
+    for i, shape in enumerate(SETS[name].shapes()):
+        param = Parameter((0.05 * torch.randn(shape, device=device)).to(dtypes[i % len(dtypes)]))
         param.grad = torch.full_like(param, 0.01)
         params.append(param)
     return params
 
 
-def observe(make: Callable[[Params], Optimizer], dtypes: Sequence[torch.dtype], is_scaled: bool) -> dict[str, Any]:
-    """Take steps in one mode."""
-    params = layers(dtypes)
-    optimizer = make(params)
-    step: Callable[[], object] = optimizer.step
-    if is_scaled:
-        scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0)
-        scaler.scale(torch.zeros((), device=DEVICE))  # which makes it ready
+def scaled(optimizer: Optimizer, device: torch.device) -> Step:
+    """Return the step that a GradScaler takes."""
+    scaler = torch.amp.GradScaler(device.type, init_scale=2.0)
+    scaler.scale(torch.zeros((), device=device))  # which makes it ready
 
-        def step() -> None:
-            scaler.step(optimizer)
-            scaler.update()
+    def step() -> None:
+        scaler.step(optimizer)
+        scaler.update()
 
-    for _ in range(2):  # the first ones allocate, and the scaler may wait for the very first: torchlars/amp.py says why
-        step()
+    return step
+
+
+def wait(step: Step) -> str | None:
+    """Take a step, and return what it waits for, if it does."""
     torch.cuda.synchronize()
-    found: dict[str, Any] = {"buckets": len(dtypes), "waits": None}
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
     except RuntimeError as error:
-        found["waits"] = str(error).splitlines()[0]
+        return str(error).splitlines()[0]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    if is_scaled and found["waits"]:
-        return found  # the scaler is in the midst of a step
-    names = cuda.kernels(step)
-    found["kernels"] = len(names)
-    found["torchlars"] = sum("torchlars" in name for name in names)
-    return found
+    return None
 
 
-def profile(make: Callable[[Params], Optimizer]) -> None:
-    """Take steps in one mode, of which a profiler that was told to wait sees the last."""
-    optimizer = make(layers((torch.float32,)))
+def observe(name: str, step: Step, device: torch.device) -> bool:
+    """Take steps in one mode and print what they launch. Return whether the host waits. A CPU only takes the steps."""
+    for _ in range(2):  # the first ones allocate, and the scaler may wait for the very first: torchlars/amp.py says why
+        step()
+    if device.type != "cuda":
+        step()
+        print(f"{name}: taken on {device}")
+        return False
+    waits = wait(step)
+    if waits:  # a scaler would be in the midst of a step
+        print(f"{name}: THE HOST WAITS: {waits}", flush=True)
+        return True
+    kernels = cuda.kernels(step)
+    ours = sum("torchlars" in kernel for kernel in kernels)
+    print(f"{name}: {len(kernels)} kernels, {ours} of torchlars", flush=True)
+    return False
+
+
+def profile(step: Step) -> None:
+    """Take steps, of which a profiler that was told to wait sees the last."""
     for _ in range(2):
-        optimizer.step()
+        step()
     torch.cuda.synchronize()
     with torch.cuda.profiler.profile():
-        optimizer.step()
+        step()
         torch.cuda.synchronize()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Look at every mode."""
     parser = argparse.ArgumentParser(description=__doc__)
-    purpose = parser.add_mutually_exclusive_group(required=True)
-    purpose.add_argument("--out", type=Path, help="the JSON file")
-    purpose.add_argument("--profile", action="store_true", help="take steps for Nsight Compute and look at nothing")
+    parser.add_argument("--device", type=torch.device, default="cuda", help="(default: cuda)")
+    parser.add_argument("--set", choices=SETS, default="resnet50", help="of layers (default: resnet50)")
+    parser.add_argument("--profile", action="store_true", help="take steps for Nsight Compute and look at nothing")
     args = parser.parse_args(argv)
+
+    def made(name: str, *dtypes: torch.dtype) -> Optimizer:
+        return MODES[name](layers(args.set, args.device, torch.float32, *dtypes))
+
     if args.profile:
         for name in PROFILED:
-            profile(MODES[name])
+            profile(made(name).step)
         return
-    one, two = (torch.float32,), (torch.float32, torch.bfloat16)
-    found = {name: observe(make, one, False) for name, make in MODES.items()}
-    found |= {f"{name} under a GradScaler": observe(MODES[name], one, True) for name in SCALED}
-    found |= {f"{name}, two dtypes": observe(MODES[name], two, False) for name in TWO_DTYPES}
-    for name, mode in found.items():
-        waits = f", WAITS: {mode['waits']}" if mode["waits"] else ""
-        print(f"{name}: {mode.get('kernels')} kernels, {mode.get('torchlars')} of torchlars{waits}")
-    args.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    waiting = [observe(name, made(name).step, args.device) for name in MODES]
+    for name in SCALED:
+        waiting.append(observe(f"{name} under a GradScaler", scaled(made(name), args.device), args.device))
+    waiting += [observe(f"{name}, two dtypes", made(name, torch.bfloat16).step, args.device) for name in TWO_DTYPES]
+    print(f"the host waits in {sum(waiting)} of {len(waiting)} modes")
+    sys.exit(any(waiting))
 
 
 if __name__ == "__main__":
