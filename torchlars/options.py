@@ -127,10 +127,13 @@ class GroupReader:
         self._context: list[Any] = []
         self._last: list[_Reading] = []
 
-    def read(self, groups: Sequence[Group], context: list[Any], read: Callable[[int, Group], Any]) -> list[Any]:
+    def read(
+        self, groups: Sequence[Group], read: Callable[[int, Group], Any], context_of: Callable[[], list[Any]]
+    ) -> list[Any]:
         """Return ``read(index, group)`` of every group."""
         if torch.compiler.is_compiling():
             return [read(index, group) for index, group in enumerate(groups)]
+        context = context_of()
         if len(self._context) != len(context) or not all(map(is_, self._context, context)):
             self._context, self._last = context, []
         last, readings = iter(self._last), []

@@ -109,10 +109,14 @@ class TrustRatioWrapper(OptimizerWrapper):
 
     def adaptations(self) -> list[Adaptation | None]:
         """Return how the layers of each group are adapted now; None for a group that is left to the base."""
+        return self._reader.read(self.param_groups, self._adaptation, self._context)
+
+    def _context(self) -> list[Any]:
+        """Return all but the groups themselves that adaptations are read from."""
         context = [getattr(self, name) for name in self.options]
         for base in bases(self.optim):
             context += [base, getattr(base, "takes_trust_ratios", None), *base.defaults, *base.defaults.values()]
-        return self._reader.read(self.param_groups, context, self._adaptation)
+        return context
 
     def check_group(self, index: int, group: Group) -> None:
         """Raise if an option that the ``index``-th group holds is wrong, or does not go together with the others."""

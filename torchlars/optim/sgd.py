@@ -181,8 +181,7 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
         plain_layers = ops.plain_layers("SgdLayers")
         buckets: list[Bucket] = []
         seen: set[Tensor] = set()
-        context = [*self.defaults, *self.defaults.values()]
-        all_numbers = self._reader.read(self.param_groups, context, self._read_group)
+        all_numbers = self._reader.read(self.param_groups, self._read_group, self._context)
         for index, (group, numbers) in enumerate(zip(self.param_groups, all_numbers, strict=True)):
             options: dict[str, Any] | None = None if trust_ratios is None else trust_ratios.options(index)
             others = []
@@ -196,6 +195,9 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
                     others.append((position, param))
             buckets += self._closer_look(index, others, numbers, overlapping)
         return plain_layers, buckets
+
+    def _context(self) -> list[Any]:
+        return [*self.defaults, *self.defaults.values()]
 
     def _read_group(self, index: int, group: Group) -> dict[str, Any]:
         return _hyper_parameters(f" of parameter group {index}", {**self.defaults, **group})
