@@ -48,7 +48,8 @@ class Wrapper:
         """What a state dict holds under its own key."""
         if self.cls is LAMB:
             return {"trust_coef": TRUST_COEF, "eps": EPS, "clip": False}
-        plain = {"clip": False, "norm": "raw", "lr_in_momentum": False, "apply_to": "gradient", "weight_decay": None}
+        plain = {"clip": False, "norm": "raw", "lr_in_momentum": False, "apply_to": "gradient"}
+        plain |= {"always_adapt": True, "weight_decay": None}
         return {"eps": EPS, "trust_coef": TRUST_COEF, **plain, **self.options}
 
 

@@ -58,7 +58,7 @@ class LARS(TrustRatioWrapper):
     almost nothing over them: :class:`torchlars.LAMB` is their wrapper. LBFGS needs ``line_search_fn="strong_wolfe"``:
     scaled gradients are not those of the loss, and steps of a length that is derived from them alone climb.
 
-    **Dialects.** Other implementations of LARS differ in four places, with γ for the group's lr at this step:
+    **Dialects.** Other implementations of LARS differ in five places, with γ for the group's lr at this step:
 
     - ``clip=True``: *r* ← min(*r* / γ, 1), so that *r* is a layer's learning rate and γ its upper bound. Where γ is 0,
       as in the first step of some warm-ups, that is 1: nothing moves, but momentum takes whole gradients.
@@ -66,6 +66,7 @@ class LARS(TrustRatioWrapper):
     - ``lr_in_momentum=True``: the gradient becomes γ · r · (g + λw), and the base steps with an lr of 1, so that
       momentum keeps the lr of the steps in which it was collected. While the base steps, its own hooks read that 1, and
       what they make of it is lost.
+    - ``always_adapt=False``: *r* = 1 for layers without weight decay, of either kind.
     - ``apply_to="update"``: the base takes its whole step with its own gradient, weight decay and momentum, nothing is
       hidden, and then w ← w_old + r · (w − w_old). Gradients stay as they were, parameters are copied for the duration
       of a step, and what :class:`torchlars.LAMB` says of precision holds here.
@@ -98,6 +99,7 @@ class LARS(TrustRatioWrapper):
         lr_in_momentum: whether lr multiplies gradients instead of steps. Needs a base whose step is linear in lr:
             :class:`torch.optim.SGD` or a subclass.
         apply_to: ``"gradient"`` or ``"update"``, what *r* multiplies.
+        always_adapt: whether layers of groups with a weight decay of 0 are adapted; else their *r* is 1, not clipped.
         weight_decay: None to ask the base which kind it has; ``"decoupled"`` where it decouples and does not say so.
             A group says it by a key ``decoupled_weight_decay``, True or False.
 
@@ -124,6 +126,7 @@ class LARS(TrustRatioWrapper):
         "norm": one_of("raw", "decayed"),
         "lr_in_momentum": true_or_false,
         "apply_to": one_of("gradient", "update"),
+        "always_adapt": true_or_false,
         "weight_decay": _none_or_decoupled,
     }
     wrapper_only = frozenset({"weight_decay"})
@@ -136,6 +139,7 @@ class LARS(TrustRatioWrapper):
     norm: str
     lr_in_momentum: bool
     apply_to: str
+    always_adapt: bool
     weight_decay: str | None
 
     def __init__(
@@ -148,6 +152,7 @@ class LARS(TrustRatioWrapper):
         norm: str = "raw",
         lr_in_momentum: bool = False,
         apply_to: str = "gradient",
+        always_adapt: bool = True,
         weight_decay: str | None = None,
     ) -> None:
         super().__init__(
@@ -158,6 +163,7 @@ class LARS(TrustRatioWrapper):
             norm=norm,
             lr_in_momentum=lr_in_momentum,
             apply_to=apply_to,
+            always_adapt=always_adapt,
             weight_decay=weight_decay,
         )
         self._zero_layers = ZeroLayers()
@@ -236,6 +242,7 @@ class LARC(LARS):
         trust_coef: η > 0. ``trust_coefficient`` there.
         clip: whether no layer's learning rate is to be above the group's.
         eps: ε ≥ 0, in units of a gradient's norm.
+        always_adapt: as in :class:`LARS`. apex adapts all layers.
 
     Raises:
         TypeError, ValueError: as :class:`LARS` does.
@@ -247,5 +254,13 @@ class LARC(LARS):
         >>> optimizer = LARC(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4))
     """
 
-    def __init__(self, optimizer: Optimizer, trust_coef: float = 0.02, clip: bool = True, eps: float = 1e-8) -> None:
-        super().__init__(optimizer, eps, trust_coef, clip=clip)
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        trust_coef: float = 0.02,
+        clip: bool = True,
+        eps: float = 1e-8,
+        *,
+        always_adapt: bool = True,
+    ) -> None:
+        super().__init__(optimizer, eps, trust_coef, clip=clip, always_adapt=always_adapt)

@@ -142,6 +142,10 @@ class TrustRatioWrapper(OptimizerWrapper):
         else:
             return None
         self.check_options(f" {name}", options)
+        if not options.pop("always_adapt", True) and weight_decay_of(index, group) == 0:
+            options["trust_coef"] = None
+            if not options.get("lr_in_momentum", False):
+                return None
         is_decoupled = options.pop("weight_decay", None) == "decoupled"
         weight_decay, lr = 0.0, None
         if self.ratio_of == "update":

@@ -342,7 +342,6 @@ FOREIGN_KEYS = {
     "clip_lr": "clip",  # solo-learn
     "epsilon": "eps",  # SimCLR, ColossalAI, Paddle
     "lars_weight_decay": "weight_decay",  # Paddle
-    "always_adapt": "trust_coef=None in groups without weight decay, where it is False",  # timm
     "max_unorm": "the trust_coef of LAMB(..., clip=True)",  # bitsandbytes
     "weight_decay_filter": "weight_decay=0 in a group of what it excludes",  # Barlow Twins, VICReg
     "lars_adaptation_filter": "trust_coef=None in a group of what it excludes",  # Barlow Twins, VICReg
