@@ -47,7 +47,7 @@ class Wrapper:
     def own_values(self) -> dict[str, Any]:
         """What a state dict holds under its own key."""
         if self.cls is LAMB:
-            return {"trust_coef": TRUST_COEF, "eps": EPS, "clip": False}
+            return {"trust_coef": TRUST_COEF, "eps": EPS, "clip": False, "always_adapt": True}
         plain = {"clip": False, "norm": "raw", "lr_in_momentum": False, "apply_to": "gradient"}
         plain |= {"always_adapt": True, "weight_decay": None}
         return {"eps": EPS, "trust_coef": TRUST_COEF, **plain, **self.options}

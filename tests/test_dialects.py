@@ -6,6 +6,7 @@ import io
 import itertools
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -68,6 +69,42 @@ BY_HAND = {
     # λ = 0 for us, all of it for the base: r = 0.06 · 5 / 0.5 = 0.6, and then r·g + λw
     "decoupled": ({"weight_decay": "decoupled"}, {}, 0.6, [2.76, 3.92]),
 }
+
+
+# Without weight decay r = 1, or 0.03 · 5 / 0.5 = 0.3 where layers are always adapted.
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+@pytest.mark.parametrize("dialect", [{}, {"clip": True}, {"apply_to": "update"}, {"lr_in_momentum": True}], ids=str)
+@pytest.mark.parametrize("wrap", [partial(LARS, eps=0.0, trust_coef=0.03), partial(LARC, eps=0.0, trust_coef=0.03)])
+@sgds
+def test_layers_without_weight_decay_that_are_not_always_adapted(sgd, wrap, dialect, weight_decay, backend):
+    if wrap.func is LARC:
+        dialect = {"clip": dialect.get("clip", False)}
+
+    def step_of(options, **keys):
+        param = nn.Parameter(torch.tensor(W, dtype=torch.float64))
+        param.grad = torch.tensor(G, dtype=torch.float64)
+        optimizer = wrap(sgd([{"params": [param], **keys}], lr=0.5, weight_decay=weight_decay), **dialect, **options)
+        assert optimizer.state_dict()["lars"]["always_adapt"] is options.get("always_adapt", True)
+        optimizer.step()
+        return param.detach().tolist(), [ratio.item() for ratio in optimizer.trust_ratios().values()]
+
+    adapted = step_of({})
+    assert adapted[0] != pytest.approx([2.85, 4.2])
+    expected = adapted if weight_decay else (pytest.approx([2.85, 4.2], rel=1e-14), [])
+    assert step_of({"always_adapt": False}) == step_of({}, always_adapt=False) == expected
+    assert step_of({"always_adapt": False}, always_adapt=True) == adapted
+
+
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_lamb_leaves_updates_of_layers_without_weight_decay(weight_decay, backend):
+    steps = []
+    for wrap in (LAMB, partial(LAMB, always_adapt=False), lambda base: base):
+        param = nn.Parameter(torch.tensor(W, dtype=torch.float64))
+        param.grad = torch.tensor(G, dtype=torch.float64)
+        wrap(torch.optim.AdamW([param], lr=0.5, weight_decay=weight_decay)).step()
+        steps.append(param.detach().tolist())
+    always, not_always, base = steps
+    assert not_always == (always if weight_decay else base) != (base if weight_decay else always)
 
 
 @pytest.mark.parametrize("name", BY_HAND)
@@ -422,7 +459,7 @@ def test_options_travel_in_state_dicts(backend):
     dialect = {"clip": True, "norm": "decayed", "apply_to": "update", "weight_decay": "decoupled"}
     optimizer = LARS(torch.optim.SGD(groups(), lr=0.5), EPS, TRUST_COEF, **dialect)
     state_dict = saved(optimizer.state_dict())
-    assert state_dict["lars"] == {"eps": EPS, "trust_coef": TRUST_COEF, "lr_in_momentum": False, **dialect}
+    assert state_dict["lars"] == {"eps": EPS, "trust_coef": TRUST_COEF, "lr_in_momentum": False, "always_adapt": True, **dialect}
     other = LARS(torch.optim.SGD([{"params": group["params"]} for group in groups()], lr=0.1))
     other.load_state_dict(state_dict)
     assert hyper_parameters(other) == hyper_parameters(optimizer)
@@ -468,9 +505,9 @@ def test_over_makes_a_class_with_the_bases_signature(wrapper, base):
         (
             lambda: LAMB.over(torch.optim.SGD, norm="raw"),
             TypeError,
-            r"LAMB has the options trust_coef, eps, clip \(got",
+            r"LAMB has the options trust_coef, eps, clip, always_adapt \(got",
         ),
-        (lambda: LARC.over(torch.optim.SGD, norm="raw"), TypeError, r"LARC has the options trust_coef, clip, eps \("),
+        (lambda: LARC.over(torch.optim.SGD, norm="raw"), TypeError, r"LARC has the options trust_coef, clip, eps, always_adapt \("),
         (lambda: LARS.over(torch.optim.SGD, trust_coef=-1), ValueError, r"trust_coef must be a positive number \("),
         (lambda: LARS.over(torch.optim.SGD, clip=1), TypeError, r"clip must be True or False \(got: 1 of type int\)"),
     ],

@@ -51,6 +51,7 @@ class LAMB(TrustRatioWrapper):
         trust_coef: η > 0, the length of a step relative to the weights', per unit of lr.
         eps: ε ≥ 0, in units of an update's norm.
         clip: whether no step is to be longer than the base's own.
+        always_adapt: whether layers of groups with a weight decay of 0 are adapted; else their *r* is 1.
 
     Raises:
         TypeError: ``optimizer`` is no optimizer, has no lr or searches along a line (LBFGS), or an argument is of the
@@ -67,16 +68,30 @@ class LAMB(TrustRatioWrapper):
         >>> optimizer.step()
     """
 
-    options: ClassVar = {"trust_coef": positive_number, "eps": non_negative_number, "clip": true_or_false}
+    options: ClassVar = {
+        "trust_coef": positive_number,
+        "eps": non_negative_number,
+        "clip": true_or_false,
+        "always_adapt": true_or_false,
+    }
     state_key = "lamb"
     ratio_of = "update"
 
     trust_coef: float
     eps: float
     clip: bool
+    always_adapt: bool
 
-    def __init__(self, optimizer: Optimizer, trust_coef: float = 1.0, eps: float = 0.0, *, clip: bool = False) -> None:
-        super().__init__(optimizer, trust_coef=trust_coef, eps=eps, clip=clip)
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        trust_coef: float = 1.0,
+        eps: float = 0.0,
+        *,
+        clip: bool = False,
+        always_adapt: bool = True,
+    ) -> None:
+        super().__init__(optimizer, trust_coef=trust_coef, eps=eps, clip=clip, always_adapt=always_adapt)
 
     def check_options(self, of_group: str, options: dict[str, Any]) -> None:
         """Raise if the base's update cannot be scaled."""
