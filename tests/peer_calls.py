@@ -241,7 +241,7 @@ def lamb_without_bias_correction(w, g, h, memory):
 FORMULAS = {
     "torchlars 0.1.2": torchlars_0_1_2,
     "NVIDIA apex `LARC`": apex_larc,
-    "quadra, lightning-bolts `LARS`": quadra_and_bolts,
+    "quadra, lightning-bolts, lightly `LARS`": quadra_and_bolts,
     "timm `Lars`": timm_lars,
     "pytorch_optimizer `LARS`": pytorch_optimizer_lars,
     "bitsandbytes `LARS`, 32-bit": bitsandbytes_lars,

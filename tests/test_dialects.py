@@ -459,7 +459,13 @@ def test_options_travel_in_state_dicts(backend):
     dialect = {"clip": True, "norm": "decayed", "apply_to": "update", "weight_decay": "decoupled"}
     optimizer = LARS(torch.optim.SGD(groups(), lr=0.5), EPS, TRUST_COEF, **dialect)
     state_dict = saved(optimizer.state_dict())
-    assert state_dict["lars"] == {"eps": EPS, "trust_coef": TRUST_COEF, "lr_in_momentum": False, "always_adapt": True, **dialect}
+    assert state_dict["lars"] == {
+        "eps": EPS,
+        "trust_coef": TRUST_COEF,
+        "lr_in_momentum": False,
+        "always_adapt": True,
+        **dialect,
+    }
     other = LARS(torch.optim.SGD([{"params": group["params"]} for group in groups()], lr=0.1))
     other.load_state_dict(state_dict)
     assert hyper_parameters(other) == hyper_parameters(optimizer)
@@ -507,7 +513,11 @@ def test_over_makes_a_class_with_the_bases_signature(wrapper, base):
             TypeError,
             r"LAMB has the options trust_coef, eps, clip, always_adapt \(got",
         ),
-        (lambda: LARC.over(torch.optim.SGD, norm="raw"), TypeError, r"LARC has the options trust_coef, clip, eps, always_adapt \("),
+        (
+            lambda: LARC.over(torch.optim.SGD, norm="raw"),
+            TypeError,
+            r"LARC has the options trust_coef, clip, eps, always_adapt \(",
+        ),
         (lambda: LARS.over(torch.optim.SGD, trust_coef=-1), ValueError, r"trust_coef must be a positive number \("),
         (lambda: LARS.over(torch.optim.SGD, clip=1), TypeError, r"clip must be True or False \(got: 1 of type int\)"),
     ],

@@ -41,7 +41,15 @@ pytestmark = [
 ]
 PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
 PROMISED = [
-    *("torchlars 0.1.2", "apex `LARC`", "quadra", "lightning-bolts", "timm `Lars`", "pytorch_optimizer `LARS`"),
+    *(
+        "torchlars 0.1.2",
+        "apex `LARC`",
+        "quadra",
+        "lightning-bolts",
+        "lightly",
+        "timm `Lars`",
+        "pytorch_optimizer `LARS`",
+    ),
     *("bitsandbytes", "Barlow Twins", "VICReg", "SimCLR", "`optax.lars`", "MLPerf", "Algorithm 1", "2018 blog"),
     *("ColossalAI `Lars`", "`optax.lamb`", "timm `Lamb`"),
 ]
@@ -106,10 +114,16 @@ def test_published_numbers(backend, name, base):
 
 NOT_EXACT = {"MLPerf's reference until v0.6", "ColossalAI, pytorch_optimizer `Lamb`"}
 HAS_NESTEROV = {
-    *("torchlars 0.1.2", "NVIDIA apex `LARC`", "quadra, lightning-bolts `LARS`", "timm `Lars`", "`optax.lars`"),
+    *(
+        "torchlars 0.1.2",
+        "NVIDIA apex `LARC`",
+        "quadra, lightning-bolts, lightly `LARS`",
+        "timm `Lars`",
+        "`optax.lars`",
+    ),
     *("pytorch_optimizer `LARS`", "SimCLR", "SimCLR, `classic_momentum=False`", "MLPerf's reference since v0.7"),
 }
-HAS_DAMPENING = {"torchlars 0.1.2", "NVIDIA apex `LARC`", "quadra, lightning-bolts `LARS`", "timm `Lars`"}
+HAS_DAMPENING = {"torchlars 0.1.2", "NVIDIA apex `LARC`", "quadra, lightning-bolts, lightly `LARS`", "timm `Lars`"}
 CASES = [
     pytest.param(peer, momentum, base, id=f"{peer}-{momentum}-{base}".replace("`", ""))
     for peer, momentum, base in itertools.product(CALLS, MOMENTUM, BASES)
@@ -138,7 +152,8 @@ def test_formulas(backend, peer, momentum, base):
 @pytest.mark.parametrize("peer", [peer for peer in CALLS if peer not in NOT_EXACT])
 def test_no_other_call_would_do(peer):
     def written_out(call):
-        return call.replace("LARS.over(SGD)(params, **sgd)", "LARS(SGD(params, **sgd))")
+        call = call.replace("LARS.over(SGD, always_adapt=False)(params, **sgd)", "LARS(SGD(params, **sgd))")
+        return call.replace(", always_adapt=False", "")  # all layers decay here
 
     problem = moderate(Problem(0))
     for other in CALLS.values():
@@ -170,7 +185,7 @@ def test_no_option_can_be_left_out(peer):
 ZERO = {
     "weights": {"NVIDIA apex `LARC`", "bitsandbytes `LARS`, 32-bit", "Algorithm 1 of the paper"},
     "gradient": {
-        *("NVIDIA apex `LARC`", "quadra, lightning-bolts `LARS`", "pytorch_optimizer `LARS`"),
+        *("NVIDIA apex `LARC`", "quadra, lightning-bolts, lightly `LARS`", "pytorch_optimizer `LARS`"),
         "Algorithm 1 of the paper",
     },
 }
@@ -196,15 +211,15 @@ def test_zero_norms(peer, zero):
         assert_same(result[:1], expected[:1])
 
 
-@pytest.mark.parametrize("peer", ["quadra, lightning-bolts `LARS`", "timm `Lars`", "timm `Lamb`"])
-def test_groups_without_weight_decay(peer):
-    problem = Problem(4)
+@pytest.mark.parametrize("peer", ["quadra, lightning-bolts, lightly `LARS`", "timm `Lars`", "timm `Lamb`"])
+@pytest.mark.parametrize("momentum", MOMENTUM)
+def test_groups_without_weight_decay(peer, momentum):
+    problem, sgd = Problem(4), SGD_HYPER | MOMENTUM[momentum]
     problem.second_decay = 0.0
-    expected = by_formula(peer, problem)
-    for trust_coef, is_same in ({"trust_coef": None}, True), ({}, False):
+    expected = by_formula(peer, problem, sgd=sgd)
+    for call, is_same in (CALLS[peer], True), (CALLS[peer].replace(", always_adapt=False", ""), False):
         params = problem.params()
-        groups = two_groups(params, weight_decay=0.0, **trust_coef)
-        result = problem.run(ours(CALLS[peer], params, params=groups), params)
+        result = problem.run(ours(call, params, sgd=sgd, params=two_groups(params, weight_decay=0.0)), params)
         assert is_same != differ(result, expected, by=1e-12)
 
 

@@ -83,7 +83,7 @@ def test_timm_lars(installed, backend, momentum, clip, foreach):
     for seed in range(3):
         problem = Problem(seed)
         params, theirs = problem.params(), problem.params()
-        call = CALLS["timm `Lars`"].replace("over(SGD)", f"over(SGD, clip={clip}, trust_coef=0.02)")
+        call = CALLS["timm `Lars`"].replace("over(SGD", f"over(SGD, clip={clip}, trust_coef=0.02")
         optimizer = ours(call, params, sgd=sgd)
         peer = lars(two_groups(theirs), **sgd, trust_clip=clip, trust_coeff=0.02, **in_form(lars, foreach))
         clipped |= compare(problem, optimizer, params, peer, theirs)
@@ -98,9 +98,8 @@ def test_timm_lars_without_weight_decay_and_with_zero_layers(installed, always_a
     problem.layers[0].zero_()
     problem.grads[2][2].zero_()
     params, theirs = problem.params(), problem.params()
-    options = {"weight_decay": 0.0} if always_adapt else {"weight_decay": 0.0, "trust_coef": None}
-    call = CALLS["timm `Lars`"].replace("over(SGD)", "over(SGD, clip=True)")
-    optimizer = ours(call, params, params=two_groups(params, **options))
+    call = CALLS["timm `Lars`"].replace("always_adapt=False", f"clip=True, always_adapt={always_adapt}")
+    optimizer = ours(call, params, params=two_groups(params, weight_decay=0.0))
     groups = two_groups(theirs, weight_decay=0.0)
     peer = lars(groups, **SGD_HYPER, trust_clip=True, always_adapt=always_adapt)
     compare(problem, optimizer, params, peer, theirs)
@@ -123,8 +122,8 @@ def test_timm_lamb_clips_gradients_and_adapts_what_decays(installed, always_adap
     lamb = installed("timm.optim.lamb").Lamb
     problem = Problem(10)
     params, theirs = problem.params(), problem.params()
-    options = {"weight_decay": 0.0} if always_adapt else {"weight_decay": 0.0, "trust_coef": None}
-    optimizer = ours(CALLS["timm `Lamb`"], params, params=two_groups(params, **options))
+    call = CALLS["timm `Lamb`"].replace("always_adapt=False", f"always_adapt={always_adapt}")
+    optimizer = ours(call, params, params=two_groups(params, weight_decay=0.0))
     peer = lamb(two_groups(theirs, weight_decay=0.0), **ADAM_HYPER, always_adapt=always_adapt)
     norms = []
     for _ in zip(problem.steps(optimizer, params), problem.steps(peer, theirs), strict=True):
