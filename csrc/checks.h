@@ -1,4 +1,5 @@
-// What every op asks of its arguments, on every backend. A message opens with the op's name, and says what was got.
+// The checks of the ops' arguments, for all devices. A message opens with the op's name and says what was got.
+// torchlars/_checks.py has the same in Python.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -10,6 +11,8 @@
 #include <optional>
 #include <utility>
 #include <vector>
+
+#include "arguments.h"
 
 namespace torchlars {
 
@@ -55,6 +58,28 @@ inline bool has_memory(const at::Tensor& tensor) {
   return static_cast<int64_t>(tensor.unsafeGetTensorImpl()->unsafe_storage().nbytes()) >= begin + extent(tensor);
 }
 
+// True where no two elements can share memory. Exact for every layout that slicing, permuting and expanding produce.
+inline bool is_writable_in_place(const at::Tensor& tensor) {
+  if (tensor.numel() < 2 || tensor.is_non_overlapping_and_dense()) {
+    return true;
+  }
+  std::vector<std::pair<int64_t, int64_t>> dims;
+  for (int64_t d = 0; d < tensor.dim(); ++d) {
+    if (tensor.size(d) > 1) {
+      dims.emplace_back(tensor.stride(d), tensor.size(d));
+    }
+  }
+  std::sort(dims.begin(), dims.end());
+  int64_t extent = 0;
+  for (const auto& [stride, size] : dims) {
+    if (stride <= extent) {
+      return false;
+    }
+    extent += stride * (size - 1);
+  }
+  return true;
+}
+
 inline void check_tensors(const char* op, const char* name, at::TensorList tensors) {
   TORCH_CHECK(!tensors.empty(), op, ": expected at least one tensor (got: ", name, " is empty)");
   const at::Tensor& first = tensors[0];
@@ -78,44 +103,22 @@ inline void check_length(const char* op, const char* name, size_t length, const 
               length, ")");
 }
 
-inline void check_numbers(const char* op, const char* name, at::ArrayRef<double> numbers, bool may_be_zero) {
+inline void check_needs(const char* op, const char* name, const char* is, bool given, const char* needed, bool has) {
+  TORCH_CHECK(has || !given, op, ": expected ", needed, " where ", name, " ", is);
+}
+
+inline bool is_positive(double number) { return std::isfinite(number) && number > 0; }
+inline bool is_non_negative(double number) { return std::isfinite(number) && number >= 0; }
+inline bool is_finite(double number) { return std::isfinite(number); }
+
+// One number a layer, each of a kind.
+inline void check_numbers(const char* op, const char* name, at::ArrayRef<double> numbers, const char* than,
+                          size_t layers, bool (*holds)(double) = is_non_negative) {
+  check_length(op, name, numbers.size(), than, layers);
+  const char* const kind = holds == is_positive ? "positive" : holds == is_finite ? "finite" : "non-negative";
   for (size_t i = 0; i < numbers.size(); ++i) {
-    const bool in_range = std::isfinite(numbers[i]) && (may_be_zero ? numbers[i] >= 0 : numbers[i] > 0);
-    TORCH_CHECK(in_range, op, ": expected ", may_be_zero ? "non-negative" : "positive", " numbers (", name, "[", i,
-                "]: ", numbers[i], ")");
+    TORCH_CHECK(holds(numbers[i]), op, ": expected ", kind, " numbers (", name, "[", i, "]: ", numbers[i], ")");
   }
-}
-
-inline void check_hyper_parameters(const char* op, size_t layers, const char* than, at::ArrayRef<double> weight_decays,
-                                   at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps) {
-  check_length(op, "weight_decays", weight_decays.size(), than, layers);
-  check_length(op, "trust_coefs", trust_coefs.size(), than, layers);
-  check_length(op, "eps", eps.size(), than, layers);
-  check_numbers(op, "weight_decays", weight_decays, true);
-  check_numbers(op, "trust_coefs", trust_coefs, false);
-  check_numbers(op, "eps", eps, true);
-}
-
-// True where no two elements can share memory. Exact for every layout that slicing, permuting and expanding produce.
-inline bool is_writable_in_place(const at::Tensor& tensor) {
-  if (tensor.numel() < 2 || tensor.is_non_overlapping_and_dense()) {
-    return true;
-  }
-  std::vector<std::pair<int64_t, int64_t>> dims;
-  for (int64_t d = 0; d < tensor.dim(); ++d) {
-    if (tensor.size(d) > 1) {
-      dims.emplace_back(tensor.stride(d), tensor.size(d));
-    }
-  }
-  std::sort(dims.begin(), dims.end());
-  int64_t extent = 0;
-  for (const auto& [stride, size] : dims) {
-    if (stride <= extent) {
-      return false;
-    }
-    extent += stride * (size - 1);
-  }
-  return true;
 }
 
 // Two lists of tensors that go together, pair by pair; their shapes apart.
@@ -141,15 +144,6 @@ inline void check_shapes(const char* op, const char* name, at::TensorList tensor
   }
 }
 
-// Gradients and parameters. equal_shapes: also where weight_decays[i] is 0 and params[i] is not read.
-inline void check_layers(const char* op, at::TensorList grads, at::TensorList params,
-                         at::ArrayRef<double> weight_decays, bool equal_shapes) {
-  check_pairs(op, "grads", grads, "params", params);
-  check_length(op, "weight_decays", weight_decays.size(), "grads", grads.size());
-  check_numbers(op, "weight_decays", weight_decays, true);
-  check_shapes(op, "grads", grads, "params", params, equal_shapes ? at::ArrayRef<double>() : weight_decays);
-}
-
 inline void check_writable(const char* op, const char* name, at::TensorList tensors) {
   for (size_t i = 0; i < tensors.size(); ++i) {
     TORCH_CHECK(is_writable_in_place(tensors[i]), op, ": expected ", name, " that can be written in place (", name, "[",
@@ -158,56 +152,47 @@ inline void check_writable(const char* op, const char* name, at::TensorList tens
   }
 }
 
-inline void check_sums(const char* op, at::TensorList tensors, at::TensorList others, at::ArrayRef<double> scales) {
-  check_pairs(op, "tensors", tensors, "others", others);
-  check_length(op, "scales", scales.size(), "tensors", tensors.size());
-  check_shapes(op, "tensors", tensors, "others", others, scales);
-  for (size_t i = 0; i < scales.size(); ++i) {
-    TORCH_CHECK(std::isfinite(scales[i]), op, ": expected finite numbers (scales[", i, "]: ", scales[i], ")");
-  }
-}
-
-inline void check_updates(const char* op, at::TensorList params, at::TensorList old_params) {
-  check_pairs(op, "params", params, "old_params", old_params);
-  TORCH_CHECK(params[0].scalar_type() == old_params[0].scalar_type(), op,
-              ": expected params and old_params of one dtype (params[0]: ", params[0].scalar_type(),
-              ", old_params[0]: ", old_params[0].scalar_type(), ")");
-  check_shapes(op, "params", params, "old_params", old_params);
-  check_writable(op, "params", params);
-}
-
-inline void check_lr_scale(const char* op, const std::optional<at::Tensor>& given, c10::Device device) {
+// A number that is read on the device.
+inline void check_scale(const char* op, const char* name, const std::optional<at::Tensor>& given, c10::ScalarType dtype,
+                        c10::Device device) {
   if (given.has_value()) {
-    const at::Tensor& lr_scale = *given;
-    TORCH_CHECK(lr_scale.numel() == 1 && lr_scale.scalar_type() == c10::kDouble && lr_scale.device() == device, op,
-                ": expected lr_scale to be one float64 on ", device, " (got: shape ", lr_scale.sizes(), ", ",
-                lr_scale.scalar_type(), ", ", lr_scale.device(), ")");
+    TORCH_CHECK(given->numel() == 1 && given->scalar_type() == dtype && given->device() == device, op, ": expected ",
+                name, " to be one ", dtype == c10::kDouble ? "float64" : "float32", " on ", device, " (got: shape ",
+                given->sizes(), ", ", given->scalar_type(), ", ", given->device(), ")");
   }
 }
 
-// What gradients are multiplied by before anything else. Where it is 0 the step is skipped.
-inline void check_inv_scale(const char* op, const std::optional<at::Tensor>& given, c10::Device device) {
-  if (given.has_value()) {
-    const at::Tensor& inv_scale = *given;
-    TORCH_CHECK(inv_scale.numel() == 1 && inv_scale.scalar_type() == c10::kFloat && inv_scale.device() == device, op,
-                ": expected inv_scale to be one float32 on ", device, " (got: shape ", inv_scale.sizes(), ", ",
-                inv_scale.scalar_type(), ", ", inv_scale.device(), ")");
+// The learning rates of layers: one number each, and what multiplies them all.
+inline void check_lrs(const char* op, at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_scale,
+                      const char* than, size_t layers, c10::Device device, bool are_needed) {
+  check_needs(op, "lr_scale", "is given", lr_scale.has_value(), "lrs", are_needed || !lrs.empty());
+  if (are_needed || !lrs.empty()) {
+    check_numbers(op, "lrs", lrs, than, layers);
   }
+  check_scale(op, "lr_scale", lr_scale, c10::kDouble, device);
 }
 
-// The learning rates of layers: a number each, and what multiplies them all.
-struct Lrs {
-  at::ArrayRef<double> lrs;  // may be empty where none is needed
-  const std::optional<at::Tensor>& lr_scale;
-};
-
-inline void check_lrs(const char* op, size_t layers, const char* than, const Lrs& given, c10::Device device,
-                      bool are_needed) {
-  if (are_needed || !given.lrs.empty()) {
-    check_length(op, "lrs", given.lrs.size(), than, layers);
+// The trust ratios of the layers that tensors and params belong to, and the numbers that they are decided by.
+template <typename Arguments>
+void check_ratios(const Arguments& arguments, const std::optional<at::Tensor>& ratios, const char* name,
+                  at::TensorList tensors, at::TensorList params) {
+  const char* const op = Arguments::kOp;
+  check_needs(op, "trust_coefs", "are given", measures(arguments), "ratios", ratios.has_value());
+  check_needs(op, "eps", "are given", !arguments.eps.empty(), "trust_coefs", measures(arguments));
+  check_needs(op, "clip", "is True", arguments.clip, "trust_coefs", measures(arguments));
+  if (measures(arguments)) {
+    check_numbers(op, "trust_coefs", arguments.trust_coefs, name, tensors.size(), is_positive);
+    check_numbers(op, "eps", arguments.eps, name, tensors.size());
   }
-  check_numbers(op, "lrs", given.lrs, true);
-  check_lr_scale(op, given.lr_scale, device);
+  if (ratios.has_value()) {
+    const auto dtype = compute_dtype(tensors[0].scalar_type(), params[0].scalar_type());
+    TORCH_CHECK(ratios->dim() == 1 && ratios->is_contiguous() && ratios->scalar_type() == dtype, op,
+                ": expected ratios to be a contiguous vector of ", dtype, " (got: shape ", ratios->sizes(), ", ",
+                ratios->scalar_type(), ")");
+    check_length(op, "ratios", ratios->size(0), name, tensors.size());
+    TORCH_CHECK(ratios->device() == tensors[0].device(), op, ": expected tensors on one device (", name,
+                "[0]: ", tensors[0].device(), ", ratios: ", ratios->device(), ")");
+  }
 }
 
 inline void check_squared_norms(const char* op, const char* name, const at::Tensor& squared_norms) {
@@ -216,88 +201,104 @@ inline void check_squared_norms(const char* op, const char* name, const at::Tens
               squared_norms.scalar_type(), ")");
 }
 
-inline void check_trust_ratios(const at::Tensor& param_squared_norms, const at::Tensor& grad_squared_norms,
-                               at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs,
-                               at::ArrayRef<double> eps, c10::ScalarType dtype, const Lrs& lrs, bool need_lrs) {
-  const char* op = "trust_ratios";
-  check_squared_norms(op, "param_squared_norms", param_squared_norms);
-  check_squared_norms(op, "grad_squared_norms", grad_squared_norms);
-  const size_t layers = param_squared_norms.size(0);
-  check_length(op, "grad_squared_norms", grad_squared_norms.size(0), "param_squared_norms", layers);
-  check_hyper_parameters(op, layers, "param_squared_norms", weight_decays, trust_coefs, eps);
-  TORCH_CHECK(param_squared_norms.device() == grad_squared_norms.device(), op,
-              ": expected tensors on one device (param_squared_norms: ", param_squared_norms.device(),
-              ", grad_squared_norms: ", grad_squared_norms.device(), ")");
-  TORCH_CHECK(dtype == c10::kDouble || dtype == c10::kFloat, op, ": expected float64 or float32 (dtype: ", dtype, ")");
-  check_lrs(op, layers, "param_squared_norms", lrs, param_squared_norms.device(), need_lrs);
+inline void check(const SquaredNormsArguments& arguments) {
+  const char* const op = SquaredNormsArguments::kOp;
+  const auto& [tensors, others, scales, inv_scale] = arguments;
+  check_tensors(op, "tensors", tensors);
+  check_needs(op, "scales", "are given", !scales.empty(), "others", others.has_value());
+  if (others.has_value()) {
+    check_pairs(op, "tensors", tensors, "others", *others);
+    check_numbers(op, "scales", scales, "tensors", tensors.size(), is_finite);
+    check_shapes(op, "tensors", tensors, "others", *others, scales);
+  }
+  check_scale(op, "inv_scale", inv_scale, c10::kFloat, tensors[0].device());
 }
 
-inline void check_ratios(const char* op, const at::Tensor& ratios, at::TensorList grads, at::TensorList params,
-                         const char* name = "grads") {
-  const auto dtype = compute_dtype(grads[0].scalar_type(), params[0].scalar_type());
-  TORCH_CHECK(ratios.dim() == 1 && ratios.is_contiguous() && ratios.scalar_type() == dtype, op,
-              ": expected ratios to be a contiguous vector of ", dtype, " (got: shape ", ratios.sizes(), ", ",
-              ratios.scalar_type(), ")");
-  check_length(op, "ratios", ratios.size(0), name, grads.size());
-  TORCH_CHECK(ratios.device() == grads[0].device(), op, ": expected tensors on one device (", name,
-              "[0]: ", grads[0].device(), ", ratios: ", ratios.device(), ")");
+inline void check(const TrustRatiosArguments& arguments) {
+  const char* const op = TrustRatiosArguments::kOp;
+  const char* const than = "param_squared_norms";
+  const at::Tensor& params = arguments.param_squared_norms;
+  const at::Tensor& grads = arguments.grad_squared_norms;
+  check_squared_norms(op, than, params);
+  check_squared_norms(op, "grad_squared_norms", grads);
+  const size_t layers = params.size(0);
+  check_length(op, "grad_squared_norms", grads.size(0), than, layers);
+  TORCH_CHECK(params.device() == grads.device(), op, ": expected tensors on one device (", than, ": ", params.device(),
+              ", grad_squared_norms: ", grads.device(), ")");
+  check_numbers(op, "weight_decays", arguments.weight_decays, than, layers);
+  check_numbers(op, "trust_coefs", arguments.trust_coefs, than, layers, is_positive);
+  check_numbers(op, "eps", arguments.eps, than, layers);
+  TORCH_CHECK(arguments.dtype == c10::kDouble || arguments.dtype == c10::kFloat, op,
+              ": expected float64 or float32 (dtype: ", arguments.dtype, ")");
+  check_lrs(op, arguments.lrs, arguments.lr_scale, than, layers, params.device(),
+            arguments.clip || arguments.of_updates);
 }
 
-// What a step of SGD takes, per layer.
-struct SgdArguments {
-  at::TensorList params;
-  at::TensorList grads;
-  at::TensorList momentum_buffers;  // empty: no momentum
-  at::ArrayRef<double> weight_decays;
-  at::ArrayRef<double> lrs;
-  at::ArrayRef<double> momentums;
-  at::ArrayRef<double> dampenings;
-  bool nesterov;
-  bool maximize;
-  const std::optional<at::Tensor>& lr_scale;
-  const std::optional<at::Tensor>& inv_scale;
-};
+// What scale_gradients_ and sgd_ have in common.
+template <typename Arguments>
+void check_layers(const Arguments& arguments, bool lrs_are_needed, at::ArrayRef<double> free_where_zero) {
+  const char* const op = Arguments::kOp;
+  const auto& [grads, params] = std::tie(arguments.grads, arguments.params);
+  check_pairs(op, "grads", grads, "params", params);
+  check_numbers(op, "weight_decays", arguments.weight_decays, "grads", grads.size());
+  check_shapes(op, "grads", grads, "params", params, free_where_zero);
+  check_needs(op, "decayed_norm", "is True", arguments.decayed_norm, "trust_coefs", measures(arguments));
+  check_ratios(arguments, arguments.ratios, "grads", grads, params);
+  check_lrs(op, arguments.lrs, arguments.lr_scale, "grads", grads.size(), grads[0].device(), lrs_are_needed);
+  check_scale(op, "inv_scale", arguments.inv_scale, c10::kFloat, grads[0].device());
+}
 
-inline void check_sgd(const char* op, const SgdArguments& sgd) {
-  check_layers(op, sgd.grads, sgd.params, sgd.weight_decays, /*equal_shapes=*/true);
-  check_writable(op, "params", sgd.params);
-  check_length(op, "lrs", sgd.lrs.size(), "grads", sgd.grads.size());
-  check_length(op, "momentums", sgd.momentums.size(), "grads", sgd.grads.size());
-  check_length(op, "dampenings", sgd.dampenings.size(), "grads", sgd.grads.size());
-  check_numbers(op, "lrs", sgd.lrs, true);
-  check_numbers(op, "momentums", sgd.momentums, true);
-  for (size_t i = 0; i < sgd.dampenings.size(); ++i) {
-    TORCH_CHECK(std::isfinite(sgd.dampenings[i]), op, ": expected finite numbers (dampenings[", i,
-                "]: ", sgd.dampenings[i], ")");
-  }
-  const at::Tensor& param = sgd.params[0];
-  if (sgd.momentum_buffers.empty()) {
-    for (size_t i = 0; i < sgd.momentums.size(); ++i) {
-      TORCH_CHECK(sgd.momentums[i] == 0, op, ": expected momentum_buffers where there is momentum (momentums[", i,
-                  "]: ", sgd.momentums[i], ")");
+inline void check(const ScaleGradientsArguments& arguments) {
+  // Of a layer that does not decay, only the norm of the parameter is read.
+  const auto free_where_zero = measures(arguments) ? at::ArrayRef<double>() : arguments.weight_decays;
+  check_layers(arguments, arguments.clip || arguments.lr_in_momentum, free_where_zero);
+  check_writable(ScaleGradientsArguments::kOp, "grads", arguments.grads);
+}
+
+inline void check(const ScaleUpdatesArguments& arguments) {
+  const char* const op = ScaleUpdatesArguments::kOp;
+  const auto& [params, old_params] = std::tie(arguments.params, arguments.old_params);
+  check_pairs(op, "params", params, "old_params", old_params);
+  TORCH_CHECK(params[0].scalar_type() == old_params[0].scalar_type(), op,
+              ": expected params and old_params of one dtype (params[0]: ", params[0].scalar_type(),
+              ", old_params[0]: ", old_params[0].scalar_type(), ")");
+  check_shapes(op, "params", params, "old_params", old_params);
+  check_writable(op, "params", params);
+  check_ratios(arguments, arguments.ratios, "params", params, old_params);
+  check_needs(op, "lrs", "are given", !arguments.lrs.empty(), "trust_coefs", measures(arguments));
+  check_lrs(op, arguments.lrs, arguments.lr_scale, "params", params.size(), params[0].device(), measures(arguments));
+}
+
+inline void check(const SgdArguments& arguments) {
+  const char* const op = SgdArguments::kOp;
+  const size_t layers = arguments.grads.size();
+  check_layers(arguments, /*lrs_are_needed=*/true, /*free_where_zero=*/{});
+  check_writable(op, "params", arguments.params);
+  check_numbers(op, "momentums", arguments.momentums, "grads", layers);
+  check_numbers(op, "dampenings", arguments.dampenings, "grads", layers, is_finite);
+  const at::TensorList buffers = arguments.momentum_buffers;
+  if (buffers.empty()) {
+    for (size_t i = 0; i < layers; ++i) {
+      TORCH_CHECK(arguments.momentums[i] == 0, op, ": expected momentum_buffers where there is momentum (momentums[", i,
+                  "]: ", arguments.momentums[i], ")");
     }
-    TORCH_CHECK(!sgd.nesterov, op, ": expected momentum_buffers where nesterov is True");
-  } else {
-    check_tensors(op, "momentum_buffers", sgd.momentum_buffers);
-    check_length(op, "momentum_buffers", sgd.momentum_buffers.size(), "grads", sgd.grads.size());
-    check_writable(op, "momentum_buffers", sgd.momentum_buffers);
-    const at::Tensor& buffer = sgd.momentum_buffers[0];
-    TORCH_CHECK(buffer.device() == param.device(), op, ": expected tensors on one device (params[0]: ", param.device(),
-                ", momentum_buffers[0]: ", buffer.device(), ")");
-    TORCH_CHECK(buffer.scalar_type() == param.scalar_type() ||
-                    (param.element_size() == 2 && buffer.scalar_type() == c10::kFloat),
-                op,
-                ": expected momentum_buffers of the dtype of params, or of float32 for 16-bit ones "
-                "(params[0]: ",
-                param.scalar_type(), ", momentum_buffers[0]: ", buffer.scalar_type(), ")");
-    for (size_t i = 0; i < sgd.params.size(); ++i) {
-      TORCH_CHECK(sgd.momentum_buffers[i].sizes() == sgd.params[i].sizes(), op,
-                  ": expected params and momentum_buffers of one shape (params[", i, "]: ", sgd.params[i].sizes(),
-                  ", momentum_buffers[", i, "]: ", sgd.momentum_buffers[i].sizes(), ")");
-    }
+    check_needs(op, "nesterov", "is True", arguments.nesterov, "momentum_buffers", false);
+    return;
   }
-  check_lr_scale(op, sgd.lr_scale, param.device());
-  check_inv_scale(op, sgd.inv_scale, param.device());
+  check_tensors(op, "momentum_buffers", buffers);
+  check_length(op, "momentum_buffers", buffers.size(), "grads", layers);
+  check_writable(op, "momentum_buffers", buffers);
+  const at::Tensor& param = arguments.params[0];
+  const at::Tensor& buffer = buffers[0];
+  TORCH_CHECK(buffer.device() == param.device(), op, ": expected tensors on one device (params[0]: ", param.device(),
+              ", momentum_buffers[0]: ", buffer.device(), ")");
+  TORCH_CHECK(
+      buffer.scalar_type() == param.scalar_type() || (param.element_size() == 2 && buffer.scalar_type() == c10::kFloat),
+      op,
+      ": expected momentum_buffers of the dtype of params, or of float32 for 16-bit ones "
+      "(params[0]: ",
+      param.scalar_type(), ", momentum_buffers[0]: ", buffer.scalar_type(), ")");
+  check_shapes(op, "params", arguments.params, "momentum_buffers", buffers);
 }
 
 }  // namespace torchlars

@@ -8,6 +8,7 @@
 
 #include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/dispatch/Dispatcher.h>
+#include <ATen/ops/empty.h>
 #include <c10/util/flat_hash_map.h>
 #include <pybind11/stl.h>
 #include <torch/csrc/autograd/python_variable.h>
@@ -17,10 +18,13 @@
 #include <functional>
 #include <memory>
 #include <optional>
+#include <string>
+#include <tuple>
 #include <utility>
 #include <variant>
 #include <vector>
 
+#include "arguments.h"
 #include "checks.h"
 #include "layers.h"
 
@@ -201,26 +205,21 @@ Bucket& bucket_for(std::vector<std::shared_ptr<Bucket>>& buckets, const Key& key
   return *buckets.emplace_back(std::make_shared<Bucket>(key));
 }
 
-// An op of this library, called as from Python, below autograd.
-template <typename Signature>
-class Op {
- public:
-  explicit Op(const char* name)
-      : handle_(c10::Dispatcher::singleton().findSchemaOrThrow(name, "").typed<Signature>()) {}
+// Calls an op through the dispatcher, as from Python, below autograd.
+template <typename Arguments>
+void call(const Arguments& arguments) {
+  static const auto op = c10::Dispatcher::singleton()
+                             .findSchemaOrThrow((std::string("torchlars::") + Arguments::kOp).c_str(), "")
+                             .template typed<Signature<Arguments>>();
+  const at::AutoDispatchBelowADInplaceOrView no_autograd;
+  std::apply([](const auto&... values) { op.call(values...); }, arguments.tie());
+}
 
-  template <typename... Arguments>
-  auto operator()(Arguments&&... arguments) const {
-    const py::gil_scoped_release no_gil;
-    const at::AutoDispatchBelowADInplaceOrView no_autograd;
-    return handle_.call(std::forward<Arguments>(arguments)...);
-  }
-
- private:
-  c10::TypedOperatorHandle<Signature> handle_;
-};
-
-using Floats = at::ArrayRef<double>;
-using Scalar = const std::optional<at::Tensor>&;
+// A vector for the trust ratios of layers whose gradients and parameters are of one dtype.
+at::Tensor empty_ratios(const Tensors& grads) {
+  const auto dtype = compute_dtype(grads[0].scalar_type(), grads[0].scalar_type());
+  return at::empty({static_cast<int64_t>(grads.size())}, grads[0].options().dtype(dtype));
+}
 
 // A learning rate as Python has it: a number, or a tensor whose value the host does not know.
 using Lr = std::variant<double, at::Tensor>;
@@ -283,13 +282,23 @@ struct LarsBucket {
   Numbers lrs;
 
   // Scales the gradients. Returns the trust ratios.
-  at::Tensor adapt(const std::optional<at::Tensor>& inv_scale) {
-    static const Op<at::Tensor(at::TensorList, at::TensorList, Floats, Floats, Floats, bool, Floats, Scalar, bool, bool,
-                               bool, Scalar)>
-        op("torchlars::scale_by_trust_ratios_");
-    return op(grads, params.tensors(), weight_decays, trust_coefs, eps, key.maximize, lrs, lr_scale_of(lr, key.device),
-              key.dialect.decayed_norm, key.dialect.clip, key.dialect.lr_in_momentum,
-              inv_scale_on(key.device, inv_scale));
+  at::Tensor adapt(const std::optional<at::Tensor>& inv_scale) const {
+    ScaleGradientsArguments arguments;
+    arguments.grads = grads;
+    arguments.params = params.tensors();
+    arguments.maximize = key.maximize;
+    arguments.weight_decays = weight_decays;
+    arguments.decayed_norm = key.dialect.decayed_norm;
+    arguments.ratios = empty_ratios(grads);
+    arguments.trust_coefs = trust_coefs;
+    arguments.eps = eps;
+    arguments.clip = key.dialect.clip;
+    arguments.lrs = lrs;
+    arguments.lr_in_momentum = key.dialect.lr_in_momentum;
+    arguments.lr_scale = lr_scale_of(lr, key.device);
+    arguments.inv_scale = inv_scale_on(key.device, inv_scale);
+    call(arguments);
+    return *arguments.ratios;
   }
 };
 
@@ -364,23 +373,29 @@ struct SgdBucket {
   Numbers dampenings;
 
   // Takes the step. Returns the trust ratios, if there are any.
-  std::optional<at::Tensor> update(const std::optional<at::Tensor>& given_inv_scale) {
-    static const Op<void(at::TensorList, at::TensorList, at::TensorList, Scalar, Floats, Floats, Floats, Floats, bool,
-                         bool, Scalar, Scalar)>
-        sgd("torchlars::sgd_");
-    static const Op<at::Tensor(at::TensorList, at::TensorList, at::TensorList, Floats, Floats, Floats, Floats, Floats,
-                               Floats, bool, bool, Scalar, bool, bool, bool, Scalar)>
-        lars_sgd("torchlars::lars_sgd_");
-    const auto lr_scale = lr_scale_of(lr, key.device);
-    const auto inv_scale = inv_scale_on(key.device, given_inv_scale);
+  std::optional<at::Tensor> update(const std::optional<at::Tensor>& inv_scale) const {
+    SgdArguments arguments;
+    arguments.params = params.tensors();
+    arguments.grads = grads;
+    arguments.momentum_buffers = momentum_buffers.tensors();
+    arguments.maximize = key.maximize;
+    arguments.weight_decays = weight_decays;
+    arguments.lrs = lrs;
+    arguments.lr_scale = lr_scale_of(lr, key.device);
+    arguments.momentums = momentums;
+    arguments.dampenings = dampenings;
+    arguments.nesterov = key.nesterov;
+    arguments.inv_scale = inv_scale_on(key.device, inv_scale);
     if (key.is_adapted) {
-      return lars_sgd(params.tensors(), grads, momentum_buffers.tensors(), weight_decays, trust_coefs, eps, lrs,
-                      momentums, dampenings, key.nesterov, key.maximize, lr_scale, key.dialect.decayed_norm,
-                      key.dialect.clip, key.dialect.lr_in_momentum, inv_scale);
+      arguments.decayed_norm = key.dialect.decayed_norm;
+      arguments.lr_in_momentum = key.dialect.lr_in_momentum;
+      arguments.ratios = empty_ratios(grads);
+      arguments.trust_coefs = trust_coefs;
+      arguments.eps = eps;
+      arguments.clip = key.dialect.clip;
     }
-    sgd(params.tensors(), grads, momentum_buffers.tensors(), std::nullopt, weight_decays, lrs, momentums, dampenings,
-        key.nesterov, key.maximize, lr_scale, inv_scale);
-    return std::nullopt;
+    call(arguments);
+    return arguments.ratios;
   }
 };
 
@@ -488,6 +503,7 @@ std::vector<int64_t> overlapping(const Tensors& tensors) {
 }  // namespace
 
 void bind_eager_door(py::module_& m) {
+  const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("has_memory", &has_memory, py::arg("tensor"), "Return whether a tensor's storage is as large as the tensor.");
   m.def("overlapping", &overlapping, py::arg("tensors"),
         "Return the positions of those tensors whose memory overlaps that of another one.");
@@ -500,7 +516,7 @@ void bind_eager_door(py::module_& m) {
       py::arg("params"), "Return the positions of all items whose type is not exactly nn.Parameter.");
   py::class_<LarsBucket, std::shared_ptr<LarsBucket>>(m, "LarsBucket", "Plain layers that one call adapts.")
       .def_property_readonly("params", [](const LarsBucket& bucket) { return bucket.params.objects(); })
-      .def("adapt", &LarsBucket::adapt, py::arg("inv_scale") = py::none(),
+      .def("adapt", &LarsBucket::adapt, py::arg("inv_scale") = py::none(), no_gil,
            "Scale the gradients, and return the trust ratios.");
   py::class_<LarsLayers>(m, "LarsLayers", "The plain layers of one step, in buckets.")
       .def(py::init<>())
@@ -513,7 +529,7 @@ void bind_eager_door(py::module_& m) {
       .def_readonly("versions", &LarsLayers::versions, "The sum of the versions of all parameters.");
   py::class_<SgdBucket, std::shared_ptr<SgdBucket>>(m, "SgdBucket", "Plain layers that one call updates.")
       .def_property_readonly("params", [](const SgdBucket& bucket) { return bucket.params.objects(); })
-      .def("update", &SgdBucket::update, py::arg("inv_scale") = py::none(),
+      .def("update", &SgdBucket::update, py::arg("inv_scale") = py::none(), no_gil,
            "Step. Return the trust ratios, or None where none are applied.");
   py::class_<SgdLayers>(m, "SgdLayers", "The plain layers of one step of SGD, in buckets.")
       .def(py::init<>())

@@ -7,7 +7,7 @@
 #include <utility>
 #include <vector>
 
-#include "checks.h"
+#include "arguments.h"
 #include "trust_ratio.h"
 
 namespace torchlars {
@@ -37,9 +37,12 @@ inline bool same_strides(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
-// Dense, and in the memory order of another dense tensor, so that the two can be swept side by side.
+// Dense, and in the memory order of another dense tensor, so that the two can be swept side by side. Lazy conjugations
+// are resolved, as the dispatcher does not do it in an optional list of tensors.
 inline Swept beside(const at::Tensor& other, const at::Tensor& tensor, c10::ScalarType dtype) {
-  if (tensor.scalar_type() == dtype && tensor.is_non_overlapping_and_dense() && same_strides(other, tensor)) {
+  const bool is_lazy = tensor.is_conj() || tensor.is_neg();
+  if (tensor.scalar_type() == dtype && tensor.is_non_overlapping_and_dense() && same_strides(other, tensor) &&
+      !is_lazy) {
     return Swept::borrowed(tensor);
   }
   at::Tensor copy = other.new_empty_strided(other.sizes(), other.strides(), tensor.options().dtype(dtype));
@@ -90,15 +93,32 @@ struct Addends {
   at::ArrayRef<double> scales;  // empty: nothing at all
 };
 
-// The scales of what is added to gradients: their decay, if that is measured with them.
-inline std::vector<double> scales_of(at::ArrayRef<double> weight_decays, bool maximize, const RatioOptions& options) {
+// The scales of the parameters that are added to gradients before these are measured: their decay, with decayed_norm.
+template <typename Arguments>
+std::vector<double> decays_in_norm(const Arguments& arguments) {
   std::vector<double> scales;
-  if (options.decayed_norm) {
-    for (const double weight_decay : weight_decays) {
-      scales.push_back(maximize ? -weight_decay : weight_decay);
+  if (arguments.decayed_norm) {
+    for (const double weight_decay : arguments.weight_decays) {
+      scales.push_back(arguments.maximize ? -weight_decay : weight_decay);
     }
   }
   return scales;
+}
+
+// How scale_gradients_ and sgd_ decide trust ratios.
+template <typename Arguments>
+RatioOptions ratio_options(const Arguments& arguments) {
+  RatioOptions options;
+  options.decayed_norm = arguments.decayed_norm;
+  options.clip = arguments.clip;
+  return options;
+}
+
+// Lets autograd know that a tensor was written.
+inline void note_write(const at::Tensor& tensor) {
+  if (!tensor.is_inference()) {
+    tensor.unsafeGetTensorImpl()->bump_version();
+  }
 }
 
 // Puts what was computed where the user's is, in the same tensor object, and lets autograd know.
@@ -106,9 +126,7 @@ inline void write_back(const Swept& computed, const at::Tensor& tensor) {
   if (!computed->is_same(tensor)) {
     tensor.copy_(*computed);
   }
-  if (!tensor.is_inference()) {
-    tensor.unsafeGetTensorImpl()->bump_version();
-  }
+  note_write(tensor);
 }
 
 // Numbers in memory: a complex one is two of them.

@@ -1,5 +1,6 @@
-// The register: what the ops are called and take. What they mean is in torchlars/ops.py, what they compute in the
-// folders cpu/ and cuda/ and, for every other device, in torchlars/reference.py.
+// Schemas of the ops, their registration for CPU and CUDA, and the Python module. The ops are documented in
+// torchlars/reference.py, which also computes them on every other device.
+#include <ATen/core/LegacyTypeDispatch.h>
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 #include <torch/library.h>
@@ -9,13 +10,28 @@
 #include <utility>
 #include <vector>
 
+#include "arguments.h"
+#include "checks.h"
 #include "eager.h"
 #include "plan.h"
 
+namespace torchlars::cpu {
+at::Tensor squared_norms(const SquaredNormsArguments& arguments);
+at::Tensor trust_ratios(const TrustRatiosArguments& arguments);
+void scale_gradients_(const ScaleGradientsArguments& arguments);
+void scale_updates_(const ScaleUpdatesArguments& arguments);
+void sgd_(const SgdArguments& arguments);
+}  // namespace torchlars::cpu
+
 #ifdef TORCHLARS_WITH_CUDA
 namespace torchlars::cuda {
+at::Tensor squared_norms(const SquaredNormsArguments& arguments);
+at::Tensor trust_ratios(const TrustRatiosArguments& arguments);
+void scale_gradients_(const ScaleGradientsArguments& arguments);
+void scale_updates_(const ScaleUpdatesArguments& arguments);
+void sgd_(const SgdArguments& arguments);
 void set_run_bytes(int64_t bytes);
-}
+}  // namespace torchlars::cuda
 #endif
 
 namespace {
@@ -42,36 +58,70 @@ torchlars::Plan plan_of(const char* function, std::vector<int64_t> numels) {
   return torchlars::Plan(std::move(numels));
 }
 
+// What the dispatcher calls on a device: makes one struct of the arguments, checks it, and calls the device's function.
+template <typename Arguments, typename Arguments::Result (*kFunction)(const Arguments&),
+          typename Signature = torchlars::Signature<Arguments>>
+struct Kernel;
+
+template <typename Arguments, typename Arguments::Result (*kFunction)(const Arguments&), typename Result,
+          typename... Parameters>
+struct Kernel<Arguments, kFunction, Result(Parameters...)> {
+  static Result call(Parameters... parameters) {
+    const at::AutoDispatchBelowADInplaceOrView no_autograd;
+    const Arguments arguments{parameters...};
+    torchlars::check(arguments);
+    return kFunction(arguments);
+  }
+};
+
+template <typename Arguments, typename Arguments::Result (*kFunction)(const Arguments&)>
+void implement(torch::Library& m) {
+  m.impl(Arguments::kOp, Kernel<Arguments, kFunction>::call);
+}
+
 }  // namespace
 
+// Keyword-only after the tensors, and no two bools in a row: callers in C++ pass all of them by position.
 TORCH_LIBRARY(torchlars, m) {
-  m.def("squared_norms(Tensor[] tensors, Tensor? inv_scale=None) -> Tensor");
-  m.def("squared_norms_of_sums(Tensor[] tensors, Tensor[] others, float[] scales, Tensor? inv_scale=None) -> Tensor");
   m.def(
-      "trust_ratios(Tensor param_squared_norms, Tensor grad_squared_norms, float[] weight_decays, "
-      "float[] trust_coefs, float[] eps, ScalarType dtype, float[] lrs=[], Tensor? lr_scale=None, bool clip=False, "
-      "bool of_updates=False) -> Tensor");
+      "squared_norms(Tensor[] tensors, *, Tensor[]? others=None, float[] scales=[], Tensor? inv_scale=None) -> Tensor");
   m.def(
-      "apply_trust_ratios_(Tensor(a!)[] grads, Tensor[] params, Tensor ratios, float[] weight_decays, bool maximize, "
-      "float[] lrs=[], Tensor? lr_scale=None, Tensor? inv_scale=None) -> ()");
+      "trust_ratios(Tensor param_squared_norms, Tensor grad_squared_norms, *, float[] weight_decays, "
+      "float[] trust_coefs, float[] eps, ScalarType dtype, bool clip=False, float[] lrs=[], bool of_updates=False, "
+      "Tensor? lr_scale=None) -> Tensor");
   m.def(
-      "scale_by_trust_ratios_(Tensor(a!)[] grads, Tensor[] params, float[] weight_decays, float[] trust_coefs, "
-      "float[] eps, bool maximize, float[] lrs=[], Tensor? lr_scale=None, bool decayed_norm=False, bool clip=False, "
-      "bool lr_in_momentum=False, Tensor? inv_scale=None) -> Tensor");
-  m.def("apply_trust_ratios_to_updates_(Tensor(a!)[] params, Tensor[] old_params, Tensor ratios) -> ()");
+      "scale_gradients_(Tensor(a!)[] grads, Tensor[] params, *, bool maximize, float[] weight_decays, "
+      "bool decayed_norm=False, Tensor(b!)? ratios=None, float[] trust_coefs=[], float[] eps=[], bool clip=False, "
+      "float[] lrs=[], bool lr_in_momentum=False, Tensor? lr_scale=None, Tensor? inv_scale=None) -> ()");
   m.def(
-      "scale_updates_by_trust_ratios_(Tensor(a!)[] params, Tensor[] old_params, float[] trust_coefs, float[] eps, "
-      "float[] lrs, bool clip, Tensor? lr_scale=None) -> Tensor");
+      "scale_updates_(Tensor(a!)[] params, Tensor[] old_params, *, Tensor(b!) ratios, float[] trust_coefs=[], "
+      "float[] eps=[], bool clip=False, float[] lrs=[], Tensor? lr_scale=None) -> ()");
   m.def(
-      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, Tensor? ratios, "
-      "float[] weight_decays, float[] lrs, float[] momentums, float[] dampenings, bool nesterov, bool maximize, "
-      "Tensor? lr_scale=None, Tensor? inv_scale=None) -> ()");
-  m.def(
-      "lars_sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, float[] weight_decays, "
-      "float[] trust_coefs, float[] eps, float[] lrs, float[] momentums, float[] dampenings, bool nesterov, "
-      "bool maximize, Tensor? lr_scale=None, bool decayed_norm=False, bool clip=False, bool lr_in_momentum=False, "
-      "Tensor? inv_scale=None) -> Tensor");
+      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, *, bool maximize, "
+      "float[] weight_decays, bool decayed_norm=False, float[] lrs, bool lr_in_momentum=False, Tensor? lr_scale=None, "
+      "float[] momentums, float[] dampenings, bool nesterov=False, Tensor(c!)? ratios=None, float[] trust_coefs=[], "
+      "float[] eps=[], bool clip=False, Tensor? inv_scale=None) -> ()");
 }
+
+TORCH_LIBRARY_IMPL(torchlars, CPU, m) {
+  using namespace torchlars;
+  implement<SquaredNormsArguments, cpu::squared_norms>(m);
+  implement<TrustRatiosArguments, cpu::trust_ratios>(m);
+  implement<ScaleGradientsArguments, cpu::scale_gradients_>(m);
+  implement<ScaleUpdatesArguments, cpu::scale_updates_>(m);
+  implement<SgdArguments, cpu::sgd_>(m);
+}
+
+#ifdef TORCHLARS_WITH_CUDA
+TORCH_LIBRARY_IMPL(torchlars, CUDA, m) {
+  using namespace torchlars;
+  implement<SquaredNormsArguments, cuda::squared_norms>(m);
+  implement<TrustRatiosArguments, cuda::trust_ratios>(m);
+  implement<ScaleGradientsArguments, cuda::scale_gradients_>(m);
+  implement<ScaleUpdatesArguments, cuda::scale_updates_>(m);
+  implement<SgdArguments, cuda::sgd_>(m);
+}
+#endif
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "Loads the ops of torchlars into torch.ops.torchlars.";

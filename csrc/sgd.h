@@ -11,8 +11,8 @@ namespace torchlars {
 template <typename T>
 struct SgdNumbers {
   // lr_in_momentum: lr multiplies the ratio, and with it what the momentum collects, instead of the step.
-  C10_HOST_DEVICE SgdNumbers(double ratio, double weight_decay, double lr, double momentum, double dampening,
-                             bool maximize, bool lr_in_momentum, double inv_scale)
+  C10_HOST_DEVICE SgdNumbers(double ratio, double weight_decay, bool maximize, double lr, bool lr_in_momentum,
+                             double momentum, double dampening, double inv_scale)
       : ratio(static_cast<T>((maximize ? -ratio : ratio) * (lr_in_momentum ? lr : 1))),
         weight_decay(static_cast<T>(maximize ? -weight_decay : weight_decay)),
         lr(static_cast<T>(lr_in_momentum ? 1 : lr)),

@@ -2,9 +2,7 @@
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/ops/empty.h>
-#include <torch/library.h>
 
 #include <algorithm>
 #include <array>
@@ -12,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "../checks.h"
+#include "../arguments.h"
 #include "../layers.h"
 #include "../plan.h"
 #include "../sgd.h"
@@ -70,7 +68,7 @@ using AddSquaresOfSums = void (*)(Lanes& lanes, const void* x, const void* y, Ra
 
 AddSquaresOfSums add_squares_of_sums_of(c10::ScalarType dtype) {
   AddSquaresOfSums function = nullptr;
-  TORCHLARS_DISPATCH(dtype, "squared_norms_of_sums", [&] {
+  TORCHLARS_DISPATCH(dtype, "squared_norms", [&] {
     function = [](Lanes& lanes, const void* x, const void* y, Range range, double scale) {
       cpu::add_squares_of_sums(lanes, static_cast<const scalar_t*>(x) + range.begin,
                                static_cast<const scalar_t*>(y) + range.begin, range.end - range.begin, scale);
@@ -149,25 +147,35 @@ std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::arr
 }
 
 // The learning rate of each layer; none where none was given.
-std::vector<double> values_of(const Lrs& given) {
-  const double lr_scale = given.lr_scale.has_value() ? *given.lr_scale->const_data_ptr<double>() : 1;
-  std::vector<double> lrs;
-  lrs.reserve(given.lrs.size());
-  for (const double lr : given.lrs) {
-    lrs.push_back(lr * lr_scale);
+std::vector<double> values_of(at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_scale) {
+  const double scale = lr_scale.has_value() ? *lr_scale->const_data_ptr<double>() : 1;
+  std::vector<double> values;
+  values.reserve(lrs.size());
+  for (const double lr : lrs) {
+    values.push_back(lr * scale);
   }
-  return lrs;
+  return values;
 }
 
 double value_of(const std::optional<at::Tensor>& inv_scale) {
   return inv_scale.has_value() ? *inv_scale->const_data_ptr<float>() : 1;
 }
 
+// The trust ratios that were given, or 1 for each layer.
+std::vector<double> values_of_ratios(const std::optional<at::Tensor>& ratios, size_t layers) {
+  if (!ratios.has_value()) {
+    return std::vector<double>(layers, 1);
+  }
+  const at::Tensor values = ratios->to(c10::kDouble);
+  const auto* const first = values.const_data_ptr<double>();
+  return {first, first + layers};
+}
+
 using Adapt = void (*)(void* grad, const void* param, Range range, double weight_decay, double ratio, double inv_scale);
 
 Adapt adapt_of(c10::ScalarType dtype) {
   Adapt function = nullptr;
-  TORCHLARS_DISPATCH(dtype, "apply_trust_ratios_", [&] {
+  TORCHLARS_DISPATCH(dtype, "scale_gradients_", [&] {
     function = [](void* grad, const void* param, Range range, double weight_decay, double ratio, double inv_scale) {
       using compute_t = at::opmath_type<scalar_t>;
       cpu::adapt(static_cast<scalar_t*>(grad) + range.begin,
@@ -182,29 +190,32 @@ Adapt adapt_of(c10::ScalarType dtype) {
 // Where threads write. Asked for before they begin: memory that is shared until it is written is copied then.
 void* writable(const Swept& swept) { return swept->mutable_data_ptr(); }
 
-// Adapts gradients in place, given their trust ratios; times their lrs, if there are any.
-void adapt(const Plan& plan, at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays,
-           at::ArrayRef<double> ratios, at::ArrayRef<double> lrs, bool maximize, double inv_scale) {
+// Scales the gradients of layers [run.begin, run.end), given the trust ratios of all layers and, with lr_in_momentum,
+// their lrs.
+void scale_gradients(const ScaleGradientsArguments& arguments, const Plan& plan, Range run, at::ArrayRef<double> ratios,
+                     at::ArrayRef<double> lrs) {
+  const double inv_scale = value_of(arguments.inv_scale);
   if (inv_scale == 0) {
     return;
   }
   std::vector<Pair> layers;
   std::vector<void*> written;
-  layers.reserve(grads.size());
-  written.reserve(grads.size());
-  for (size_t i = 0; i < grads.size(); ++i) {
-    layers.emplace_back(grads[i], params[i], weight_decays[i]);
-    written.push_back(writable(layers[i].grad));
+  layers.reserve(run.end - run.begin);
+  written.reserve(run.end - run.begin);
+  for (int64_t i = run.begin; i < run.end; ++i) {
+    layers.emplace_back(arguments.grads[i], arguments.params[i], arguments.weight_decays[i]);
+    written.push_back(writable(layers.back().grad));
   }
   const Adapt adapt_range = adapt_of(real_dtype(*layers[0].grad));
-  const double sign = maximize ? -1 : 1;
+  const double sign = arguments.maximize ? -1 : 1;
   for_chunks(plan, real_size(*layers[0].grad), Order::kBackwards, [&](int64_t i, int64_t, Range range) {
     const void* param = layers[i].param->defined() ? layers[i].param->const_data_ptr() : nullptr;
-    const double factor = lrs.empty() ? ratios[i] : ratios[i] * lrs[i];
-    adapt_range(written[i], param, range, sign * weight_decays[i], factor, inv_scale);
+    const int64_t layer = run.begin + i;
+    const double factor = arguments.lr_in_momentum ? ratios[layer] * lrs[layer] : ratios[layer];
+    adapt_range(written[i], param, range, sign * arguments.weight_decays[layer], factor, inv_scale);
   });
-  for (size_t i = 0; i < grads.size(); ++i) {
-    write_back(layers[i].grad, grads[i]);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    write_back(layers[i].grad, arguments.grads[run.begin + i]);
   }
 }
 
@@ -212,7 +223,7 @@ using ScaleUpdate = void (*)(void* param, const void* old_param, Range range, do
 
 ScaleUpdate scale_update_of(c10::ScalarType dtype) {
   ScaleUpdate function = nullptr;
-  TORCHLARS_DISPATCH(dtype, "apply_trust_ratios_to_updates_", [&] {
+  TORCHLARS_DISPATCH(dtype, "scale_updates_", [&] {
     function = [](void* param, const void* old_param, Range range, double ratio) {
       cpu::scale_update(static_cast<scalar_t*>(param) + range.begin,
                         static_cast<const scalar_t*>(old_param) + range.begin, range.end - range.begin,
@@ -222,24 +233,26 @@ ScaleUpdate scale_update_of(c10::ScalarType dtype) {
   return function;
 }
 
-// Scales updates in place, given their trust ratios. What has the ratio 1 is not touched.
-void scale_updates(const Plan& plan, at::TensorList params, at::TensorList old_params, at::ArrayRef<double> ratios) {
+// Scales the updates of layers [run.begin, run.end), given the trust ratios of all layers. What has the ratio 1 is not
+// written.
+void scale_updates(const ScaleUpdatesArguments& arguments, const Plan& plan, Range run, at::ArrayRef<double> ratios) {
   std::vector<Pair> layers;
   std::vector<void*> written;
-  layers.reserve(params.size());
-  written.reserve(params.size());
-  for (size_t i = 0; i < params.size(); ++i) {
-    layers.emplace_back(params[i], old_params[i], 1);
-    written.push_back(writable(layers[i].grad));
+  layers.reserve(run.end - run.begin);
+  written.reserve(run.end - run.begin);
+  for (int64_t i = run.begin; i < run.end; ++i) {
+    layers.emplace_back(arguments.params[i], arguments.old_params[i], 1);
+    written.push_back(writable(layers.back().grad));
   }
-  const ScaleUpdate scale_range = scale_update_of(real_dtype(params[0]));
-  for_chunks(plan, real_size(params[0]), Order::kBackwards, [&](int64_t i, int64_t, Range range) {
-    if (ratios[i] != 1) {
-      scale_range(written[i], layers[i].param->const_data_ptr(), range, ratios[i]);
+  const auto dtype = real_dtype(*layers[0].grad);
+  const ScaleUpdate scale_range = scale_update_of(dtype);
+  for_chunks(plan, real_size(*layers[0].grad), Order::kBackwards, [&](int64_t i, int64_t, Range range) {
+    if (const double ratio = ratios[run.begin + i]; ratio != 1) {
+      scale_range(written[i], layers[i].param->const_data_ptr(), range, ratio);
     }
   });
-  for (size_t i = 0; i < params.size(); ++i) {
-    write_back(layers[i].grad, params[i]);
+  for (size_t i = 0; i < layers.size(); ++i) {
+    write_back(layers[i].grad, arguments.params[run.begin + i]);
   }
 }
 
@@ -263,10 +276,10 @@ Sgd sgd_of(c10::ScalarType dtype, c10::ScalarType momentum_dtype) {
   return function;
 }
 
-// Steps of SGD for layers [begin, end), with their trust ratios or, where that is empty, without.
-void update(const Plan& plan, const SgdArguments& sgd, Range run, at::ArrayRef<double> ratios, bool lr_in_momentum,
-            Order order) {
-  const double inv_scale = value_of(sgd.inv_scale);
+// Takes the steps of layers [run.begin, run.end), given the trust ratios of all layers and their lrs.
+void update(const SgdArguments& arguments, const Plan& plan, Range run, at::ArrayRef<double> ratios,
+            at::ArrayRef<double> lrs, Order order) {
+  const double inv_scale = value_of(arguments.inv_scale);
   if (inv_scale == 0) {
     return;
   }
@@ -276,25 +289,26 @@ void update(const Plan& plan, const SgdArguments& sgd, Range run, at::ArrayRef<d
   layers.reserve(run.end - run.begin);
   written.reserve(run.end - run.begin);
   numbers.reserve(run.end - run.begin);
-  const double lr_scale = sgd.lr_scale.has_value() ? *sgd.lr_scale->const_data_ptr<double>() : 1;
+  const at::TensorList momentum_buffers = arguments.momentum_buffers;
   for (int64_t i = run.begin; i < run.end; ++i) {
-    layers.emplace_back(sgd.params[i], sgd.grads[i], sgd.momentum_buffers.empty() ? nullptr : &sgd.momentum_buffers[i]);
+    layers.emplace_back(arguments.params[i], arguments.grads[i],
+                        momentum_buffers.empty() ? nullptr : &momentum_buffers[i]);
     const Triple& layer = layers.back();
     written.emplace_back(writable(layer.param), layer.momentum->defined() ? writable(layer.momentum) : nullptr);
-    numbers.emplace_back(ratios.empty() ? 1 : ratios[i], sgd.weight_decays[i], sgd.lrs[i] * lr_scale, sgd.momentums[i],
-                         sgd.dampenings[i], sgd.maximize, lr_in_momentum, inv_scale);
+    numbers.emplace_back(ratios[i], arguments.weight_decays[i], arguments.maximize, lrs[i], arguments.lr_in_momentum,
+                         arguments.momentums[i], arguments.dampenings[i], inv_scale);
   }
   const Triple& first = layers[0];
   const auto dtype = real_dtype(*first.param);
   const Sgd sgd_chunk = sgd_of(dtype, first.momentum->defined() ? real_dtype(*first.momentum) : dtype);
   for_chunks(plan, real_size(*first.param), order, [&](int64_t i, int64_t, Range range) {
     const auto [param, momentum] = written[i];
-    sgd_chunk(param, layers[i].grad->const_data_ptr(), momentum, range, sgd.nesterov, numbers[i]);
+    sgd_chunk(param, layers[i].grad->const_data_ptr(), momentum, range, arguments.nesterov, numbers[i]);
   });
   for (size_t i = 0; i < layers.size(); ++i) {
-    write_back(layers[i].param, sgd.params[run.begin + i]);
+    write_back(layers[i].param, arguments.params[run.begin + i]);
     if (layers[i].momentum->defined()) {
-      write_back(layers[i].momentum, sgd.momentum_buffers[run.begin + i]);
+      write_back(layers[i].momentum, momentum_buffers[run.begin + i]);
     }
   }
 }
@@ -319,18 +333,17 @@ struct RatioNumbers {
   RatioOptions options;
 };
 
-// The trust ratios of all layers, measured in runs, gradients times inv_scale and with what is added to them; each run
-// is handed to sweep(its plan, its layers, all ratios so far) while it is still in cache.
+// Measures layers in runs, gradients times inv_scale and with what is added to them, and writes their trust ratios.
+// Each run is handed to sweep(its plan, its layers, all ratios so far) while it is still in cache.
 template <typename Sweep>
-at::Tensor measure_and_sweep(at::TensorList params, at::TensorList grads, double inv_scale, const RatioNumbers& numbers,
-                             at::ArrayRef<double> scales, Order order, const Sweep& sweep) {
-  const auto dtype = compute_dtype(grads[0].scalar_type(), params[0].scalar_type());
+void measure_and_sweep(at::TensorList params, at::TensorList grads, double inv_scale, const RatioNumbers& numbers,
+                       at::ArrayRef<double> scales, Order order, const at::Tensor& ratios, const Sweep& sweep) {
   std::vector<int64_t> bytes;
   bytes.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     bytes.push_back(static_cast<int64_t>(grads[i].nbytes() + params[i].nbytes()));
   }
-  std::vector<double> ratios(grads.size());
+  std::vector<double> values(grads.size());
   std::vector<Range> runs = runs_within(bytes, kRunBytes);
   if (order == Order::kBackwards) {
     std::reverse(runs.begin(), runs.end());
@@ -344,163 +357,84 @@ at::Tensor measure_and_sweep(at::TensorList params, at::TensorList grads, double
         measure<2>(plan, {run_params, grads.slice(run.begin, count)}, inv_scale, addends);
     for (size_t i = 0; i < count; ++i) {
       const double ratio = numbers.of(run.begin + i, param_norms[i], grad_norms[i]);
-      ratios[run.begin + i] = dtype == c10::kDouble ? ratio : static_cast<float>(ratio);
+      values[run.begin + i] = ratios.scalar_type() == c10::kDouble ? ratio : static_cast<float>(ratio);
     }
-    sweep(plan, run, ratios);
+    sweep(plan, run, values);
   }
-  return vector_of(ratios).to(dtype);
+  ratios.copy_(vector_of(values));
+  note_write(ratios);
 }
 
-at::Tensor squared_norms(at::TensorList tensors, const std::optional<at::Tensor>& inv_scale) {
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_tensors("squared_norms", "tensors", tensors);
-  check_inv_scale("squared_norms", inv_scale, tensors[0].device());
-  return vector_of(measure<1>(plan_of(tensors), {tensors}, value_of(inv_scale))[0]);
-}
-
-at::Tensor squared_norms_of_sums(at::TensorList tensors, at::TensorList others, at::ArrayRef<double> scales,
-                                 const std::optional<at::Tensor>& inv_scale) {
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_sums("squared_norms_of_sums", tensors, others, scales);
-  check_inv_scale("squared_norms_of_sums", inv_scale, tensors[0].device());
-  return vector_of(measure<1>(plan_of(tensors), {tensors}, value_of(inv_scale), {others, scales})[0]);
-}
-
-at::Tensor trust_ratios(const at::Tensor& param_squared_norms, const at::Tensor& grad_squared_norms,
-                        at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
-                        at::ScalarType dtype, at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_scale,
-                        bool clip, bool of_updates) {
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_trust_ratios(param_squared_norms, grad_squared_norms, weight_decays, trust_coefs, eps, dtype, {lrs, lr_scale},
-                     clip || of_updates);
-  const RatioNumbers numbers{weight_decays, trust_coefs, eps, values_of({lrs, lr_scale}), {false, clip, of_updates}};
-  const auto* param_squared_norm = param_squared_norms.const_data_ptr<double>();
-  const auto* grad_squared_norm = grad_squared_norms.const_data_ptr<double>();
-  std::vector<double> ratios;
-  for (size_t i = 0; i < weight_decays.size(); ++i) {
-    ratios.push_back(numbers.of(i, param_squared_norm[i], grad_squared_norm[i]));
-  }
-  return vector_of(ratios).to(dtype);
-}
-
-void apply_trust_ratios_(at::TensorList grads, at::TensorList params, const at::Tensor& ratios,
-                         at::ArrayRef<double> weight_decays, bool maximize, at::ArrayRef<double> lrs,
-                         const std::optional<at::Tensor>& lr_scale, const std::optional<at::Tensor>& inv_scale) {
-  const char* op = "apply_trust_ratios_";
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_layers(op, grads, params, weight_decays, /*equal_shapes=*/false);
-  check_writable(op, "grads", grads);
-  check_ratios(op, ratios, grads, params);
-  check_lrs(op, grads.size(), "grads", {lrs, lr_scale}, grads[0].device(), /*are_needed=*/false);
-  check_inv_scale(op, inv_scale, grads[0].device());
-  const at::Tensor values = ratios.to(c10::kDouble);
-  adapt(plan_of(grads), grads, params, weight_decays, {values.const_data_ptr<double>(), grads.size()},
-        values_of({lrs, lr_scale}), maximize, value_of(inv_scale));
-}
-
-at::Tensor scale_by_trust_ratios_(at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays,
-                                  at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps, bool maximize,
-                                  at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_scale,
-                                  bool decayed_norm, bool clip, bool lr_in_momentum,
-                                  const std::optional<at::Tensor>& inv_scale) {
-  const char* op = "scale_by_trust_ratios_";
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_layers(op, grads, params, weight_decays, /*equal_shapes=*/true);
-  check_writable(op, "grads", grads);
-  check_hyper_parameters(op, grads.size(), "grads", weight_decays, trust_coefs, eps);
-  check_lrs(op, grads.size(), "grads", {lrs, lr_scale}, grads[0].device(), clip || lr_in_momentum);
-  check_inv_scale(op, inv_scale, grads[0].device());
-  const RatioOptions options{decayed_norm, clip};
-  const RatioNumbers numbers{weight_decays, trust_coefs, eps, values_of({lrs, lr_scale}), options};
-  const double scale = value_of(inv_scale);
-  const at::ArrayRef<double> factors = lr_in_momentum ? numbers.lrs : at::ArrayRef<double>();
-  // From the last layer to the first: that is where a base optimizer begins, which then finds it in cache.
-  return measure_and_sweep(params, grads, scale, numbers, scales_of(weight_decays, maximize, options),
-                           Order::kBackwards, [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
-                             const auto count = static_cast<size_t>(run.end - run.begin);
-                             adapt(plan, grads.slice(run.begin, count), params.slice(run.begin, count),
-                                   weight_decays.slice(run.begin, count), ratios.slice(run.begin, count),
-                                   factors.empty() ? factors : factors.slice(run.begin, count), maximize, scale);
-                           });
-}
-
-void apply_trust_ratios_to_updates_(at::TensorList params, at::TensorList old_params, const at::Tensor& ratios) {
-  const char* op = "apply_trust_ratios_to_updates_";
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_updates(op, params, old_params);
-  check_ratios(op, ratios, params, old_params, "params");
-  const at::Tensor values = ratios.to(c10::kDouble);
-  scale_updates(plan_of(params), params, old_params, {values.const_data_ptr<double>(), params.size()});
-}
-
-at::Tensor scale_updates_by_trust_ratios_(at::TensorList params, at::TensorList old_params,
-                                          at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
-                                          at::ArrayRef<double> lrs, bool clip,
-                                          const std::optional<at::Tensor>& lr_scale) {
-  const char* op = "scale_updates_by_trust_ratios_";
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_updates(op, params, old_params);
-  check_hyper_parameters(op, params.size(), "params", std::vector<double>(params.size()), trust_coefs, eps);
-  check_lrs(op, params.size(), "params", {lrs, lr_scale}, params[0].device(), /*are_needed=*/true);
-  const RatioNumbers numbers{{}, trust_coefs, eps, values_of({lrs, lr_scale}), {false, clip, /*of_updates=*/true}};
-  const std::vector<double> scales(params.size(), -1);
-  return measure_and_sweep(old_params, params, /*inv_scale=*/1, numbers, scales, Order::kBackwards,
-                           [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
-                             const auto count = static_cast<size_t>(run.end - run.begin);
-                             scale_updates(plan, params.slice(run.begin, count), old_params.slice(run.begin, count),
-                                           ratios.slice(run.begin, count));
-                           });
-}
-
-void sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-          const std::optional<at::Tensor>& ratios, at::ArrayRef<double> weight_decays, at::ArrayRef<double> lrs,
-          at::ArrayRef<double> momentums, at::ArrayRef<double> dampenings, bool nesterov, bool maximize,
-          const std::optional<at::Tensor>& lr_scale, const std::optional<at::Tensor>& inv_scale) {
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const SgdArguments sgd{params,     grads,    momentum_buffers, weight_decays, lrs,      momentums,
-                         dampenings, nesterov, maximize,         lr_scale,      inv_scale};
-  check_sgd("sgd_", sgd);
-  const Range all{0, static_cast<int64_t>(params.size())};
-  if (ratios.has_value()) {
-    check_ratios("sgd_", *ratios, grads, params);
-    const at::Tensor values = ratios->to(c10::kDouble);
-    update(plan_of(params), sgd, all, {values.const_data_ptr<double>(), params.size()}, false, Order::kForwards);
-  } else {
-    update(plan_of(params), sgd, all, {}, false, Order::kForwards);
-  }
-}
-
-at::Tensor lars_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                     at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
-                     at::ArrayRef<double> lrs, at::ArrayRef<double> momentums, at::ArrayRef<double> dampenings,
-                     bool nesterov, bool maximize, const std::optional<at::Tensor>& lr_scale, bool decayed_norm,
-                     bool clip, bool lr_in_momentum, const std::optional<at::Tensor>& inv_scale) {
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const SgdArguments sgd{params,     grads,    momentum_buffers, weight_decays, lrs,      momentums,
-                         dampenings, nesterov, maximize,         lr_scale,      inv_scale};
-  check_sgd("lars_sgd_", sgd);
-  check_hyper_parameters("lars_sgd_", grads.size(), "grads", weight_decays, trust_coefs, eps);
-  const RatioOptions options{decayed_norm, clip};
-  const RatioNumbers numbers{weight_decays, trust_coefs, eps, clip ? values_of({lrs, lr_scale}) : std::vector<double>(),
-                             options};
-  return measure_and_sweep(params, grads, value_of(inv_scale), numbers, scales_of(weight_decays, maximize, options),
-                           Order::kForwards, [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
-                             update(plan, sgd, run, ratios, lr_in_momentum, Order::kBackwards);
-                           });
-}
+Range all_of(at::TensorList tensors) { return {0, static_cast<int64_t>(tensors.size())}; }
 
 }  // namespace
 
-TORCH_LIBRARY_IMPL(torchlars, CPU, m) {
-  m.impl("squared_norms", squared_norms);
-  m.impl("squared_norms_of_sums", squared_norms_of_sums);
-  m.impl("trust_ratios", trust_ratios);
-  m.impl("apply_trust_ratios_", apply_trust_ratios_);
-  m.impl("scale_by_trust_ratios_", scale_by_trust_ratios_);
-  m.impl("apply_trust_ratios_to_updates_", apply_trust_ratios_to_updates_);
-  m.impl("scale_updates_by_trust_ratios_", scale_updates_by_trust_ratios_);
-  m.impl("sgd_", sgd_);
-  m.impl("lars_sgd_", lars_sgd_);
+at::Tensor squared_norms(const SquaredNormsArguments& arguments) {
+  const auto& [tensors, others, scales, inv_scale] = arguments;
+  return vector_of(measure<1>(plan_of(tensors), {tensors}, value_of(inv_scale), {others.value_or(tensors), scales})[0]);
+}
+
+at::Tensor trust_ratios(const TrustRatiosArguments& arguments) {
+  RatioOptions options;
+  options.clip = arguments.clip;
+  options.of_updates = arguments.of_updates;
+  const RatioNumbers numbers{arguments.weight_decays, arguments.trust_coefs, arguments.eps,
+                             values_of(arguments.lrs, arguments.lr_scale), options};
+  const auto* param_squared_norm = arguments.param_squared_norms.const_data_ptr<double>();
+  const auto* grad_squared_norm = arguments.grad_squared_norms.const_data_ptr<double>();
+  std::vector<double> ratios;
+  for (size_t i = 0; i < arguments.weight_decays.size(); ++i) {
+    ratios.push_back(numbers.of(i, param_squared_norm[i], grad_squared_norm[i]));
+  }
+  return vector_of(ratios).to(arguments.dtype);
+}
+
+void scale_gradients_(const ScaleGradientsArguments& arguments) {
+  const auto& [grads, params] = std::tie(arguments.grads, arguments.params);
+  const RatioNumbers numbers{arguments.weight_decays, arguments.trust_coefs, arguments.eps,
+                             values_of(arguments.lrs, arguments.lr_scale), ratio_options(arguments)};
+  if (!measures(arguments)) {
+    scale_gradients(arguments, plan_of(grads), all_of(grads), values_of_ratios(arguments.ratios, grads.size()),
+                    numbers.lrs);
+    return;
+  }
+  // From the last layer to the first: that is where a base optimizer begins, which then finds it in cache.
+  measure_and_sweep(params, grads, value_of(arguments.inv_scale), numbers, decays_in_norm(arguments), Order::kBackwards,
+                    *arguments.ratios, [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
+                      scale_gradients(arguments, plan, run, ratios, numbers.lrs);
+                    });
+}
+
+void scale_updates_(const ScaleUpdatesArguments& arguments) {
+  const auto& [params, old_params] = std::tie(arguments.params, arguments.old_params);
+  if (!measures(arguments)) {
+    scale_updates(arguments, plan_of(params), all_of(params), values_of_ratios(arguments.ratios, params.size()));
+    return;
+  }
+  RatioOptions options;
+  options.clip = arguments.clip;
+  options.of_updates = true;
+  const RatioNumbers numbers{
+      {}, arguments.trust_coefs, arguments.eps, values_of(arguments.lrs, arguments.lr_scale), options};
+  const std::vector<double> scales(params.size(), -1);
+  measure_and_sweep(
+      old_params, params, /*inv_scale=*/1, numbers, scales, Order::kBackwards, arguments.ratios,
+      [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) { scale_updates(arguments, plan, run, ratios); });
+}
+
+void sgd_(const SgdArguments& arguments) {
+  const auto& [params, grads] = std::tie(arguments.params, arguments.grads);
+  const RatioNumbers numbers{arguments.weight_decays, arguments.trust_coefs, arguments.eps,
+                             values_of(arguments.lrs, arguments.lr_scale), ratio_options(arguments)};
+  if (!measures(arguments)) {
+    update(arguments, plan_of(params), all_of(params), values_of_ratios(arguments.ratios, params.size()), numbers.lrs,
+           Order::kForwards);
+    return;
+  }
+  measure_and_sweep(params, grads, value_of(arguments.inv_scale), numbers, decays_in_norm(arguments), Order::kForwards,
+                    *arguments.ratios, [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
+                      update(arguments, plan, run, ratios, numbers.lrs, Order::kBackwards);
+                    });
 }
 
 }  // namespace torchlars::cpu

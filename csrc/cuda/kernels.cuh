@@ -283,11 +283,11 @@ __device__ void update_range(T* __restrict__ param, const T* __restrict__ grad, 
 
 // What all layers of a launch have in common.
 struct SgdOptions {
-  bool nesterov;
-  bool maximize;
-  const double* lr_scale;  // null: 1
   RatioOptions ratio;
+  bool maximize = false;
   bool lr_in_momentum = false;
+  bool nesterov = false;
+  const double* lr_scale = nullptr;  // null: 1
   const float* inv_scale = nullptr;  // null: 1; where it is 0 nothing is written
 };
 
@@ -301,8 +301,8 @@ __device__ void update_chunk(const SgdLayer& layer, Range range, const SgdOption
   if (inv_scale == 0) {
     return;
   }
-  const SgdNumbers<Compute> numbers(ratio, layer.weight_decay, lr_of(layer, options), layer.momentum, layer.dampening,
-                                    options.maximize, options.lr_in_momentum, inv_scale);
+  const SgdNumbers<Compute> numbers(ratio, layer.weight_decay, options.maximize, lr_of(layer, options),
+                                    options.lr_in_momentum, layer.momentum, layer.dampening, inv_scale);
   T* param = static_cast<T*>(layer.param) + range.begin;
   const T* grad = static_cast<const T*>(layer.grad) + range.begin;
   M* momentum = layer.momentum_buffer == nullptr ? nullptr : static_cast<M*>(layer.momentum_buffer) + range.begin;

@@ -99,14 +99,14 @@ void launch_decide(const Launch& launch, const Slice<Layer>& layers, const doubl
   });
 }
 
-// Where there are partial sums, ratios are written, else they are read. Of `update` they may be null then: plain SGD.
+// Where there are partial sums, ratios are written, else they are read. Except for updates they may be null then: 1.
 
 template <typename T, typename Launch>
 void launch_apply(const Launch& launch, const Slice<Layer>& layers, Partials partials, compute_type<T>* ratios,
                   const LarsOptions& options) {
   for_launches(layers, [&](const auto& arguments, int chunks, int64_t layer, int64_t chunk) {
     launch(apply<T, compute_type<T>, std::decay_t<decltype(arguments)>>, chunks, arguments, partials.from(chunk),
-           ratios + layer, options);
+           ratios ? ratios + layer : nullptr, options);
   });
 }
 

@@ -1,15 +1,13 @@
-// The ops on a GPU: checks, temporaries, launches. On the current stream, without waiting for it.
+// The ops on a GPU: temporaries and launches, on the current stream, without waiting for it.
 #include <ATen/Dispatch.h>
-#include <ATen/core/LegacyTypeDispatch.h>
 #include <ATen/core/Tensor.h>
 #include <c10/cuda/CUDAException.h>
 #include <c10/cuda/CUDAGuard.h>
 #include <c10/cuda/CUDAStream.h>
-#include <torch/library.h>
 
 #include <atomic>
 
-#include "../checks.h"
+#include "../arguments.h"
 #include "../layers.h"
 #include "kernels.cuh"
 #include "launches.h"
@@ -70,10 +68,10 @@ at::Tensor new_vector(const at::Tensor& like, int64_t size, c10::ScalarType dtyp
   return like.new_empty({size}, like.options().dtype(dtype));
 }
 
-// Those of layers of T.
+// The trust ratios of layers of T, from one layer on; null if there are none.
 template <typename T>
-compute_type<T>* data_of_ratios(const at::Tensor& ratios) {
-  return ratios.mutable_data_ptr<compute_type<T>>();
+compute_type<T>* data_of_ratios(const std::optional<at::Tensor>& ratios, int64_t first_layer) {
+  return ratios.has_value() ? ratios->mutable_data_ptr<compute_type<T>>() + first_layer : nullptr;
 }
 
 template <typename T>
@@ -176,17 +174,30 @@ class Norms {
   at::Tensor params_, grads_;
 };
 
-// Sets what a kernel that decides by itself takes of each layer. lrs: empty where none is needed.
-template <typename AnyLayer>
-void set_numbers(std::vector<AnyLayer>& layers, at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
-                 at::ArrayRef<double> lrs) {
+// Sets the numbers by which kernels decide the trust ratio of each layer.
+template <typename AnyLayer, typename Arguments>
+void set_numbers(std::vector<AnyLayer>& layers, const Arguments& arguments) {
   for (size_t i = 0; i < layers.size(); ++i) {
-    layers[i].trust_coef = trust_coefs[i];
-    layers[i].eps = eps[i];
-    if (!lrs.empty()) {
-      layers[i].lr = lrs[i];
+    if (!arguments.trust_coefs.empty()) {
+      layers[i].trust_coef = arguments.trust_coefs[i];
+      layers[i].eps = arguments.eps[i];
+    }
+    if (!arguments.lrs.empty()) {
+      layers[i].lr = arguments.lrs[i];
     }
   }
+}
+
+// What all layers of scale_gradients_ or sgd_ have in common.
+template <typename Options, typename Arguments>
+Options options_of(const Arguments& arguments) {
+  Options options;
+  options.ratio = ratio_options(arguments);
+  options.maximize = arguments.maximize;
+  options.lr_in_momentum = arguments.lr_in_momentum;
+  options.lr_scale = data_of<double>(arguments.lr_scale);
+  options.inv_scale = data_of<float>(arguments.inv_scale);
+  return options;
 }
 
 // Gradients and parameters as one sweep takes them, and the layers that point into them.
@@ -215,9 +226,8 @@ struct Sweep {
 
 // The same for a step of SGD.
 struct SgdSweep {
-  explicit SgdSweep(const SgdArguments& arguments)
-      : arguments(arguments), options{arguments.nesterov, arguments.maximize, data_of<double>(arguments.lr_scale)} {
-    options.inv_scale = data_of<float>(arguments.inv_scale);
+  explicit SgdSweep(const SgdArguments& arguments) : arguments(arguments), options(options_of<SgdOptions>(arguments)) {
+    options.nesterov = arguments.nesterov;
     triples.reserve(arguments.params.size());
     layers.reserve(arguments.params.size());
     const bool has_momentum = !arguments.momentum_buffers.empty();
@@ -230,10 +240,10 @@ struct SgdSweep {
       layer.grad = triple.grad->const_data_ptr();
       layer.momentum_buffer = has_momentum ? triple.momentum->mutable_data_ptr() : nullptr;
       layer.weight_decay = arguments.weight_decays[i];
-      layer.lr = arguments.lrs[i];
       layer.momentum = arguments.momentums[i];
       layer.dampening = arguments.dampenings[i];
     }
+    set_numbers(layers, arguments);
   }
 
   // Calls run(a number of the parameters' type, one of the momentum's type).
@@ -266,10 +276,27 @@ struct SgdSweep {
   std::vector<SgdLayer> layers;
 };
 
-// Squared norms of tensors times inv_scale, with what is added to them.
-at::Tensor squared_norms_with(at::TensorList tensors, const float* inv_scale, const Addends& addends) {
+// Calls apply(range of layers, their partial sums), after the layers were measured; or, where ratios are given or all
+// 1, once for all layers and without partial sums.
+template <typename Arguments, typename Apply>
+void measure_and_apply(const Arguments& arguments, const Launch& launch, at::TensorList grads, at::TensorList params,
+                       const float* inv_scale, at::ArrayRef<double> scales, const Apply& apply) {
+  if (measures(arguments)) {
+    Norms(launch, grads, params, inv_scale, scales).measure_and(apply);
+    note_write(*std::optional<at::Tensor>(arguments.ratios));
+  } else {
+    apply(Range{0, static_cast<int64_t>(grads.size())}, Partials{});
+  }
+}
+
+}  // namespace
+
+at::Tensor squared_norms(const SquaredNormsArguments& arguments) {
+  const at::TensorList tensors = arguments.tensors;
+  const float* const inv_scale = data_of<float>(arguments.inv_scale);
   const Launch launch(tensors[0]);
-  const at::Tensor partials = measure_alone(launch, tensors, inv_scale, addends);
+  const at::Tensor partials =
+      measure_alone(launch, tensors, inv_scale, {arguments.others.value_or(tensors), arguments.scales});
   std::vector<MeasuredLayer> layers;
   for (const at::Tensor& tensor : tensors) {
     layers.push_back({real_numel(tensor)});
@@ -279,206 +306,82 @@ at::Tensor squared_norms_with(at::TensorList tensors, const float* inv_scale, co
   return result;
 }
 
-at::Tensor squared_norms(at::TensorList tensors, const std::optional<at::Tensor>& inv_scale) {
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_tensors("squared_norms", "tensors", tensors);
-  check_inv_scale("squared_norms", inv_scale, tensors[0].device());
-  return squared_norms_with(tensors, data_of<float>(inv_scale), {});
-}
-
-at::Tensor squared_norms_of_sums(at::TensorList tensors, at::TensorList others, at::ArrayRef<double> scales,
-                                 const std::optional<at::Tensor>& inv_scale) {
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_sums("squared_norms_of_sums", tensors, others, scales);
-  check_inv_scale("squared_norms_of_sums", inv_scale, tensors[0].device());
-  return squared_norms_with(tensors, data_of<float>(inv_scale), {others, scales});
-}
-
-at::Tensor trust_ratios(const at::Tensor& param_squared_norms, const at::Tensor& grad_squared_norms,
-                        at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
-                        at::ScalarType dtype, at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_scale,
-                        bool clip, bool of_updates) {
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_trust_ratios(param_squared_norms, grad_squared_norms, weight_decays, trust_coefs, eps, dtype, {lrs, lr_scale},
-                     clip || of_updates);
+at::Tensor trust_ratios(const TrustRatiosArguments& arguments) {
+  const at::Tensor& param_squared_norms = arguments.param_squared_norms;
   const Launch launch(param_squared_norms);
-  std::vector<Layer> layers(weight_decays.size());
+  std::vector<Layer> layers(arguments.weight_decays.size());
   for (size_t i = 0; i < layers.size(); ++i) {
-    layers[i].weight_decay = weight_decays[i];
+    layers[i].weight_decay = arguments.weight_decays[i];
   }
-  set_numbers(layers, trust_coefs, eps, lrs);
-  LarsOptions options{{/*decayed_norm=*/false, clip, of_updates}};
-  options.lr_scale = data_of<double>(lr_scale);
-  const at::Tensor ratios = new_vector(param_squared_norms, static_cast<int64_t>(layers.size()), dtype);
-  AT_DISPATCH_FLOATING_TYPES(dtype, "trust_ratios", [&] {
+  set_numbers(layers, arguments);
+  LarsOptions options;
+  options.ratio.clip = arguments.clip;
+  options.ratio.of_updates = arguments.of_updates;
+  options.lr_scale = data_of<double>(arguments.lr_scale);
+  const at::Tensor ratios = new_vector(param_squared_norms, static_cast<int64_t>(layers.size()), arguments.dtype);
+  AT_DISPATCH_FLOATING_TYPES(arguments.dtype, "trust_ratios", [&] {
     launch_decide<scalar_t>(launch, layers, param_squared_norms.const_data_ptr<double>(),
-                            grad_squared_norms.const_data_ptr<double>(), ratios.mutable_data_ptr<scalar_t>(), options);
+                            arguments.grad_squared_norms.const_data_ptr<double>(), ratios.mutable_data_ptr<scalar_t>(),
+                            options);
   });
   return ratios;
 }
 
-void apply_trust_ratios_(at::TensorList grads, at::TensorList params, const at::Tensor& ratios,
-                         at::ArrayRef<double> weight_decays, bool maximize, at::ArrayRef<double> lrs,
-                         const std::optional<at::Tensor>& lr_scale, const std::optional<at::Tensor>& inv_scale) {
-  const char* op = "apply_trust_ratios_";
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_layers(op, grads, params, weight_decays, /*equal_shapes=*/false);
-  check_writable(op, "grads", grads);
-  check_ratios(op, ratios, grads, params);
-  check_lrs(op, grads.size(), "grads", {lrs, lr_scale}, grads[0].device(), /*are_needed=*/false);
-  check_inv_scale(op, inv_scale, grads[0].device());
-  const Launch launch(grads[0]);
-  Sweep sweep(grads, params, weight_decays);
-  for (size_t i = 0; i < lrs.size(); ++i) {
-    sweep.layers[i].lr = lrs[i];
-  }
-  const LarsOptions options{
-      {}, maximize, /*lr_in_momentum=*/!lrs.empty(), data_of<double>(lr_scale), data_of<float>(inv_scale)};
-  TORCHLARS_DISPATCH(sweep.dtype(), "apply_trust_ratios_", [&] {
-    launch_apply<scalar_t>(launch, sweep.layers, {}, data_of_ratios<scalar_t>(ratios), options);
-  });
-  sweep.write_back_to(grads);
-}
-
-at::Tensor scale_by_trust_ratios_(at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays,
-                                  at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps, bool maximize,
-                                  at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_scale,
-                                  bool decayed_norm, bool clip, bool lr_in_momentum,
-                                  const std::optional<at::Tensor>& inv_scale) {
-  const char* op = "scale_by_trust_ratios_";
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_layers(op, grads, params, weight_decays, /*equal_shapes=*/true);
-  check_writable(op, "grads", grads);
-  check_hyper_parameters(op, grads.size(), "grads", weight_decays, trust_coefs, eps);
-  check_lrs(op, grads.size(), "grads", {lrs, lr_scale}, grads[0].device(), clip || lr_in_momentum);
-  check_inv_scale(op, inv_scale, grads[0].device());
-  const Launch launch(grads[0]);
-  const LarsOptions options{
-      {decayed_norm, clip}, maximize, lr_in_momentum, data_of<double>(lr_scale), data_of<float>(inv_scale)};
-  const Norms norms(launch, grads, params, options.inv_scale, scales_of(weight_decays, maximize, options.ratio));
-  Sweep sweep(grads, params, weight_decays);
-  set_numbers(sweep.layers, trust_coefs, eps, lrs);
-  const at::Tensor ratios = new_vector(grads[0], static_cast<int64_t>(grads.size()),
-                                       compute_dtype(grads[0].scalar_type(), params[0].scalar_type()));
-  norms.measure_and([&](Range run, Partials partials) {
-    TORCHLARS_DISPATCH(sweep.dtype(), "scale_by_trust_ratios_", [&] {
-      launch_apply<scalar_t>(launch, {sweep.layers, run}, partials, data_of_ratios<scalar_t>(ratios) + run.begin,
-                             options);
+void scale_gradients_(const ScaleGradientsArguments& arguments) {
+  const Launch launch(arguments.grads[0]);
+  Sweep sweep(arguments.grads, arguments.params, arguments.weight_decays);
+  set_numbers(sweep.layers, arguments);
+  const auto options = options_of<LarsOptions>(arguments);
+  const auto apply = [&](Range run, Partials partials) {
+    TORCHLARS_DISPATCH(sweep.dtype(), "scale_gradients_", [&] {
+      launch_apply<scalar_t>(launch, {sweep.layers, run}, partials,
+                             data_of_ratios<scalar_t>(arguments.ratios, run.begin), options);
     });
-  });
-  sweep.write_back_to(grads);
-  return ratios;
+  };
+  measure_and_apply(arguments, launch, arguments.grads, arguments.params, options.inv_scale, decays_in_norm(arguments),
+                    apply);
+  sweep.write_back_to(arguments.grads);
 }
 
-void apply_trust_ratios_to_updates_(at::TensorList params, at::TensorList old_params, const at::Tensor& ratios) {
-  const char* op = "apply_trust_ratios_to_updates_";
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_updates(op, params, old_params);
-  check_ratios(op, ratios, params, old_params, "params");
+void scale_updates_(const ScaleUpdatesArguments& arguments) {
+  const at::TensorList params = arguments.params;
   const Launch launch(params[0]);
-  const Sweep sweep(params, old_params, std::vector<double>(params.size(), 1));
-  TORCHLARS_DISPATCH(sweep.dtype(), "apply_trust_ratios_to_updates_", [&] {
-    launch_apply_to_updates<scalar_t>(launch, sweep.layers, {}, data_of_ratios<scalar_t>(ratios), {});
-  });
-  sweep.write_back_to(params);
-}
-
-at::Tensor scale_updates_by_trust_ratios_(at::TensorList params, at::TensorList old_params,
-                                          at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
-                                          at::ArrayRef<double> lrs, bool clip,
-                                          const std::optional<at::Tensor>& lr_scale) {
-  const char* op = "scale_updates_by_trust_ratios_";
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  check_updates(op, params, old_params);
-  check_hyper_parameters(op, params.size(), "params", std::vector<double>(params.size()), trust_coefs, eps);
-  check_lrs(op, params.size(), "params", {lrs, lr_scale}, params[0].device(), /*are_needed=*/true);
-  const Launch launch(params[0]);
-  const Norms norms(launch, params, old_params, /*inv_scale=*/nullptr, std::vector<double>(params.size(), -1));
-  Sweep sweep(params, old_params, std::vector<double>(params.size(), 1));
+  Sweep sweep(params, arguments.old_params, std::vector<double>(params.size(), 1));
   for (Layer& layer : sweep.layers) {
     layer.weight_decay = 0;
   }
-  set_numbers(sweep.layers, trust_coefs, eps, lrs);
-  LarsOptions options{{/*decayed_norm=*/false, clip, /*of_updates=*/true}};
-  options.lr_scale = data_of<double>(lr_scale);
-  const at::Tensor ratios = new_vector(params[0], static_cast<int64_t>(params.size()),
-                                       compute_dtype(params[0].scalar_type(), old_params[0].scalar_type()));
-  norms.measure_and([&](Range run, Partials partials) {
-    TORCHLARS_DISPATCH(sweep.dtype(), "scale_updates_by_trust_ratios_", [&] {
+  set_numbers(sweep.layers, arguments);
+  LarsOptions options;
+  options.ratio.clip = arguments.clip;
+  options.ratio.of_updates = true;
+  options.lr_scale = data_of<double>(arguments.lr_scale);
+  const auto apply = [&](Range run, Partials partials) {
+    TORCHLARS_DISPATCH(sweep.dtype(), "scale_updates_", [&] {
       launch_apply_to_updates<scalar_t>(launch, {sweep.layers, run}, partials,
-                                        data_of_ratios<scalar_t>(ratios) + run.begin, options);
+                                        data_of_ratios<scalar_t>(arguments.ratios, run.begin), options);
     });
-  });
+  };
+  measure_and_apply(arguments, launch, params, arguments.old_params, /*inv_scale=*/nullptr,
+                    std::vector<double>(params.size(), -1), apply);
   sweep.write_back_to(params);
-  return ratios;
 }
 
-void sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-          const std::optional<at::Tensor>& ratios, at::ArrayRef<double> weight_decays, at::ArrayRef<double> lrs,
-          at::ArrayRef<double> momentums, at::ArrayRef<double> dampenings, bool nesterov, bool maximize,
-          const std::optional<at::Tensor>& lr_scale, const std::optional<at::Tensor>& inv_scale) {
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const SgdArguments sgd{params,     grads,    momentum_buffers, weight_decays, lrs,      momentums,
-                         dampenings, nesterov, maximize,         lr_scale,      inv_scale};
-  check_sgd("sgd_", sgd);
-  if (ratios.has_value()) {
-    check_ratios("sgd_", *ratios, grads, params);
-  }
-  const Launch launch(params[0]);
-  const SgdSweep sweep(sgd);
-  sweep.dispatch([&](auto param, auto momentum) {
-    using T = decltype(param);
-    using M = decltype(momentum);
-    auto* given = ratios.has_value() ? data_of_ratios<T>(*ratios) : nullptr;
-    launch_update<T, M>(launch, sweep.layers, {}, given, sweep.options);
-  });
-  sweep.write_back();
-}
-
-at::Tensor lars_sgd_(at::TensorList params, at::TensorList grads, at::TensorList momentum_buffers,
-                     at::ArrayRef<double> weight_decays, at::ArrayRef<double> trust_coefs, at::ArrayRef<double> eps,
-                     at::ArrayRef<double> lrs, at::ArrayRef<double> momentums, at::ArrayRef<double> dampenings,
-                     bool nesterov, bool maximize, const std::optional<at::Tensor>& lr_scale, bool decayed_norm,
-                     bool clip, bool lr_in_momentum, const std::optional<at::Tensor>& inv_scale) {
-  at::AutoDispatchBelowADInplaceOrView no_autograd;
-  const SgdArguments sgd{params,     grads,    momentum_buffers, weight_decays, lrs,      momentums,
-                         dampenings, nesterov, maximize,         lr_scale,      inv_scale};
-  check_sgd("lars_sgd_", sgd);
-  check_hyper_parameters("lars_sgd_", grads.size(), "grads", weight_decays, trust_coefs, eps);
-  const Launch launch(params[0]);
-  SgdSweep sweep(sgd);
-  sweep.options.ratio = {decayed_norm, clip};
-  sweep.options.lr_in_momentum = lr_in_momentum;
-  set_numbers(sweep.layers, trust_coefs, eps, {});
-  const Norms norms(launch, grads, params, sweep.options.inv_scale,
-                    scales_of(weight_decays, maximize, sweep.options.ratio));
-  const at::Tensor ratios = new_vector(grads[0], static_cast<int64_t>(grads.size()),
-                                       compute_dtype(grads[0].scalar_type(), params[0].scalar_type()));
-  norms.measure_and([&](Range run, Partials partials) {
+void sgd_(const SgdArguments& arguments) {
+  const Launch launch(arguments.params[0]);
+  const SgdSweep sweep(arguments);
+  const auto apply = [&](Range run, Partials partials) {
     sweep.dispatch([&](auto param, auto momentum) {
       using T = decltype(param);
       using M = decltype(momentum);
-      launch_update<T, M>(launch, {sweep.layers, run}, partials, data_of_ratios<T>(ratios) + run.begin, sweep.options);
+      launch_update<T, M>(launch, {sweep.layers, run}, partials, data_of_ratios<T>(arguments.ratios, run.begin),
+                          sweep.options);
     });
-  });
+  };
+  measure_and_apply(arguments, launch, arguments.grads, arguments.params, sweep.options.inv_scale,
+                    decays_in_norm(arguments), apply);
   sweep.write_back();
-  return ratios;
 }
-
-}  // namespace
 
 void set_run_bytes(int64_t bytes) { run_bytes = bytes; }
-
-TORCH_LIBRARY_IMPL(torchlars, CUDA, m) {
-  m.impl("squared_norms", squared_norms);
-  m.impl("squared_norms_of_sums", squared_norms_of_sums);
-  m.impl("trust_ratios", trust_ratios);
-  m.impl("apply_trust_ratios_", apply_trust_ratios_);
-  m.impl("scale_by_trust_ratios_", scale_by_trust_ratios_);
-  m.impl("apply_trust_ratios_to_updates_", apply_trust_ratios_to_updates_);
-  m.impl("scale_updates_by_trust_ratios_", scale_updates_by_trust_ratios_);
-  m.impl("sgd_", sgd_);
-  m.impl("lars_sgd_", lars_sgd_);
-}
 
 }  // namespace torchlars::cuda
