@@ -98,16 +98,15 @@ class Bucket:
     def measure(self) -> Tensor:
         """Measure the local part of each layer. Return the squared norms, to be completed in place."""
         how = self.adaptation
+        params = self.local_params
         if how.ratio_of == "update" and not self.grads:  # else these are the updates, as the base handed them over
             params = self.old_params
-            others = ops.squared_norms_of_sums(self.local_params, params, [-1.0] * len(params))
+            others = ops.squared_norms(self.local_params, others=params, scales=[-1.0] * len(params))
         elif how.norm == "decayed":
-            params = self.local_params
             scales = [-weight_decay if how.maximize else weight_decay for weight_decay in self.weight_decays]
-            others = ops.squared_norms_of_sums(self.grads, params, scales, self.inv_scale)
+            others = ops.squared_norms(self.grads, others=params, scales=scales, inv_scale=self.inv_scale)
         else:
-            params = self.local_params
-            others = ops.squared_norms(self.grads, self.inv_scale)
+            others = ops.squared_norms(self.grads, inv_scale=self.inv_scale)
         self.squared_norms = torch.cat([ops.squared_norms(params), others])
         return self.squared_norms
 
@@ -120,14 +119,14 @@ class Bucket:
         self.ratios = ops.trust_ratios(
             param_squared_norms,
             other_squared_norms,
-            self.weight_decays if is_decay_beside_norm else [0.0] * len(self.params),
-            self.trust_coefs,
-            self.eps,
-            self._dtype(),
-            self.lrs,
-            self._lr_scale(),
-            how.clip,
-            how.ratio_of == "update",
+            weight_decays=self.weight_decays if is_decay_beside_norm else [0.0] * len(self.params),
+            trust_coefs=self.trust_coefs,
+            eps=self.eps,
+            dtype=ops.compute_dtype((self.grads or self.local_params)[0].dtype, self.local_params[0].dtype),
+            clip=how.clip,
+            lrs=self.lrs,
+            of_updates=how.ratio_of == "update",
+            lr_scale=self._lr_scale(),
         )
         return self.ratios
 
@@ -135,48 +134,41 @@ class Bucket:
         """Decide, and scale the gradients if they are written. Where one pass does so, measure as well."""
         how = self.adaptation
         if self.takes_one_pass:
-            self.ratios = ops.scale_by_trust_ratios_(
-                self.grads,
-                self.local_params,
-                self.weight_decays,
-                self.trust_coefs,
-                self.eps,
-                how.maximize,
-                self.lrs,
-                self._lr_scale(),
-                how.norm == "decayed",
-                how.clip,
-                how.lr_in_momentum,
-                self.inv_scale,
-            )
-            return
-        if how.trust_coef is not None:
+            self.ratios = ops.empty_ratios(self.grads, self.local_params)
+        elif how.trust_coef is not None:
             self.decide()
         if self.is_written:
             scales_updates = how.apply_to == "update"
-            ops.apply_trust_ratios_(
+            ops.scale_gradients_(
                 self.grads,
                 self.local_params,
-                self._ones() if self.ratios is None or scales_updates else self.ratios,
-                [0.0] * len(self.grads) if scales_updates else self.weight_decays,
-                how.maximize,
-                self.lrs if how.lr_in_momentum else [],
-                self._lr_scale(),
-                self.inv_scale,
+                maximize=how.maximize,
+                weight_decays=[0.0] * len(self.grads) if scales_updates else self.weight_decays,
+                decayed_norm=how.norm == "decayed" and self.takes_one_pass,
+                ratios=None if scales_updates else self.ratios,
+                trust_coefs=self.trust_coefs if self.takes_one_pass else [],
+                eps=self.eps if self.takes_one_pass else [],
+                clip=how.clip and self.takes_one_pass,
+                lrs=self.lrs,
+                lr_in_momentum=how.lr_in_momentum,
+                lr_scale=self._lr_scale(),
+                inv_scale=self.inv_scale,
             )
 
     def scale_updates(self) -> None:
         """Scale the updates. Where ratios are of updates, decide, and measure unless that is done already."""
         if self.ratios is None and self.squared_norms is None:
             if torch.compiler.is_compiling() or len(ops.overlapping(self.local_params)) == 0:
-                self.ratios = ops.scale_updates_by_trust_ratios_(
+                self.ratios = ops.empty_ratios(self.local_params, self.old_params)
+                ops.scale_updates_(
                     self.local_params,
                     self.old_params,
-                    self.trust_coefs,
-                    self.eps,
-                    self.lrs,
-                    self.adaptation.clip,
-                    self._lr_scale(),
+                    ratios=self.ratios,
+                    trust_coefs=self.trust_coefs,
+                    eps=self.eps,
+                    clip=self.adaptation.clip,
+                    lrs=self.lrs,
+                    lr_scale=self._lr_scale(),
                 )
                 return
             self.measure()
@@ -186,13 +178,6 @@ class Bucket:
     def _lr_scale(self) -> Tensor | None:
         lr = self.adaptation.lr
         return ops.lr_scale(lr, self.params[0].device) if isinstance(lr, Tensor) else None
-
-    def _dtype(self) -> torch.dtype:
-        dtype = self.local_params[0].dtype
-        return ops.compute_dtype(self.grads[0].dtype if self.grads else dtype, dtype)
-
-    def _ones(self) -> Tensor:
-        return torch.ones(len(self.params), dtype=self._dtype(), device=self.params[0].device)
 
 
 def measure(buckets: Sequence[Bucket]) -> None:

@@ -163,7 +163,8 @@ def undo_adaptation(param: Tensor, factor: float, weight_decay: float, inv_scale
     grad, here = memory_of(param.grad), sharding.local(param)
     dtype = ops.compute_dtype(grad.dtype, here.dtype)
     inverse = torch.full((1,), 1 / (factor * inv_scale), dtype=dtype, device=grad.device)
-    ops.apply_trust_ratios_([grad], [here], inverse, [abs(weight_decay) * factor], maximize=weight_decay > 0)
+    decays = [abs(weight_decay) * factor]
+    ops.scale_gradients_([grad], [here], maximize=weight_decay > 0, weight_decays=decays, ratios=inverse)
 
 
 def lay_out_gradients(groups: Iterable[dict[str, Any]], skipped: Collection[int] = ()) -> bool:
@@ -206,9 +207,9 @@ def scale_updates(params: Sequence[Tensor], old_params: Sequence[Tensor], ratios
     here = [sharding.local(param) for param in params]
     if not torch.compiler.is_compiling() and ops.overlapping(here):
         for i in range(len(here)):
-            ops.apply_trust_ratios_to_updates_(here[i : i + 1], old_params[i : i + 1], ratios[i : i + 1])
+            ops.scale_updates_(here[i : i + 1], old_params[i : i + 1], ratios=ratios[i : i + 1])
     else:
-        ops.apply_trust_ratios_to_updates_(here, old_params, ratios)
+        ops.scale_updates_(here, old_params, ratios=ratios)
     sharding.note_writes(params)
 
 
