@@ -81,7 +81,7 @@ class Case:
     maximize: bool = False
 
     def make(self, dtype: torch.dtype, device: torch.device | str = "cpu", grad_dtype: torch.dtype | None = None):
-        """Return the arguments of ``ops.scale_by_trust_ratios_``: grads, params, weight_decays, ..., maximize."""
+        """Return the arguments of ``calls.scale_gradients``: grads, params, weight_decays, ..., maximize."""
         random = torch.Generator().manual_seed(len(self.layers) + 7 * len(self.name))
 
         def tensor(shape, scale, layout, dtype):

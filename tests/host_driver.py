@@ -156,19 +156,28 @@ class Case:
 
     def grad_squared_norms(self, way: Way) -> Tensor:
         if not (way.decayed_norm or way.of_updates):
-            return reference.squared_norms(self.grads, way.inv_scale)
+            return reference.squared_norms(self.grads, inv_scale=way.inv_scale)
         sign = -1 if way.maximize else 1
         scales = [-1.0 if way.of_updates else sign * weight_decay for weight_decay in self.weight_decays]
-        return reference.squared_norms_of_sums(self.grads, self.params, scales, way.inv_scale)
+        return reference.squared_norms(self.grads, others=self.params, scales=scales, inv_scale=way.inv_scale)
 
     def ratios(self, way: Way) -> Tensor:
         squared_norms = reference.squared_norms(self.params), self.grad_squared_norms(way)
         dtype = reference.compute_dtype(self.dtype, self.dtype)
         no_decays = [0.0] * len(self.weight_decays)
         weight_decays = no_decays if way.decayed_norm or way.of_updates else self.weight_decays
-        numbers = weight_decays, self.trust_coefs, self.eps
         lr_scale = self.lr_scale if way.has_lr_scale else None
-        return reference.trust_ratios(*squared_norms, *numbers, dtype, self.lrs, lr_scale, way.clip, way.of_updates)
+        return reference.trust_ratios(
+            *squared_norms,
+            weight_decays=weight_decays,
+            trust_coefs=self.trust_coefs,
+            eps=self.eps,
+            dtype=dtype,
+            clip=way.clip,
+            lrs=self.lrs,
+            of_updates=way.of_updates,
+            lr_scale=lr_scale,
+        )
 
 
 def new_case(name: str, dtype: torch.dtype) -> Case:
@@ -414,12 +423,19 @@ def check(case: Case, ways: list[Way], results: list[Result]) -> None:
         compare("ratios of two ways", case, way, result.ratios, ratios, rtol=0)
         grads = [grad.clone() for grad in case.grads]
         if way.of_updates:
-            reference.apply_trust_ratios_to_updates_(grads, case.params, ratios)
+            reference.scale_updates_(grads, case.params, ratios=ratios)
         else:
-            lrs = case.lrs if way.lr_in_momentum else []
-            lr_scale = case.lr_scale if way.has_lr_scale else None
-            others = case.weight_decays, way.maximize, lrs, lr_scale, way.inv_scale
-            reference.apply_trust_ratios_(grads, case.params, ratios, *others)
+            reference.scale_gradients_(
+                grads,
+                case.params,
+                maximize=way.maximize,
+                weight_decays=case.weight_decays,
+                ratios=ratios,
+                lrs=case.lrs,
+                lr_in_momentum=way.lr_in_momentum,
+                lr_scale=case.lr_scale if way.has_lr_scale else None,
+                inv_scale=way.inv_scale,
+            )
         compare("gradients", case, way, torch.cat(result.grads), torch.cat(grads), rtol=0)
 
 
@@ -428,24 +444,21 @@ def check_sgd(case: Case, ways: list[Way], results: list[Result]) -> None:
     for way, result in zip(ways, results, strict=True):
         if way.op == LARS_SGD:
             compare("ratios", case, way, result.ratios, case.ratios(way), rtol=ratio_rtol(result.ratios.dtype))
-        ratios, lrs, lr_scale = result.ratios, case.lrs, case.lr_scale if way.has_lr_scale else None
-        if way.lr_in_momentum:
-            scaled = torch.tensor(lrs, dtype=torch.float64) * (1 if lr_scale is None else lr_scale)
-            ratios, lrs, lr_scale = (ratios.double() * scaled).to(ratios.dtype), [1.0] * len(lrs), None
         params, momenta = [param.clone() for param in case.params], momenta_of(case, way)
         reference.sgd_(
             params,
             case.grads,
             momenta,
-            ratios if way.op == LARS_SGD or way.has_ratios else None,
-            case.weight_decays,
-            lrs,
-            case.momentums if momenta else [0.0] * len(params),
-            case.dampenings,
-            way.nesterov,
-            way.maximize,
-            lr_scale,
-            way.inv_scale,
+            maximize=way.maximize,
+            weight_decays=case.weight_decays,
+            lrs=case.lrs,
+            lr_in_momentum=way.lr_in_momentum,
+            lr_scale=case.lr_scale if way.has_lr_scale else None,
+            momentums=case.momentums if momenta else [0.0] * len(params),
+            dampenings=case.dampenings,
+            nesterov=way.nesterov,
+            ratios=result.ratios if way.op == LARS_SGD or way.has_ratios else None,
+            inv_scale=way.inv_scale,
         )
         compare("parameters", case, way, torch.cat(result.params), torch.cat(params), rtol=0)
         if momenta:

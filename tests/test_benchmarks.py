@@ -239,7 +239,7 @@ def test_host_time_writes_what_the_table_needs(module, tmp_path):
     part = "LARS part: LARS(no-op) − no-op"
     for count in ("1", "20"):
         timed = report["tensors"][count]
-        assert {"SGD fused", "SGD foreach", "ops.scale_by_trust_ratios_, lists ready", part} <= timed.keys()
+        assert {"SGD fused", "SGD foreach", "ops.scale_gradients_, lists ready", part} <= timed.keys()
         assert all(len(times["rounds"]) == 2 for times in timed.values())
     table = (tmp_path / "run.md").read_text(encoding="utf-8")
     assert all(f"| {name} " in table for name in timed)

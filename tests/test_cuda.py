@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 
+import calls
 import pytest
 import torch
 from torch import nn
@@ -15,7 +16,7 @@ from torch import nn
 from torchlars import LAMB, LARC, LARS, _extension, ops, reference
 from torchlars import optim as torchlars_optim
 
-SGD = pytest.mark.parametrize("op", ["sgd_", "lars_sgd_"])
+SGD = pytest.mark.parametrize("op", [ops.sgd_, calls.sgd], ids=["given", "measured"])  # the ratios
 DTYPES = pytest.mark.parametrize(
     ("dtype", "momentum_dtype"),
     [
@@ -45,7 +46,7 @@ def make(device="cuda", dtypes=(torch.float32,)):
 def expected_gradients(params):
     grads = [param.grad.clone() for param in params]
     for param, grad in zip(params, grads, strict=True):
-        reference.scale_by_trust_ratios_([grad], [param.detach()], [0.1], [0.001], [1e-8], False)
+        calls.scale_gradients([grad], [param.detach()], [0.1], [0.001], [1e-8], False, module=reference)
     return grads
 
 
@@ -64,7 +65,7 @@ def sgd_arguments(op, dtype, momentum_dtype):
         "maximize": dtype == torch.bfloat16,
         "lr_scale": torch.tensor(0.7, dtype=torch.float64, device="cuda"),
     }
-    if op == "sgd_":
+    if op is ops.sgd_:
         return arguments | {"ratios": torch.tensor([0.5, 2.0, 1.0], device="cuda")}
     return arguments | {"trust_coefs": [0.5, 0.1, 1.0], "eps": [0.0, 1e-8, 0.1]}
 
@@ -79,7 +80,10 @@ def cloned(arguments):
 def reference_step(op, arguments):
     """Return the arguments after a step of the reference, which waits for the device as often as it likes."""
     arguments = cloned(arguments)
-    getattr(reference, op)(**arguments)
+    if op is ops.sgd_:
+        reference.sgd_(**arguments)
+    else:
+        calls.sgd(**arguments, module=reference)
     return arguments
 
 
@@ -203,7 +207,7 @@ def test_sgd_never_waits_for_the_device(op, dtype, momentum_dtype):
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        getattr(ops, op)(**arguments)
+        op(**arguments)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_stepped(arguments, expected)
@@ -236,7 +240,7 @@ def test_sgd_of_scaled_gradients_never_waits_for_the_device(op, dtype, momentum_
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        getattr(ops, op)(**arguments, inv_scale=ops.inv_scale(*scaler, device))
+        op(**arguments, inv_scale=ops.inv_scale(*scaler, device))
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert_stepped(arguments, expected)
@@ -251,15 +255,15 @@ def test_scaled_gradients_are_adapted_without_waiting_for_the_device(decayed_nor
     grads, values = [param.grad for param in params], [param.detach() for param in params]
     overflow(grads, found_inf)
     scaler, device = scaler_values(found_inf), torch.device("cuda", torch.cuda.current_device())
-    numbers = [0.1] * 3, [0.5] * 3, [1e-8] * 3, False
+    numbers, how = ([0.1] * 3, [0.5] * 3, [1e-8] * 3, False), {"decayed_norm": decayed_norm}
     expected = [grad.clone() for grad in grads]
     inv_scale = ops.inv_scale(*scaler, device)
-    reference.scale_by_trust_ratios_(expected, values, *numbers, decayed_norm=decayed_norm, inv_scale=inv_scale)
+    calls.scale_gradients(expected, values, *numbers, **how, inv_scale=inv_scale, module=reference)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
         inv_scale = ops.inv_scale(*scaler, device)
-        ratios = ops.scale_by_trust_ratios_(grads, values, *numbers, decayed_norm=decayed_norm, inv_scale=inv_scale)
+        ratios = calls.scale_gradients(grads, values, *numbers, **how, inv_scale=inv_scale)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert (ratios == 1).all() == bool(found_inf)
@@ -273,11 +277,13 @@ def test_one_graph_steps_and_skips():
     grads, values = [param.grad for param in params], [param.detach() for param in params]
     scale, found_inf = scaler_values(0.0)
     device = torch.device("cuda", torch.cuda.current_device())
-    numbers = *([x] * 3 for x in (0.1, 0.5, 1e-8, 0.1, 0.0, 0.0)), False, False
+    names = ("weight_decays", "trust_coefs", "eps", "lrs", "momentums", "dampenings")
+    numbers = {name: [x] * 3 for name, x in zip(names, (0.1, 0.5, 1e-8, 0.1, 0.0, 0.0), strict=True)}
 
     def step(module=ops, params=values):
         inv_scale = ops.inv_scale(scale, found_inf, device)
-        module.lars_sgd_(params, grads, [], *numbers, inv_scale=inv_scale)
+        tensors = {"params": params, "grads": grads, "momentum_buffers": []}
+        calls.sgd(**tensors, **numbers, maximize=False, inv_scale=inv_scale, module=module)
 
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -311,7 +317,7 @@ def test_sgd_goes_to_the_current_stream(op):
         torch.cuda._sleep(100_000_000)  # whatever runs on another stream meanwhile reads NaN
         for grad, values in zip(arguments["grads"], grads, strict=True):
             grad.copy_(values)
-        getattr(ops, op)(**arguments)
+        op(**arguments)
     side.synchronize()
     assert_stepped(arguments, expected)
 
@@ -342,7 +348,7 @@ def test_bits_are_the_same_from_run_to_run():
     results = []
     for _ in range(5):
         grad = torch.randn(20_000_000, device="cuda", generator=torch.Generator("cuda").manual_seed(1))
-        ratio = ops.scale_by_trust_ratios_([grad], [param], [0.1], [0.001], [1e-8], False)
+        ratio = calls.scale_gradients([grad], [param], [0.1], [0.001], [1e-8], False)
         results.append((ratio, grad))
     assert all(torch.equal(r, results[0][0]) and torch.equal(g, results[0][1]) for r, g in results)
 
@@ -355,9 +361,9 @@ def test_bits_of_sgd_are_the_same_from_run_to_run(dtype, momentum_dtype):
     results = []
     for _ in range(5):
         params, momenta = [param.clone()], [buffer.clone() for buffer in buffers]
-        ratios = ops.lars_sgd_(
-            params, [grad], momenta, [0.1], [0.001], [1e-8], [0.1], [momentum], [0.0], False, False, None
-        )
+        tensors = {"params": params, "grads": [grad], "momentum_buffers": momenta}
+        numbers = {"weight_decays": [0.1], "trust_coefs": [0.001], "eps": [1e-8], "lrs": [0.1], "dampenings": [0.0]}
+        ratios = calls.sgd(**tensors, **numbers, momentums=[momentum], maximize=False)
         results.append([ratios, *params, *momenta])
     for result in results:
         assert all(torch.equal(x, first) for x, first in zip(result, results[0], strict=True))
@@ -374,16 +380,33 @@ def test_two_launches_a_bucket():
     params = make()
     grads, values = [p.grad for p in params], [p.detach() for p in params]
     arguments = (grads, values, [0.1] * 3, [1.0] * 3, [0.0] * 3, False)
-    assert count_launches(ops.scale_by_trust_ratios_, *arguments) == 2
+    assert count_launches(calls.scale_gradients, *arguments) == 2
+
+
+@pytest.mark.parametrize("ratios", [None, [0.5, 2.0, 1.0]], ids=["none", "given"])
+def test_one_launch_scales_a_bucket_whose_ratios_are_not_measured(ratios):
+    params = make()
+    grads, values = [p.grad for p in params], [p.detach() for p in params]
+    ratios = ratios and torch.tensor(ratios, device="cuda")
+    how = {"maximize": False, "weight_decays": [0.1] * 3, "ratios": ratios}
+    assert count_launches(ops.scale_gradients_, grads, values, **how) == 1
+
+
+def test_without_ratios_every_launch_takes_ratios_of_1():
+    params = [torch.randn(3, device="cuda") for _ in range(1000)]  # more than one launch takes
+    grads = [torch.randn(3, device="cuda") for _ in params]
+    expected = [grad + 0.5 * param for grad, param in zip(grads, params, strict=True)]
+    ops.scale_gradients_(grads, params, maximize=False, weight_decays=[0.5] * len(params))
+    assert torch.equal(torch.stack(grads), torch.stack(expected))
 
 
 @DTYPES
 @pytest.mark.parametrize("inverse", [None, 0.5, 0.0])
-@pytest.mark.parametrize(("op", "launches"), [("sgd_", 1), ("lars_sgd_", 2)])
+@pytest.mark.parametrize(("op", "launches"), [(ops.sgd_, 1), (calls.sgd, 2)], ids=["given", "measured"])
 def test_launches_of_sgd(op, launches, inverse, dtype, momentum_dtype):
     inv_scale = None if inverse is None else torch.tensor(inverse, device="cuda")
     arguments = {**sgd_arguments(op, dtype, momentum_dtype), "inv_scale": inv_scale}
-    assert count_launches(getattr(ops, op), **arguments) == launches
+    assert count_launches(op, **arguments) == launches
 
 
 @pytest.mark.parametrize("inverse", [None, 0.5, 0.0])
@@ -391,18 +414,15 @@ def test_launches_of_sgd(op, launches, inverse, dtype, momentum_dtype):
 def test_no_dialect_and_no_scale_launches_more(options, inverse):
     params = make()
     grads, values = [p.grad for p in params], [p.detach() for p in params]
-    arguments = (grads, values, [0.1] * 3, [1.0] * 3, [0.0] * 3, False, [0.1] * 3)
+    arguments = (grads, values, [0.1] * 3, [1.0] * 3, [0.0] * 3, False)
     inv_scale = None if inverse is None else torch.tensor(inverse, device="cuda")
-    assert count_launches(ops.scale_by_trust_ratios_, *arguments, **options, inv_scale=inv_scale) == 2
+    assert count_launches(calls.scale_gradients, *arguments, lrs=[0.1] * 3, **options, inv_scale=inv_scale) == 2
 
 
 def test_two_launches_scale_a_bucket_of_updates():
     values = [p.detach() for p in make()]
     old_values = [value.clone() for value in values]
-    assert (
-        count_launches(ops.scale_updates_by_trust_ratios_, values, old_values, [1.0] * 3, [0.0] * 3, [0.1] * 3, False)
-        == 2
-    )
+    assert count_launches(calls.scale_updates, values, old_values, [1.0] * 3, [0.0] * 3, [0.1] * 3) == 2
 
 
 @pytest.fixture
@@ -470,7 +490,8 @@ def test_what_drivers_and_architectures_do_not_know_is_not_asked_for(variable, e
 import torch
 from torchlars import _C, ops
 _C.set_run_bytes(4)
-ops.scale_by_trust_ratios_([torch.ones(3, device="cuda")], [torch.ones(3, device="cuda")], [0.1], [1.0], [0.0], False)
+x, y, ratios = (torch.ones(n, device="cuda") for n in (3, 3, 1))
+ops.scale_gradients_([x], [y], maximize=False, weight_decays=[0.1], ratios=ratios, trust_coefs=[1.0], eps=[0.0])
 """
     environment = {**os.environ, **dict([f"FAKE_CUDA_{variable}".split("=")])}
     done = subprocess.run([sys.executable, "-c", step], env=environment, capture_output=True, text=True)

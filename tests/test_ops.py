@@ -9,21 +9,19 @@ from pathlib import Path
 
 import pytest
 import torch
+from calls import scale_gradients, scale_updates, sgd
 from cases import CASES, COMPLEX_DTYPES, DTYPES, REAL_DTYPES, Case, Layer, misaligned, on, sizes, sliced
 from closeness import assert_all_equal, assert_all_within_ulps, assert_within_ulps, joined
 
 from torchlars import ops, reference
 
 
-def fused(grads, params, weight_decays, trust_coefs, eps, maximize):
-    return ops.scale_by_trust_ratios_(grads, params, weight_decays, trust_coefs, eps, maximize)
-
-
 def three(grads, params, weight_decays, trust_coefs, eps, maximize):
     param_squared_norms, grad_squared_norms = ops.squared_norms(params), ops.squared_norms(grads)
     dtype = ops.compute_dtype(grads[0].dtype, params[0].dtype)
-    ratios = ops.trust_ratios(param_squared_norms, grad_squared_norms, weight_decays, trust_coefs, eps, dtype)
-    ops.apply_trust_ratios_(grads, params, ratios, weight_decays, maximize)
+    hyper = {"weight_decays": weight_decays, "trust_coefs": trust_coefs, "eps": eps}
+    ratios = ops.trust_ratios(param_squared_norms, grad_squared_norms, **hyper, dtype=dtype)
+    ops.scale_gradients_(grads, params, maximize=maximize, weight_decays=weight_decays, ratios=ratios)
     return ratios
 
 
@@ -53,7 +51,7 @@ def assert_adapted(ratios, grads, expected_ratios, expected_grads, rtol):
     assert_all_within_ulps(grads, expected_grads, ulps, "gradient of layer")
 
 
-ROUTES = {"fused": fused, "three": three}
+ROUTES = {"fused": scale_gradients, "three": three}
 
 
 def copies(arguments):
@@ -78,7 +76,7 @@ def named(values):
 def test_extension_equals_the_reference(extension, device, case, dtype, route):
     is_wide = dtype in (torch.float64, torch.complex128)
     actual, expected, original = case.make(dtype, device), case.make(dtype), case.make(dtype)
-    expected_ratios = reference.scale_by_trust_ratios_(*expected)
+    expected_ratios = scale_gradients(*expected, module=reference)
     ratios = ROUTES[route](*actual)
     assert_within_ulps(ratios, expected_ratios, 4 if is_wide else 1, "ratios")
     assert_all_within_ulps(actual[0], expected[0], 8 if is_wide else 2, "gradient of layer")
@@ -90,7 +88,7 @@ def test_extension_equals_the_reference(extension, device, case, dtype, route):
 def test_fused_gives_the_bits_of_the_three(extension, device, case, dtype):
     arguments = case.make(dtype, device)
     one, other = copies(arguments), copies(arguments)
-    assert torch.equal(fused(*one), three(*other))
+    assert torch.equal(scale_gradients(*one), three(*other))
     assert_all_equal(one[0], other[0], "gradient of layer")
 
 
@@ -103,28 +101,36 @@ DIALECTS = [
     (False, False, True, True),
     (True, True, True, False),
 ]
+NAMES = ("decayed_norm", "clip", "lr_in_momentum")
 
 
 def lrs_of(n, in_tensor, device):
-    return [0.002 * (1 + i % 5) for i in range(n)], torch.tensor(
-        0.5, dtype=torch.float64, device=device
-    ) if in_tensor else None
+    lr_scale = torch.tensor(0.5, dtype=torch.float64, device=device) if in_tensor else None
+    return {"lrs": [0.002 * (1 + i % 5) for i in range(n)], "lr_scale": lr_scale}
 
 
 def dialects_of(case):
     return DIALECTS[-1:] if case.name in ("many", "large_norms", "chunk_borders") else DIALECTS
 
 
-def measured_and_decided(grads, params, hyper, maximize, lrs, decayed_norm, clip, inv_scale=None, module=ops):
-    """The trust ratios, op by op."""
-    weight_decays, *others = hyper
-    if decayed_norm:
+def op_by_op(grads, params, weight_decays, trust_coefs, eps, maximize, lrs, dialect, inv_scale=None, halve=1):
+    """What scale_gradients does, by three ops; its ratios are multiplied by ``halve`` before they are applied."""
+    decays = weight_decays
+    if dialect["decayed_norm"]:
         scales = [-weight_decay if maximize else weight_decay for weight_decay in weight_decays]
-        grad_norms, weight_decays = module.squared_norms_of_sums(grads, params, scales, inv_scale), [0.0] * len(grads)
+        grad_norms, decays = (
+            ops.squared_norms(grads, others=params, scales=scales, inv_scale=inv_scale),
+            [0.0] * len(grads),
+        )
     else:
-        grad_norms = module.squared_norms(grads, inv_scale)
-    dtype = ops.compute_dtype(grads[0].dtype, params[0].dtype)
-    return module.trust_ratios(module.squared_norms(params), grad_norms, weight_decays, *others, dtype, *lrs, clip)
+        grad_norms = ops.squared_norms(grads, inv_scale=inv_scale)
+    dtype, hyper = ops.compute_dtype(grads[0].dtype, params[0].dtype), {"trust_coefs": trust_coefs, "eps": eps}
+    norms = ops.squared_norms(params), grad_norms
+    ratios = ops.trust_ratios(*norms, weight_decays=decays, **hyper, dtype=dtype, clip=dialect["clip"], **lrs)
+    lrs = {**lrs, "lr_in_momentum": True} if dialect["lr_in_momentum"] else {}
+    how = {"maximize": maximize, "weight_decays": weight_decays, "inv_scale": inv_scale}
+    ops.scale_gradients_(grads, params, **how, ratios=halve * ratios, **lrs)
+    return ratios
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -134,16 +140,12 @@ def test_dialects_equal_the_reference_and_have_the_bits_of_op_by_op(extension, d
     arguments, on_cpu = case.make(dtype, device), case.make(dtype)
     for decayed_norm, clip, lr_in_momentum, in_tensor in dialects_of(case):
         lrs, lrs_on_cpu = (lrs_of(len(arguments[0]), in_tensor, where) for where in (device, "cpu"))
-        dialect = (decayed_norm, clip, lr_in_momentum)
+        dialect = dict(zip(NAMES, (decayed_norm, clip, lr_in_momentum), strict=True))
         expected, actual, apart = copies(on_cpu), copies(arguments), copies(arguments)
-        expected_ratios = reference.scale_by_trust_ratios_(*expected, *lrs_on_cpu, *dialect)
-        ratios = ops.scale_by_trust_ratios_(*actual, *lrs, *dialect)
+        expected_ratios = scale_gradients(*expected, **lrs_on_cpu, **dialect, module=reference)
+        ratios = scale_gradients(*actual, **lrs, **dialect)
         assert_within_ulps(ratios, expected_ratios, 4 if is_wide else 1, "ratios")
-        grads, params, *hyper, maximize = apart
-        ratios_apart = measured_and_decided(grads, params, hyper, maximize, lrs, decayed_norm, clip)
-        factors = lrs if lr_in_momentum else ((), None)
-        ops.apply_trust_ratios_(grads, params, ratios_apart, hyper[0], maximize, *factors)
-        assert_all_equal([ratios], [ratios_apart], "ratios")
+        assert_all_equal([ratios], [op_by_op(*apart, lrs, dialect)], "ratios")
         assert_all_equal(actual[0], apart[0], "op by op, gradient of layer")
         assert_all_within_ulps(actual[0], expected[0], 8 if is_wide else 2, "gradient of layer")
 
@@ -159,20 +161,19 @@ def test_scaled_updates_equal_the_reference_and_have_the_bits_of_op_by_op(extens
             for param, old in zip(expected, old_on_cpu, strict=True):
                 param.mul_(0.02).add_(old)
         before, actual, apart, old_params = (on(device, x) for x in (expected, expected, expected, old_on_cpu))
-        (lrs, lr_scale), (_, lr_scale_on_cpu) = (lrs_of(len(expected), in_tensor, where) for where in (device, "cpu"))
-        trust_coefs = [100 * coef for coef in trust_coefs]
-        call = (trust_coefs, eps, lrs, clip)
+        lrs, lrs_on_cpu = (lrs_of(len(expected), in_tensor, where) for where in (device, "cpu"))
+        hyper = {"trust_coefs": [100 * coef for coef in trust_coefs], "eps": eps, "clip": clip}
         scaled = copies([expected])[0]
-        expected_ratios = reference.scale_updates_by_trust_ratios_(scaled, old_on_cpu, *call, lr_scale_on_cpu)
-        ratios = ops.scale_updates_by_trust_ratios_(actual, old_params, *call, lr_scale)
+        expected_ratios = scale_updates(scaled, old_on_cpu, **hyper, **lrs_on_cpu, module=reference)
+        ratios = scale_updates(actual, old_params, **hyper, **lrs)
         assert_within_ulps(ratios, expected_ratios, 8 if is_wide else 1, "ratios")
-        norms = ops.squared_norms(old_params), ops.squared_norms_of_sums(apart, old_params, [-1.0] * len(apart))
-        hyper = [0.0] * len(apart), trust_coefs, eps
-        ratios_apart = ops.trust_ratios(*norms, *hyper, ratios.dtype, lrs, lr_scale, clip, True)
-        ops.apply_trust_ratios_to_updates_(apart, old_params, ratios_apart)
+        updates = ops.squared_norms(apart, others=old_params, scales=[-1.0] * len(apart))
+        hyper |= {"weight_decays": [0.0] * len(apart), "dtype": ratios.dtype, "of_updates": True}
+        ratios_apart = ops.trust_ratios(ops.squared_norms(old_params), updates, **hyper, **lrs)
+        ops.scale_updates_(apart, old_params, ratios=ratios_apart)
         assert_all_equal([ratios], [ratios_apart], "ratios")
         ratios = ratios.cpu()
-        reference.apply_trust_ratios_to_updates_(expected, old_on_cpu, ratios)
+        reference.scale_updates_(expected, old_on_cpu, ratios=ratios)
         assert_all_equal(actual, apart, "op by op, layer")
         assert_all_equal(actual, expected, "rounding of layer")
         if bool((ratios == 1).any()):
@@ -185,10 +186,11 @@ def test_scaled_updates_equal_the_reference_and_have_the_bits_of_op_by_op(extens
 def test_squared_norms_of_sums_equal_the_reference(extension, device, case, dtype):
     tensors, others, *_ = case.make(dtype, device)
     scales = [(-1.0, 0.25, 0.0, -0.1)[i % 4] for i in range(len(tensors))]
-    actual = ops.squared_norms_of_sums(tensors, others, scales)
-    expected = reference.squared_norms_of_sums(*case.make(dtype)[:2], scales)
+    actual = ops.squared_norms(tensors, others=others, scales=scales)
+    tensors_on_cpu, others_on_cpu, *_ = case.make(dtype)
+    expected = reference.squared_norms(tensors_on_cpu, others=others_on_cpu, scales=scales)
     assert_squared_norms(actual, expected, tensors, 4 + 2 * (max(x.numel() for x in tensors) > 10000))
-    zeros = ops.squared_norms_of_sums(tensors, others, [0.0] * len(tensors))
+    zeros = ops.squared_norms(tensors, others=others, scales=[0.0] * len(tensors))
     assert torch.equal(zeros, ops.squared_norms(tensors))
 
 
@@ -197,7 +199,7 @@ def test_scaled_updates_by_hand(backend):
     for clip, ratio, after in ((False, 1.5, [2.55, 4.6]), (True, 1.0, [2.7, 4.4])):
         old, new = (torch.tensor(w, dtype=torch.float64) for w in ([3.0, 4.0], [2.7, 4.4]))
         lr_scale = torch.tensor(2.0, dtype=torch.float64)
-        ratios = ops.scale_updates_by_trust_ratios_([new], [old], [0.6], [1.0], [0.25], clip, lr_scale)
+        ratios = scale_updates([new], [old], [0.6], [1.0], [0.25], clip=clip, lr_scale=lr_scale)
         assert ratios.item() == pytest.approx(ratio, rel=1e-14)
         assert new.tolist() == pytest.approx(after, rel=1e-14)
 
@@ -207,7 +209,7 @@ def test_an_update_of_ratio_1_is_not_touched(backend):
     old, new = torch.rand(1000), torch.rand(1000) * 1e-3
     assert not torch.equal(old + (new - old), new)
     before = new.clone()
-    ops.apply_trust_ratios_to_updates_([new], [old], torch.ones(1))
+    ops.scale_updates_([new], [old], ratios=torch.ones(1))
     assert torch.equal(new, before)
 
 
@@ -217,18 +219,18 @@ def test_a_nan_shows_in_the_whole_layer_of_an_update(backend):
         (old if which == "old" else new)[1] = float("nan")
         for clip in (False, True):
             written = new.clone()
-            assert ops.scale_updates_by_trust_ratios_([written], [old], [1.0], [0.0], [0.1], clip).isnan().all()
+            assert scale_updates([written], [old], [1.0], [0.0], [0.1], clip=clip).isnan().all()
             assert written.isnan().all()
 
 
 @pytest.mark.parametrize("clip", [False, True])
 def test_clipped_ratios_by_hand(backend, clip):
     norms = torch.tensor([25.0, 25.0, 0.0, 0.0]).double(), torch.tensor([1.0, 1.0, 1.0, float("nan")]).double()
-    hyper = [0.0] * 4, [0.1] * 4, [0.0] * 4
-    ratios = ops.trust_ratios(*norms, *hyper, torch.float64, [1.0, 0.25, 4.0, 1.0], None, clip)
+    hyper = {"weight_decays": [0.0] * 4, "trust_coefs": [0.1] * 4, "eps": [0.0] * 4, "lrs": [1.0, 0.25, 4.0, 1.0]}
+    ratios = ops.trust_ratios(*norms, **hyper, dtype=torch.float64, clip=clip)
     expected = [0.5, 1.0, 0.25, float("nan")] if clip else [0.5, 0.5, 1.0, float("nan")]
     assert ratios.tolist() == pytest.approx(expected, nan_ok=True)
-    of_updates = ops.trust_ratios(*norms, *hyper, torch.float64, [1.0, 0.25, 4.0, 1.0], None, clip, True)
+    of_updates = ops.trust_ratios(*norms, **hyper, dtype=torch.float64, clip=clip, of_updates=True)
     assert of_updates.tolist() == pytest.approx([0.5, 0.125, 1.0, float("nan")], nan_ok=True)
 
 
@@ -250,18 +252,16 @@ def test_scaled_gradients_are_adapted_as_if_unscaled_beforehand(extension, devic
     arguments, on_cpu = case.make(dtype, device), case.make(dtype)
     for decayed_norm, clip, lr_in_momentum, in_tensor in [(False,) * 4, *dialects_of(case)]:
         lrs, lrs_on_cpu = (lrs_of(len(arguments[0]), in_tensor, where) for where in (device, "cpu"))
-        dialect = (decayed_norm, clip, lr_in_momentum)
+        dialect = dict(zip(NAMES, (decayed_norm, clip, lr_in_momentum), strict=True))
         expected, actual, apart = copies(on_cpu), copies(arguments), copies(arguments)
-        ratios = ops.scale_by_trust_ratios_(*actual, *lrs, *dialect, inv_scale)
-        expected_ratios = reference.scale_by_trust_ratios_(*expected, *lrs_on_cpu, *dialect, torch.tensor(inverse))
+        ratios = scale_gradients(*actual, **lrs, **dialect, inv_scale=inv_scale)
+        expected_ratios = scale_gradients(
+            *expected, **lrs_on_cpu, **dialect, inv_scale=torch.tensor(inverse), module=reference
+        )
         assert_within_ulps(ratios, expected_ratios, 4 if is_wide else 1, "ratios")
-        grads, params, *hyper, maximize = apart
-        ratios_apart = measured_and_decided(grads, params, hyper, maximize, lrs, decayed_norm, clip, inv_scale)
-        factors = lrs if lr_in_momentum else ((), None)
-        ops.apply_trust_ratios_(grads, params, ratios_apart, hyper[0], maximize, *factors, inv_scale)
-        assert_all_equal([ratios], [ratios_apart], "ratios")
+        assert_all_equal([ratios], [op_by_op(*apart, lrs, dialect, inv_scale)], "ratios")
         beforehand = (unscaled(arguments[0], inv_scale), *arguments[1:])
-        ratios_beforehand = ops.scale_by_trust_ratios_(*beforehand, *lrs, *dialect)
+        ratios_beforehand = scale_gradients(*beforehand, **lrs, **dialect)
         ulps = 8 if is_wide or decayed_norm else 2  # where a sum cancels, what was rounded beforehand counts for more
         ulps = 0 if inverse == 0.25 and dtype.itemsize > 2 else ulps  # powers of two change no bit of a mantissa
         assert_within_ulps(ratios, ratios_beforehand, ulps, "unscaled beforehand, ratios")
@@ -280,21 +280,21 @@ def test_squared_norms_of_scaled_tensors(extension, device, case, dtype, inverse
     beforehand = [x.to(torch.promote_types(x.dtype, torch.float64)) * inv_scale[0].double() for x in tensors]
     scales = [(-1.0, 0.25, 0.0, -0.1)[i % 4] for i in range(len(tensors))]
     tensors_on_cpu, others_on_cpu, *_ = case.make(dtype)
-    for op, more, more_on_cpu in (
-        ("squared_norms", (), ()),
-        ("squared_norms_of_sums", (others, scales), (others_on_cpu, scales)),
+    for more, more_on_cpu in (
+        ({}, {}),
+        ({"others": others, "scales": scales}, {"others": others_on_cpu, "scales": scales}),
     ):
-        actual = getattr(ops, op)(tensors, *more, inv_scale)
-        expected = getattr(reference, op)(tensors_on_cpu, *more_on_cpu, inv_scale.cpu())
+        actual = ops.squared_norms(tensors, **more, inv_scale=inv_scale)
+        expected = reference.squared_norms(tensors_on_cpu, **more_on_cpu, inv_scale=inv_scale.cpu())
         assert_squared_norms(actual, expected, tensors, 8)
-        norms = getattr(ops, op)(beforehand, *more)
+        norms = ops.squared_norms(beforehand, **more)
         if device.type != "cpu" or inverse != 0.25:  # a sum of one element may cancel, and magnify what was rounded
             rtol = 1e-10 if device.type == "cpu" else max(gpu_rtol(tensors), 1e-10)
             torch.testing.assert_close(actual, norms, rtol=rtol, atol=0)
         else:
             assert torch.equal(actual, norms)
-    zeros = ops.squared_norms_of_sums(tensors, others, [0.0] * len(tensors), inv_scale)
-    assert torch.equal(zeros, ops.squared_norms(tensors, inv_scale))
+    zeros = ops.squared_norms(tensors, others=others, scales=[0.0] * len(tensors), inv_scale=inv_scale)
+    assert torch.equal(zeros, ops.squared_norms(tensors, inv_scale=inv_scale))
 
 
 def memory(tensors):
@@ -318,15 +318,13 @@ def test_a_skipped_step_writes_nothing(backend, device, case, dtype):
     arguments, skip = case.make(dtype, device), torch.zeros((), device=device)
     before = memory(overflown(arguments[0]))
     for decayed_norm, clip, lr_in_momentum, in_tensor in [(False,) * 4, *dialects_of(case)]:
-        grads, params, *hyper, maximize = copies(arguments)
-        _, lr_scale = lrs_of(0, in_tensor, device)
-        lrs = [(0.25, 2.0, 4.0)[i % 3] * (2 if in_tensor else 1) for i in range(len(grads))], lr_scale
-        dialect = (decayed_norm, clip, lr_in_momentum)
-        ratios = ops.scale_by_trust_ratios_(grads, params, *hyper, maximize, *lrs, *dialect, skip)
+        grads, *others = copies(arguments)
+        lrs = [(0.25, 2.0, 4.0)[i % 3] * (2 if in_tensor else 1) for i in range(len(grads))]
+        lrs = {**lrs_of(0, in_tensor, device), "lrs": lrs}
+        dialect = dict(zip(NAMES, (decayed_norm, clip, lr_in_momentum), strict=True))
+        ratios = scale_gradients(grads, *others, **lrs, **dialect, inv_scale=skip)
         assert ratios.tolist() == [(1.0, 0.5, 0.25)[i % 3] if clip else 1.0 for i in range(len(grads))]
-        assert torch.equal(ratios, measured_and_decided(grads, params, hyper, maximize, lrs, decayed_norm, clip, skip))
-        factors = lrs if lr_in_momentum else ((), None)
-        ops.apply_trust_ratios_(grads, params, 0.5 * ratios, hyper[0], maximize, *factors, skip)
+        assert torch.equal(ratios, op_by_op(grads, *others, lrs, dialect, skip, halve=0.5))
         assert_all_equal(memory(grads), before, "memory of layer")
 
 
@@ -336,16 +334,14 @@ def test_a_skipped_step_writes_nothing_to_gradients_of_another_dtype(backend, de
     case = Case("mixed_dtypes", "", [*sizes(5, 70, 17000), Layer((6, 4), grad_layout=sliced), Layer((0,))])
     grads, *others = case.make(dtype, device, grad_dtype)
     before, skip = memory(overflown(grads, [float("inf")])), torch.zeros(1, device=device)
-    ratios = ops.scale_by_trust_ratios_(grads, *others, inv_scale=skip)
+    ratios = scale_gradients(grads, *others, inv_scale=skip)
     assert ratios.tolist() == [1.0] * 5
     assert_all_equal(memory(grads), before, "memory of layer")
 
 
 def test_a_nan_in_a_parameter_shows_in_a_skipped_step_too(backend, device):
     grads, params = ([torch.tensor([1.0, x], device=device)] for x in (float("inf"), float("nan")))
-    ratios = ops.scale_by_trust_ratios_(
-        grads, params, [0.1], [1.0], [0.0], False, inv_scale=torch.zeros(1, device=device)
-    )
+    ratios = scale_gradients(grads, params, [0.1], [1.0], [0.0], False, inv_scale=torch.zeros(1, device=device))
     assert ratios.isnan().all()
     assert grads[0].tolist() == [1.0, float("inf")]
 
@@ -357,15 +353,16 @@ def test_scaled_gradients_may_have_another_dtype_than_parameters(extension, devi
     inv_scale = torch.tensor(0.3, device=device)
     for options in ({}, {"decayed_norm": True}):
         actual, expected = (case.make(dtype, where, grad_dtype) for where in (device, "cpu"))
-        ratios = ops.scale_by_trust_ratios_(*actual, **options, inv_scale=inv_scale)
-        expected_ratios = reference.scale_by_trust_ratios_(*expected, **options, inv_scale=inv_scale.cpu())
+        ratios = scale_gradients(*actual, **options, inv_scale=inv_scale)
+        expected_ratios = scale_gradients(*expected, **options, inv_scale=inv_scale.cpu(), module=reference)
         assert_adapted(ratios, actual[0], expected_ratios, expected[0], gpu_rtol([*actual[0], *actual[1]]))
 
 
 def test_unscaled_gradients_are_not_rounded_in_between(backend):
     # 2⁻¹² · 1.5 · 2⁻¹⁵ is less than float16 can hold, but r = 2¹⁵ times that is not.
     grad, param = torch.tensor([2.0**-15 * 1.5]).half(), torch.tensor([1.0]).half()
-    ops.apply_trust_ratios_([grad], [param], torch.tensor([2.0**15]), [0.0], False, [], None, torch.tensor(2.0**-12))
+    how = {"maximize": False, "weight_decays": [0.0], "inv_scale": torch.tensor(2.0**-12)}
+    ops.scale_gradients_([grad], [param], **how, ratios=torch.tensor([2.0**15]))
     assert grad.item() == 2.0**-12 * 1.5
 
 
@@ -377,9 +374,11 @@ def test_scaled_gradients_have_the_bits_that_a_grad_scaler_gives_them(backend, d
     inv_scale = ops.inv_scale(grad_scale, None, device)
     torch._amp_foreach_non_finite_check_and_unscale_([unscaled_by_torch], found_inf, inv_scale)
     param, one = torch.zeros(1000, device=device), torch.ones(1, device=device)
-    ops.apply_trust_ratios_([grad], [param], one, [0.1], False, [], None, inv_scale)
+    ops.scale_gradients_([grad], [param], maximize=False, weight_decays=[0.1], ratios=one, inv_scale=inv_scale)
     assert torch.equal(grad, unscaled_by_torch)
-    assert ops.squared_norms([scaled], inv_scale).item() == pytest.approx(grad.double().square().sum().item(), rel=1e-6)
+    assert ops.squared_norms([scaled], inv_scale=inv_scale).item() == pytest.approx(
+        grad.double().square().sum().item(), rel=1e-6
+    )
 
 
 largest, smallest = torch.finfo(torch.float32).max, 2.0**-149
@@ -423,10 +422,10 @@ def test_one_graph_steps_and_skips(backend):
 
     def step(grads, params, momenta, grad_scale, found_inf):
         inv_scale = ops.inv_scale(grad_scale, found_inf, params[0].device)
-        hyper = [0.1], [0.5], [0.0]
-        sgd = [0.1], [0.9], [0.0], True, False
-        ratios = ops.lars_sgd_(params, grads, momenta, *hyper, *sgd, inv_scale=inv_scale)
-        return ratios, ops.scale_by_trust_ratios_(grads, params, *hyper, False, inv_scale=inv_scale)
+        how = {"maximize": False, "weight_decays": [0.1], "trust_coefs": [0.5], "eps": [0.0], "inv_scale": inv_scale}
+        tensors = {"params": params, "grads": grads, "momentum_buffers": momenta}
+        ratios = sgd(**tensors, **how, lrs=[0.1], momentums=[0.9], dampenings=[0.0], nesterov=True)
+        return ratios, scale_gradients(grads, params, **how)
 
     torch._dynamo.reset()
     compiles = CompileCounterWithBackend("aot_eager")
@@ -454,7 +453,7 @@ def test_one_graph_steps_and_skips(backend):
 def test_gradients_may_have_another_dtype_than_parameters(extension, device, route, dtype, grad_dtype):
     case = Case("mixed_dtypes", "", [*sizes(5, 70, 17000), Layer((3, 4), weight_decay=0.0), Layer((0,))])
     actual, expected = (case.make(dtype, where, grad_dtype) for where in (device, "cpu"))
-    ratios, expected_ratios = ROUTES[route](*actual), reference.scale_by_trust_ratios_(*expected)
+    ratios, expected_ratios = ROUTES[route](*actual), scale_gradients(*expected, module=reference)
     assert_adapted(ratios, actual[0], expected_ratios, expected[0], gpu_rtol([*actual[0], *actual[1]]))
 
 
@@ -466,12 +465,12 @@ def test_bits_do_not_depend_on_threads_or_repetition(extension, threads, dtype):
     for count in (1, 2, 3, 2):
         threads(count)
         one = copies(arguments)
-        results.append([*one[0], fused(*one), ops.squared_norms(arguments[1])])
+        results.append([*one[0], scale_gradients(*one), ops.squared_norms(arguments[1])])
         grads, params, *hyper, _ = other = copies(arguments)
-        lrs = [0.1] * len(grads)
-        results[-1] += [ops.scale_by_trust_ratios_(*other, lrs, None, True, True, True), *grads]
+        lrs, dialect = [0.1] * len(grads), dict.fromkeys(NAMES, True)
+        results[-1] += [scale_gradients(*other, lrs=lrs, **dialect), *grads]
         updated = copies(arguments)[0]
-        results[-1] += [ops.scale_updates_by_trust_ratios_(updated, params, *hyper[1:], lrs, False), *updated]
+        results[-1] += [scale_updates(updated, params, *hyper[1:], lrs), *updated]
     for result in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
 
@@ -488,7 +487,7 @@ def test_ratio_is_within_an_ulp_of_float64_at_20_million_elements(backend):
     param_norm = param.double().square().sum().sqrt()
     grad_norm = grad.double().square().sum().sqrt()
     expected = 0.001 * param_norm / (grad_norm + 1e-4 * param_norm + 1e-8)
-    ratio = ops.scale_by_trust_ratios_([grad], [param], [1e-4], [0.001], [1e-8], False)
+    ratio = scale_gradients([grad], [param], [1e-4], [0.001], [1e-8], False)
     assert_within_ulps(ratio, expected.float().reshape(1), 1)
 
 
@@ -497,7 +496,7 @@ def test_a_nan_shows_in_the_whole_layer_and_only_there(backend, device, which):
     case = Case("nan", "", [Layer((5,), param_scale=float(which == "param")), Layer((6,))])
     grads, params, *hyper = case.make(torch.float32, device)
     (params if which == "param" else grads)[0][2] = float("nan")
-    ratios = ops.scale_by_trust_ratios_(grads, params, *hyper)
+    ratios = scale_gradients(grads, params, *hyper)
     assert ratios.isnan().tolist() == [True, False]
     assert bool(grads[0].isnan().all())
     assert bool(grads[1].isfinite().all())
@@ -517,7 +516,7 @@ def test_infinities_follow_the_formula(backend, device, route):
 def test_infinities_of_a_complex_layer_stay_in_their_part(backend, inverse):
     grads, params = [torch.tensor([complex(float("inf"), 1), 1 + 1j])], [torch.zeros(2, dtype=torch.complex64)]
     inv_scale, one = (None, 1.0) if inverse is None else (torch.tensor(inverse), inverse)
-    ops.scale_by_trust_ratios_(grads, params, [0.0], [0.001], [1e-8], False, inv_scale=inv_scale)
+    scale_gradients(grads, params, [0.0], [0.001], [1e-8], False, inv_scale=inv_scale)
     assert torch.view_as_real(grads[0]).tolist() == [[float("inf"), one], [one, one]]
 
 
@@ -525,7 +524,7 @@ def test_infinities_of_a_complex_layer_stay_in_their_part(backend, inverse):
 def test_memory_around_a_view_is_not_touched(backend, device, case):
     arguments = case.make(torch.float32, device)
     before = memory(arguments[0])
-    fused(*arguments)
+    scale_gradients(*arguments)
     for i, (grad, old, new) in enumerate(zip(arguments[0], before, memory(arguments[0]), strict=True)):
         around = torch.ones(len(new) // 4, dtype=torch.bool)
         around.as_strided(grad.shape, grad.stride(), grad.storage_offset()).fill_(False)
@@ -537,7 +536,7 @@ def test_gradients_keep_their_object_and_bump_their_version(backend, device):
     grads, params, *hyper = case.make(torch.float32, device)
     pointers, versions = [g.data_ptr() for g in grads], [g._version for g in grads]
     param_versions = [p._version for p in params]
-    ops.scale_by_trust_ratios_(grads, params, *hyper)
+    scale_gradients(grads, params, *hyper)
     assert [g.data_ptr() for g in grads] == pointers
     assert all(g._version > version for g, version in zip(grads, versions, strict=True))
     assert [p._version for p in params] == param_versions
@@ -545,39 +544,104 @@ def test_gradients_keep_their_object_and_bump_their_version(backend, device):
 
 def test_leaves_that_require_gradients_stay_leaves(backend):
     param, grad = torch.randn(4, requires_grad=True), torch.randn(4, requires_grad=True)
-    ops.scale_by_trust_ratios_([grad], [param], [0.1], [0.001], [1e-8], False)
+    scale_gradients([grad], [param], [0.1], [0.001], [1e-8], False)
     assert grad.is_leaf
     assert not ops.squared_norms([param]).requires_grad
 
 
-TAKE_NO_INV_SCALE = ("trust_ratios", "apply_trust_ratios_to_updates_", "scale_updates_by_trust_ratios_")
+SQUARES = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64)
+MODES = {
+    # op, options; "ratios": which are read, "measured": with trust coefficients
+    "squared_norms": ("squared_norms", {}),
+    "squared_norms, of sums": ("squared_norms", {"others": ..., "scales": [-1.0, 0.5, 0.0]}),
+    "trust_ratios": ("trust_ratios", {"clip": True, "lrs": ..., "of_updates": True}),
+    "scale_gradients_": ("scale_gradients_", {}),
+    "scale_gradients_, ratios": ("scale_gradients_", {"ratios": ..., "lrs": ..., "lr_in_momentum": True}),
+    "scale_gradients_, measured": (
+        "scale_gradients_",
+        {"trust_coefs": ..., "lrs": ..., "decayed_norm": True, "clip": True, "lr_in_momentum": True},
+    ),
+    "scale_updates_, ratios": ("scale_updates_", {"ratios": ...}),
+    "scale_updates_, measured": ("scale_updates_", {"trust_coefs": ..., "lrs": ..., "clip": True}),
+    "sgd_": ("sgd_", {"lrs": ...}),
+    "sgd_, ratios": ("sgd_", {"lrs": ..., "ratios": ..., "nesterov": True}),
+    "sgd_, measured": (
+        "sgd_",
+        {"trust_coefs": ..., "lrs": ..., "decayed_norm": True, "clip": True, "lr_in_momentum": True, "nesterov": True},
+    ),
+}
+TAKE_NO_INV_SCALE = ("trust_ratios", "scale_updates_")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 @pytest.mark.parametrize(
-    ("op", "inverse"),
-    [(op, inverse) for op in ops.OPS for inverse in ([None] if op in TAKE_NO_INV_SCALE else [None, 0.5, 0.0])],
+    ("mode", "inverse"),
+    [(m, i) for m, (op, _) in MODES.items() for i in ([None] if op in TAKE_NO_INV_SCALE else [None, 0.5, 0.0])],
 )
-def test_opcheck(extension, device, op, dtype, inverse):
+def test_opcheck(extension, device, mode, dtype, inverse):
     case = Case("opcheck", "", [Layer((3, 4)), Layer((5,), weight_decay=0.01), Layer((0,))])
     grads, params, weight_decays, trust_coefs, eps, maximize = case.make(dtype, device)
-    squares = torch.tensor([1.0, 2.0, 0.0], dtype=torch.float64, device=device)
-    momenta, sgd = [torch.ones_like(param) for param in params], ([0.1] * 3, [0.9] * 3, [0.0] * 3, True)
-    hyper, lrs = (weight_decays, trust_coefs, eps), ([0.1, 0.2, 0.3], squares[0])
-    arguments = {
-        "squared_norms": (params,),
-        "squared_norms_of_sums": (grads, params, [-1.0, 0.5, 0.0]),
-        "trust_ratios": (squares, squares.flip(0).contiguous(), *hyper, torch.float32, *lrs, True, True),
-        "apply_trust_ratios_": (grads, params, squares.float(), weight_decays, maximize, *lrs),
-        "scale_by_trust_ratios_": (grads, params, *hyper, maximize, *lrs, True, True, True),
-        "apply_trust_ratios_to_updates_": (params, grads, squares.float()),
-        "scale_updates_by_trust_ratios_": (params, grads, trust_coefs, eps, lrs[0], True, lrs[1]),
-        "sgd_": (params, grads, momenta, squares.float(), weight_decays, *sgd, maximize, squares[0]),
-        "lars_sgd_": (params, grads, momenta, *hyper, *sgd, maximize, squares[0], True, True, True),
+    squares, momenta = SQUARES.to(device), [torch.ones_like(param) for param in params]
+    op, options = MODES[mode]
+    arguments, more = {
+        "squared_norms": ((params,), {}),
+        "trust_ratios": (
+            (squares, squares.flip(0).contiguous()),
+            {"weight_decays": weight_decays, "trust_coefs": trust_coefs, "eps": eps, "dtype": torch.float32},
+        ),
+        "scale_gradients_": ((grads, params), {"maximize": maximize, "weight_decays": weight_decays}),
+        "scale_updates_": ((params, grads), {}),
+        "sgd_": (
+            (params, grads, momenta),
+            {
+                "maximize": maximize,
+                "weight_decays": weight_decays,
+                "momentums": [0.9] * 3,
+                "dampenings": [0.0] * 3,
+            },
+        ),
     }[op]
+    options = {**more, **options}
+    if "others" in options:
+        options["others"] = grads
+    if "lrs" in options:
+        options |= {"lrs": [0.1, 0.2, 0.3], "lr_scale": squares[0]}
+    if "ratios" in options:
+        options["ratios"] = squares.float()
+    if "trust_coefs" in options and op != "trust_ratios":
+        options |= {"ratios": torch.full((3,), 7.0, device=device), "trust_coefs": trust_coefs, "eps": eps}
     if inverse is not None:
-        arguments += (torch.tensor(inverse, device=device),)
-    torch.library.opcheck(getattr(torch.ops.torchlars, op).default, arguments)
+        options["inv_scale"] = torch.tensor(inverse, device=device)
+    torch.library.opcheck(getattr(torch.ops.torchlars, op).default, arguments, options)
+
+
+def test_every_op_is_checked_in_a_mode():
+    assert [*dict.fromkeys(op for op, _ in MODES.values())] == list(ops.OPS)
+
+
+@pytest.mark.parametrize("lr_in_momentum", [False, True])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@named(CASES)
+def test_without_ratios_gradients_are_scaled_as_with_ratios_of_1(backend, device, case, dtype, lr_in_momentum):
+    grads, params, weight_decays, *_, maximize = case.make(dtype, device)
+    one, other = copies([grads])[0], copies([grads])[0]
+    lrs = {**lrs_of(len(grads), True, device), "lr_in_momentum": True} if lr_in_momentum else {}
+    how = {"maximize": maximize, "weight_decays": weight_decays, "inv_scale": torch.tensor(0.3, device=device), **lrs}
+    ops.scale_gradients_(one, params, **how)
+    ops.scale_gradients_(other, params, **how, ratios=ops.empty_ratios(grads, params).fill_(1))
+    assert_all_equal(one, other, "gradient of layer")
+
+
+@pytest.mark.parametrize("grad_dtype", [torch.float64, torch.bfloat16], ids=str)
+def test_measured_ratios_are_written_whatever_they_hold(backend, device, grad_dtype):
+    grads, params, *others = Case("ratios", "", sizes(5, 70)).make(torch.float32, device, grad_dtype)
+    for fill in (float("nan"), 0.0):
+        written = ops.empty_ratios(grads, params).fill_(fill)
+        version = written._version
+        how = dict(zip(("weight_decays", "trust_coefs", "eps", "maximize"), others, strict=True))
+        ops.scale_gradients_([grad.clone() for grad in grads], params, **how, ratios=written)
+        assert written._version > version
+        assert torch.equal(written, scale_gradients([grad.clone() for grad in grads], params, *others))
 
 
 @pytest.mark.parametrize("dtype", COMPLEX_DTYPES, ids=str)
@@ -588,11 +652,12 @@ def test_complex_norm_is_that_of_the_complex_vector(backend, dtype):
 
 def test_sparse_values_may_be_fewer_than_a_parameter_that_does_not_decay(backend):
     values, param = torch.tensor([3.0, 4.0]), torch.randn(10, 2)
-    ops.apply_trust_ratios_([values], [param], torch.tensor([0.5]), [0.0], False)
+    how = {"maximize": False, "weight_decays": [0.0], "ratios": torch.tensor([0.5])}
+    ops.scale_gradients_([values], [param], **how)
     assert values.tolist() == [1.5, 2.0]
-    ops.apply_trust_ratios_([values], [param], torch.tensor([0.5]), [0.0], False, inv_scale=torch.tensor(4.0))
+    ops.scale_gradients_([values], [param], **how, inv_scale=torch.tensor(4.0))
     assert values.tolist() == [3.0, 4.0]
-    ops.apply_trust_ratios_([values], [param], torch.tensor([0.5]), [0.0], False, inv_scale=torch.tensor(0.0))
+    ops.scale_gradients_([values], [param], **how, inv_scale=torch.tensor(0.0))
     assert values.tolist() == [3.0, 4.0]
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 
+import calls
 import pytest
 import torch
 from cases import channels_last, sliced, transposed
@@ -88,14 +89,14 @@ def test_a_bucket_takes_the_inv_scale_of_scaled_gradients(extension, door, inver
     params = [with_gradient(parameter(3, 4, scale=2.0)), with_gradient(parameter(5))]
     values, grads = [param.detach().clone() for param in params], [param.grad.clone() for param in params]
     assert DOORS[door](layers, params) == []
-    hyper = [0.1] * 2, [0.3] * 2, [0.05] * 2
+    hyper = {"weight_decays": [0.1] * 2, "trust_coefs": [0.3] * 2, "eps": [0.05] * 2, "maximize": False}
     if door == "LarsLayers":
         ratios = layers.buckets[0].adapt(inv_scale)
-        expected = ops.scale_by_trust_ratios_(grads, values, *hyper, False, inv_scale=inv_scale)
+        expected = calls.scale_gradients(grads, values, **hyper, inv_scale=inv_scale)
     else:
         ratios = layers.buckets[0].update(inv_scale=inv_scale)
-        sgd = [0.5] * 2, [0.0] * 2, [0.0] * 2, False, False
-        expected = ops.lars_sgd_(values, grads, [], *hyper, *sgd, inv_scale=inv_scale)
+        hyper |= {"lrs": [0.5] * 2, "momentums": [0.0] * 2, "dampenings": [0.0] * 2, "inv_scale": inv_scale}
+        expected = calls.sgd(params=values, grads=grads, momentum_buffers=[], **hyper)
     assert torch.equal(ratios, expected)
     assert (ratios == 1).all() == (inverse == 0.0)
     for param, value, grad in zip(params, values, grads, strict=True):
@@ -111,7 +112,8 @@ def test_a_bucket_of_plain_sgd_takes_an_inv_scale(extension):
         state = {param: {"momentum_buffer": buffer}}
         assert add_to_sgd(layers, [param], state, momentum=0.9, trust_coef=None, eps=None) == []
         assert layers.buckets[0].update(inv_scale) is None
-        ops.sgd_([value], [param.grad], [momentum], None, [0.1], [0.5], [0.9], [0.0], False, False, None, inv_scale)
+        numbers = {"weight_decays": [0.1], "lrs": [0.5], "momentums": [0.9], "dampenings": [0.0]}
+        ops.sgd_([value], [param.grad], [momentum], maximize=False, **numbers, inv_scale=inv_scale)
         assert torch.equal(param, value)
         assert torch.equal(buffer, momentum)
 

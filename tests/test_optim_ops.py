@@ -3,6 +3,7 @@
 import itertools
 import math
 
+import calls
 import pytest
 import torch
 from cases import CASES, DTYPES, REAL_DTYPES, Case, Layer, on, sizes, sliced, transposed
@@ -24,7 +25,7 @@ STEPS = [
     ("float32", False, True, True, True),
     ("float32", True, False, False, False),
 ]
-OPS = ["sgd_", "lars_sgd_"]
+OPS = ["given", "measured"]  # sgd_ with ratios that are given, or 1, and with those that it measures
 
 
 def steps_of(case, dtype, device="cpu"):
@@ -87,12 +88,18 @@ def moved(arguments, device):
     return {name: there(value) for name, value in arguments.items()}
 
 
+def sgd(op, arguments, module=ops):
+    """Call sgd_ with those of the arguments that it takes. Return the ratios if it measures them."""
+    foreign = {"given": {"trust_coefs", "eps"}, "measured": {"ratios"}}[op]
+    taken = {name: value for name, value in arguments.items() if name not in foreign}
+    return module.sgd_(**taken) if op == "given" else calls.sgd(**taken, module=module)
+
+
 def call(op, arguments, module=ops, **different):
     """Call an op with copies of what it writes. Return those, and the ratios if there are any."""
     copies = {name: [copied(x) for x in arguments[name]] for name in ("params", "grads", "momentum_buffers")}
     taken = {**arguments, **copies, **different}
-    foreign = {"sgd_": {"trust_coefs", "eps"}, "lars_sgd_": {"ratios"}}[op]
-    ratios = getattr(module, op)(**{name: value for name, value in taken.items() if name not in foreign})
+    ratios = sgd(op, taken, module)
     assert_all_equal(taken["grads"], arguments["grads"], "gradients are only read, layer")
     return taken["params"], taken["momentum_buffers"], ratios
 
@@ -112,7 +119,7 @@ def named(values):
 def test_sgd_gives_the_bits_of_the_reference(extension, device, case, dtype):
     for kind in steps_of(case, dtype, device):
         arguments = arguments_of(case, dtype, kind)
-        assert_same_results(call("sgd_", moved(arguments, device)), call("sgd_", arguments, reference))
+        assert_same_results(call("given", moved(arguments, device)), call("given", arguments, reference))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -122,19 +129,17 @@ def test_lars_sgd_equals_the_reference_and_has_the_bits_of_measure_decide_and_up
     for kind in steps_of(case, dtype, device)[::2]:
         on_cpu = arguments_of(case, dtype, kind)
         arguments = moved(on_cpu, device)
-        actual = call("lars_sgd_", arguments)
+        actual = call("measured", arguments)
         norms = ops.squared_norms(arguments["params"]), ops.squared_norms(arguments["grads"])
-        ratio_dtype = torch.float64 if is_wide else torch.float32
-        hyper = arguments["weight_decays"], arguments["trust_coefs"], arguments["eps"]
-        ratios = ops.trust_ratios(*norms, *hyper, ratio_dtype)
+        hyper = {name: arguments[name] for name in ("weight_decays", "trust_coefs", "eps")}
+        hyper["dtype"] = torch.float64 if is_wide else torch.float32
+        ratios = ops.trust_ratios(*norms, **hyper)
         assert torch.equal(actual[2], ratios)
-        assert_same_results(actual, call("sgd_", arguments, ratios=ratios))
+        assert_same_results(actual, call("given", arguments, ratios=ratios))
         # Sums are the only thing in which the two may differ: so the rest is compared with the same ratios.
-        expected = reference.trust_ratios(
-            *map(reference.squared_norms, (on_cpu["params"], on_cpu["grads"])), *hyper, ratio_dtype
-        )
+        expected = reference.trust_ratios(*map(reference.squared_norms, (on_cpu["params"], on_cpu["grads"])), **hyper)
         assert_within_ulps(ratios, expected, 4 if is_wide else 1, "ratios")
-        assert_same_results(actual, call("sgd_", on_cpu, reference, ratios=ratios.cpu()))
+        assert_same_results(actual, call("given", on_cpu, reference, ratios=ratios.cpu()))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -146,25 +151,28 @@ def test_dialects_of_lars_sgd_have_the_bits_of_measure_decide_and_update(extensi
     for decayed_norm, clip, lr_in_momentum in dialects[3 if is_long else 0 :]:
         arguments = arguments_of(case, dtype, kind)
         dialect = {"decayed_norm": decayed_norm, "clip": clip, "lr_in_momentum": lr_in_momentum}
-        actual = call("lars_sgd_", arguments, **dialect)
+        actual = call("measured", arguments, **dialect)
         grads, params = arguments["grads"], arguments["params"]
         lrs, lr_scale = arguments["lrs"], arguments["lr_scale"]
-        decays = arguments["weight_decays"]
+        hyper = {name: arguments[name] for name in ("weight_decays", "trust_coefs", "eps", "lrs", "lr_scale")}
         if decayed_norm:
-            scales = [-decay if arguments["maximize"] else decay for decay in decays]
-            norms, decays = ops.squared_norms_of_sums(grads, params, scales), [0.0] * len(decays)
+            scales = [-decay if arguments["maximize"] else decay for decay in hyper["weight_decays"]]
+            norms = ops.squared_norms(grads, others=params, scales=scales)
+            hyper["weight_decays"] = [0.0] * len(lrs)
         else:
             norms = ops.squared_norms(grads)
-        hyper = decays, arguments["trust_coefs"], arguments["eps"]
         dtype_of_ratios = ops.compute_dtype(grads[0].dtype, dtype)
-        ratios = ops.trust_ratios(ops.squared_norms(params), norms, *hyper, dtype_of_ratios, lrs, lr_scale, clip)
+        ratios = ops.trust_ratios(ops.squared_norms(params), norms, **hyper, dtype=dtype_of_ratios, clip=clip)
         assert torch.equal(actual[2], ratios)
         inside = {"ratios": ratios}
         if lr_in_momentum:
             scaled = torch.tensor(lrs, dtype=torch.float64) * (1.0 if lr_scale is None else lr_scale)
             inside = {"ratios": (ratios.double() * scaled).to(ratios.dtype), "lrs": [1.0] * len(lrs), "lr_scale": None}
-        assert_same_results(actual, call("sgd_", arguments, **inside))
-        assert_same_results(actual, call("sgd_", arguments, reference, **inside))
+        assert_same_results(actual, call("given", arguments, **inside))
+        assert_same_results(actual, call("given", arguments, reference, **inside))
+        inside = {"ratios": ratios, "lr_in_momentum": lr_in_momentum}
+        assert_same_results(actual, call("given", arguments, **inside))
+        assert_same_results(actual, call("given", arguments, reference, **inside))
 
 
 def with_unscaled_gradients(arguments, inv_scale):
@@ -183,9 +191,9 @@ def test_sgd_of_scaled_gradients_gives_the_bits_of_the_reference_and_of_unscaled
     inv_scale = torch.tensor(inverse)
     for kind in steps_of(case, dtype):
         arguments = arguments_of(case, dtype, kind)
-        actual = call("sgd_", arguments, inv_scale=inv_scale)
-        assert_same_results(actual, call("sgd_", arguments, reference, inv_scale=inv_scale))
-        assert_same_results(actual, call("sgd_", with_unscaled_gradients(arguments, inv_scale)))
+        actual = call("given", arguments, inv_scale=inv_scale)
+        assert_same_results(actual, call("given", arguments, reference, inv_scale=inv_scale))
+        assert_same_results(actual, call("given", with_unscaled_gradients(arguments, inv_scale)))
 
 
 @inverses
@@ -195,23 +203,23 @@ def test_lars_sgd_of_scaled_gradients_has_the_bits_of_measure_decide_and_update(
     is_wide, inv_scale = dtype in (torch.float64, torch.complex128), torch.tensor(inverse)
     for i, kind in enumerate(steps_of(case, dtype)[::2]):
         arguments = arguments_of(case, dtype, kind)
-        grads, params, decays = arguments["grads"], arguments["params"], arguments["weight_decays"]
+        grads, params = arguments["grads"], arguments["params"]
         decayed_norm, clip = i % 2 == 0, i % 3 == 0
-        actual = call("lars_sgd_", arguments, decayed_norm=decayed_norm, clip=clip, inv_scale=inv_scale)
+        actual = call("measured", arguments, decayed_norm=decayed_norm, clip=clip, inv_scale=inv_scale)
         for module in (ops, reference):
-            norms, hyper = module.squared_norms(grads, inv_scale), (decays, arguments["trust_coefs"], arguments["eps"])
+            norms = module.squared_norms(grads, inv_scale=inv_scale)
+            hyper = {name: arguments[name] for name in ("weight_decays", "trust_coefs", "eps", "lrs", "lr_scale")}
             if decayed_norm:
-                scales = [-decay if arguments["maximize"] else decay for decay in decays]
-                norms = module.squared_norms_of_sums(grads, params, scales, inv_scale)
-                hyper = [0.0] * len(decays), *hyper[1:]
-            lrs = arguments["lrs"], arguments["lr_scale"]
-            ratios = module.trust_ratios(module.squared_norms(params), norms, *hyper, actual[2].dtype, *lrs, clip)
+                scales = [-decay if arguments["maximize"] else decay for decay in hyper["weight_decays"]]
+                norms = module.squared_norms(grads, others=params, scales=scales, inv_scale=inv_scale)
+                hyper["weight_decays"] = [0.0] * len(scales)
+            ratios = module.trust_ratios(module.squared_norms(params), norms, **hyper, dtype=actual[2].dtype, clip=clip)
             assert_within_ulps(actual[2], ratios, 0 if module is ops else 4 if is_wide else 1, "ratios")
-            assert_same_results(actual, call("sgd_", arguments, module, ratios=actual[2], inv_scale=inv_scale))
+            assert_same_results(actual, call("given", arguments, module, ratios=actual[2], inv_scale=inv_scale))
         beforehand = with_unscaled_gradients(arguments, inv_scale)
         if inverse == 0.25:  # which changes no bit of any mantissa
-            assert_same_results(actual, call("lars_sgd_", beforehand, decayed_norm=decayed_norm, clip=clip))
-        assert_same_results(actual, call("sgd_", beforehand, ratios=actual[2]))
+            assert_same_results(actual, call("measured", beforehand, decayed_norm=decayed_norm, clip=clip))
+        assert_same_results(actual, call("given", beforehand, ratios=actual[2]))
 
 
 def memory(tensors):
@@ -236,14 +244,12 @@ def test_a_skipped_step_writes_neither_parameters_nor_momentum(backend, case, dt
         arguments["grads"] = overflown([copied(grad) for grad in arguments["grads"]])
         tensors = [*arguments["params"], *arguments["momentum_buffers"], *arguments["grads"]]
         before, skip, dialect = memory(tensors), torch.zeros(()), {}
-        if op == "lars_sgd_":
+        if op == "measured":
             dialect = {"decayed_norm": i % 2 == 1, "clip": i % 3 == 0, "lr_in_momentum": i % 3 == 1}
             arguments["lrs"] = [2.0 * (1 + i % 4) for i in range(len(arguments["lrs"]))]
-        foreign = {"sgd_": {"trust_coefs", "eps"}, "lars_sgd_": {"ratios"}}[op]
-        taken = {name: value for name, value in arguments.items() if name not in foreign}
-        ratios = getattr(ops, op)(**taken, **dialect, inv_scale=skip)
+        ratios = sgd(op, {**arguments, **dialect, "inv_scale": skip})
         assert all(torch.equal(a, b) for a, b in zip(memory(tensors), before, strict=True))
-        if op == "lars_sgd_":
+        if op == "measured":
             lr_scale = 1.0 if kind[3] is False else 0.37
             expected = [min(1 / (lr * lr_scale), 1.0) if dialect["clip"] else 1.0 for lr in arguments["lrs"]]
             assert_within_ulps(ratios, torch.tensor(expected, dtype=ratios.dtype), 1, "ratios")
@@ -257,8 +263,8 @@ def test_scaled_gradients_may_have_another_dtype_than_parameters(extension, dtyp
     for kind, inverse in itertools.product(steps_of(case, dtype), (0.3, 0.0)):
         arguments, inv_scale = arguments_of(case, dtype, kind, grad_dtype), torch.tensor(inverse)
         actual = call(op, arguments, inv_scale=inv_scale)
-        ratios = arguments["ratios"] if op == "sgd_" else actual[2]
-        assert_same_results(actual, call("sgd_", arguments, reference, ratios=ratios, inv_scale=inv_scale))
+        ratios = arguments["ratios"] if op == "given" else actual[2]
+        assert_same_results(actual, call("given", arguments, reference, ratios=ratios, inv_scale=inv_scale))
         if inverse == 0.0:
             assert_same_results(actual, (arguments["params"], arguments["momentum_buffers"]))
 
@@ -271,8 +277,8 @@ def test_gradients_may_have_another_dtype_than_parameters(extension, device, dty
     for kind in steps_of(case, dtype, device):
         arguments = arguments_of(case, dtype, kind, grad_dtype)
         actual = call(op, moved(arguments, device))
-        ratios = arguments["ratios"] if op == "sgd_" else actual[2].cpu()
-        assert_same_results(actual, call("sgd_", arguments, reference, ratios=ratios))
+        ratios = arguments["ratios"] if op == "given" else actual[2].cpu()
+        assert_same_results(actual, call("given", arguments, reference, ratios=ratios))
 
 
 @named(CASES)
@@ -284,8 +290,7 @@ def test_memory_around_views_is_not_touched_and_versions_are_bumped(backend, op,
     written = [*arguments["params"], *arguments["momentum_buffers"]]
     before = [(tensor._version, tensor.data_ptr(), tensor.untyped_storage().clone()) for tensor in written]
     grads = [(grad._version, grad.untyped_storage().clone()) for grad in arguments["grads"]]
-    foreign = {"sgd_": {"trust_coefs", "eps"}, "lars_sgd_": {"ratios"}}[op]
-    getattr(ops, op)(**{name: value for name, value in arguments.items() if name not in foreign})
+    sgd(op, arguments)
     for tensor, (version, pointer, storage) in zip(written, before, strict=True):
         assert tensor._version > version
         assert tensor.data_ptr() == pointer
@@ -309,8 +314,8 @@ def test_momentum_buffers_of_any_layout_are_written_in_place(extension, device, 
             order(x) for order, x in zip(orders, arguments["momentum_buffers"], strict=True)
         ]
         actual = call(op, moved(arguments, device))
-        ratios = arguments["ratios"] if op == "sgd_" else actual[2].cpu()
-        assert_same_results(actual, call("sgd_", arguments, reference, ratios=ratios))
+        ratios = arguments["ratios"] if op == "given" else actual[2].cpu()
+        assert_same_results(actual, call("given", arguments, reference, ratios=ratios))
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -318,9 +323,7 @@ def test_layers_that_require_gradients_stay_leaves(backend, op):
     case = Case("leaves", "", [Layer((3,)), Layer((4,))])
     arguments = arguments_of(case, torch.float32, STEPS[3])
     params = [param.requires_grad_() for param in arguments["params"]]
-    getattr(ops, op)(
-        **{k: v for k, v in arguments.items() if k not in (("trust_coefs", "eps") if op == "sgd_" else ("ratios",))}
-    )
+    sgd(op, arguments)
     assert all(param.is_leaf and param.requires_grad and param.grad_fn is None for param in params)
 
 
@@ -397,7 +400,7 @@ BAD_CALLS = {
     "inv_scale elsewhere": ({"inv_scale": torch.ones(1, device="meta")}, bad_inv_scale + r"\[1\], .*meta"),
 }
 BAD_CALLS_OF_ONE = {
-    "sgd_": {
+    "given": {
         "more ratios": ({"ratios": torch.ones(3)}, r"one length \(grads: 2, ratios: 3\)"),
         "ratios in float64": (
             {"ratios": torch.ones(2, dtype=torch.float64)},
@@ -408,10 +411,15 @@ BAD_CALLS_OF_ONE = {
             r"ratios to be a contiguous vector of .* \(got: shape \[2, 1\]",
         ),
         "ratios elsewhere": ({"ratios": torch.ones(2, device="meta")}, r"one device \(grads\[0\]: cpu, ratios: meta\)"),
+        "clip": ({"clip": True}, r"trust_coefs where clip is True"),
+        "clip without ratios": ({"clip": True, "ratios": None}, r"trust_coefs where clip is True"),
+        "decayed_norm": ({"decayed_norm": True}, r"trust_coefs where decayed_norm is True"),
     },
-    "lars_sgd_": {
+    "measured": {
         "fewer coefs": ({"trust_coefs": [0.1]}, r"one length \(grads: 2, trust_coefs: 1\)"),
         "coef 0": ({"trust_coefs": [0.1, 0.0]}, r"positive numbers \(trust_coefs\[1\]: 0"),
+        "no coefs": ({"trust_coefs": []}, r"trust_coefs where eps are given"),
+        "no eps": ({"eps": []}, r"one length \(grads: 2, eps: 0\)"),
         "more eps": ({"eps": [0.1] * 3}, r"one length \(grads: 2, eps: 3\)"),
         "eps NaN": ({"eps": [math.nan, 0.0]}, r"non-negative numbers \(eps\[0\]: nan\)"),
     },
@@ -425,15 +433,11 @@ def test_bad_calls_are_refused_and_change_nothing(backend, op, bad):
     different, message = {**BAD_CALLS, **BAD_CALLS_OF_ONE[op]}[bad]
     arguments = arguments_of(Case("bad", "", [Layer((3,)), Layer((4,))]), torch.float32, STEPS[3])
     arguments = {**arguments, "momentums": [0.9, 0.5], **different}
-    if op == "sgd_":
-        del arguments["trust_coefs"], arguments["eps"]
-    else:
-        del arguments["ratios"]
     tensors = [*arguments["params"], *arguments["grads"], *arguments["momentum_buffers"]]
     before = [(tensor._version, tensor.clone()) for tensor in tensors]
     with pytest.raises(RuntimeError, match=message) as raised:
-        getattr(ops, op)(**arguments)
-    assert str(raised.value).startswith(f"{op}: expected "), "the message opens with the op's name"
+        sgd(op, arguments)
+    assert str(raised.value).startswith("sgd_: expected "), "the message opens with the op's name"
     for tensor, (version, value) in zip(tensors, before, strict=True):
         assert tensor._version == version
         assert tensor.device.type == "meta" or torch.equal(tensor.to_dense(), value.to_dense())

@@ -211,14 +211,12 @@ def reference_step(optimizer, buffers):
                 [result],
                 [param.grad],
                 [buffer],
-                None,
-                [group["weight_decay"]],
-                [group["lr"]],
-                [group["momentum"]],
-                [0.0 if first else group["dampening"]],
-                group["nesterov"],
-                group["maximize"],
-                None,
+                maximize=group["maximize"],
+                weight_decays=[group["weight_decay"]],
+                lrs=[group["lr"]],
+                momentums=[group["momentum"]],
+                dampenings=[0.0 if first else group["dampening"]],
+                nesterov=group["nesterov"],
             )
             results[param] = result
     return results

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from calls import scale_gradients, sgd
 from closeness import assert_within_ulps
 
 from torchlars import reference
@@ -14,7 +15,7 @@ DTYPES = [torch.float64, torch.float32]
 def test_formula_by_hand(dtype, maximize, expected):
     # ‖w‖ = 5, ‖g‖ = 1, so r = 0.01·5 / (1 + 0.1·5 + 0.5) = 0.025, and λw = (0.3, 0.4).
     param, grad = torch.tensor([3.0, 4.0], dtype=dtype), torch.tensor([0.6, 0.8], dtype=dtype)
-    ratios = reference.scale_by_trust_ratios_([grad], [param], [0.1], [0.01], [0.5], maximize)
+    ratios = scale_gradients([grad], [param], [0.1], [0.01], [0.5], maximize, module=reference)
     assert_within_ulps(ratios, torch.tensor([0.025], dtype=dtype), 1)
     assert_within_ulps(grad, torch.tensor(expected, dtype=dtype), 4)
 
@@ -22,7 +23,7 @@ def test_formula_by_hand(dtype, maximize, expected):
 def test_every_layer_has_its_own_norms_and_hyper_parameters():
     params = [torch.tensor([[3.0], [4.0]]), torch.tensor([12.0, 5.0])]  # norms 5 and 13
     grads = [torch.tensor([[0.0], [2.0]]), torch.tensor([8.0, -6.0])]  # norms 2 and 10
-    ratios = reference.scale_by_trust_ratios_(grads, params, [0.2, 0.0], [0.4, 0.5], [1.0, 3.0], False)
+    ratios = scale_gradients(grads, params, [0.2, 0.0], [0.4, 0.5], [1.0, 3.0], False, module=reference)
     # 0.4·5 / (2 + 0.2·5 + 1) = 0.5 and 0.5·13 / (10 + 0 + 3) = 0.5
     assert ratios.tolist() == [0.5, 0.5]
     assert_within_ulps(grads[0], torch.tensor([[0.3], [1.4]]), 2)
@@ -39,7 +40,7 @@ def test_every_layer_has_its_own_norms_and_hyper_parameters():
 )
 def test_ratio_is_one_where_a_norm_is_zero(param, grad, adapted):
     grad = torch.tensor(grad)
-    ratios = reference.scale_by_trust_ratios_([grad], [torch.tensor(param)], [0.5], [0.001], [1e-8], False)
+    ratios = scale_gradients([grad], [torch.tensor(param)], [0.5], [0.001], [1e-8], False, module=reference)
     assert ratios.tolist() == [1.0]
     assert grad.tolist() == adapted
 
@@ -47,7 +48,8 @@ def test_ratio_is_one_where_a_norm_is_zero(param, grad, adapted):
 @pytest.mark.parametrize(("param", "grad"), [(float("nan"), 1.0), (1.0, float("nan")), (0.0, float("nan"))])
 def test_nan_is_never_a_ratio_of_one(param, grad):
     norms = torch.tensor([param], dtype=torch.float64), torch.tensor([grad], dtype=torch.float64)
-    assert reference.trust_ratios(*norms, [0.1], [1.0], [0.0], torch.float32).isnan().all()
+    hyper = {"weight_decays": [0.1], "trust_coefs": [1.0], "eps": [0.0]}
+    assert reference.trust_ratios(*norms, **hyper, dtype=torch.float32).isnan().all()
 
 
 def test_squared_norms_by_hand():
@@ -62,8 +64,8 @@ def test_squared_norms_by_hand():
 def test_scaled_gradients_by_hand(dtype, maximize, expected):
     # 0.375·g = (0.6, 0.8), so that all is as above: r = 0.01·5 / (1 + 0.1·5 + 0.5) = 0.025, and λw = (0.3, 0.4).
     param, grad = torch.tensor([3.0, 4.0], dtype=dtype), torch.tensor([1.6, 6.4 / 3], dtype=dtype)
-    hyper, dialect = ([0.1], [0.01], [0.5], maximize), ((), None, False, False, False)
-    ratios = reference.scale_by_trust_ratios_([grad], [param], *hyper, *dialect, torch.tensor(0.375))
+    hyper, scale = ([0.1], [0.01], [0.5], maximize), torch.tensor(0.375)
+    ratios = scale_gradients([grad], [param], *hyper, inv_scale=scale, module=reference)
     assert_within_ulps(ratios, torch.tensor([0.025], dtype=dtype), 1)
     assert_within_ulps(grad, torch.tensor(expected, dtype=dtype), 4)
 
@@ -71,10 +73,14 @@ def test_scaled_gradients_by_hand(dtype, maximize, expected):
 def test_norms_of_scaled_tensors_by_hand():
     tensors, others = [torch.tensor([4.0, 0.0]), torch.tensor([3.0, 4.0])], [torch.tensor([2.0, 8.0])] * 2
     half = torch.tensor([0.5])
-    assert reference.squared_norms(tensors, half).tolist() == [4.0, 6.25]
+
+    def norms_of_sums(scales):
+        return reference.squared_norms(tensors, others=others, scales=scales, inv_scale=half)
+
+    assert reference.squared_norms(tensors, inv_scale=half).tolist() == [4.0, 6.25]
     # 0.5·(4, 0) + 0.5·(2, 8) = (3, 4), and 0.5·(3, 4) alone; then 0.5·(4, 0) − (2, 8) = (0, −8), (1.5, 2) − (2, 8)
-    assert reference.squared_norms_of_sums(tensors, others, [0.5, 0.0], half).tolist() == [25.0, 6.25]
-    assert reference.squared_norms_of_sums(tensors, others, [-1.0, -1.0], half).tolist() == [64.0, 36.25]
+    assert norms_of_sums([0.5, 0.0]).tolist() == [25.0, 6.25]
+    assert norms_of_sums([-1.0, -1.0]).tolist() == [64.0, 36.25]
 
 
 @pytest.mark.parametrize(
@@ -87,8 +93,9 @@ def test_norms_of_scaled_tensors_by_hand():
 )
 def test_sgd_of_scaled_gradients_by_hand(nesterov, maximize, momentum, after):
     param, grad, buffer = (torch.tensor([x], dtype=torch.float64) for x in (1.0, 6.0, 1.0))
-    ratios, numbers = torch.tensor([2.0], dtype=torch.float64), ([0.1], [0.1], [0.5], [0.25])
-    reference.sgd_([param], [grad], [buffer], ratios, *numbers, nesterov, maximize, None, torch.tensor(0.5))
+    how = {"maximize": maximize, "nesterov": nesterov, "ratios": torch.tensor([2.0], dtype=torch.float64)}
+    numbers = {"weight_decays": [0.1], "lrs": [0.1], "momentums": [0.5], "dampenings": [0.25]}
+    reference.sgd_([param], [grad], [buffer], **how, **numbers, inv_scale=torch.tensor(0.5))
     assert buffer.item() == pytest.approx(momentum, rel=1e-14)
     assert param.item() == pytest.approx(after, rel=1e-14)
     assert grad.item() == 6.0
@@ -97,15 +104,15 @@ def test_sgd_of_scaled_gradients_by_hand(nesterov, maximize, momentum, after):
 def test_a_skipped_step_by_hand():
     # Where inv_scale is 0 no gradient has a length: r = 1, clipped at γ = 4 to 1/4, and nothing is written.
     params, grads, skip = [torch.tensor([3.0, 4.0])] * 2, [torch.tensor([float("inf"), 1.0])] * 2, torch.zeros(())
-    assert reference.squared_norms(grads, skip).tolist() == [0.0, 0.0]
-    assert reference.squared_norms_of_sums(grads, params, [0.5, 0.0], skip).tolist() == [0.0, 0.0]
-    hyper = [0.1, 0.1], [0.01, 0.01], [0.0, 0.0]
-    ratios = reference.scale_by_trust_ratios_(
-        grads, params, *hyper, False, [0.5, 4.0], None, True, True, True, inv_scale=skip
-    )
+    assert reference.squared_norms(grads, inv_scale=skip).tolist() == [0.0, 0.0]
+    sums = {"others": params, "scales": [0.5, 0.0]}
+    assert reference.squared_norms(grads, **sums, inv_scale=skip).tolist() == [0.0, 0.0]
+    how = {"weight_decays": [0.1, 0.1], "trust_coefs": [0.01, 0.01], "eps": [0.0, 0.0], "maximize": False}
+    how |= {"lrs": [0.5, 4.0], "decayed_norm": True, "clip": True, "lr_in_momentum": True, "inv_scale": skip}
+    ratios = scale_gradients(grads, params, **how, module=reference)
     assert ratios.tolist() == [1.0, 0.25]
-    sgd = [0.5, 4.0], [0.0, 0.0], [0.0, 0.0], False, False
-    ratios = reference.lars_sgd_(params, grads, [], *hyper, *sgd, None, True, True, True, inv_scale=skip)
+    how |= {"params": params, "grads": grads, "momentum_buffers": [], "momentums": [0.0] * 2, "dampenings": [0.0] * 2}
+    ratios = sgd(**how, module=reference)
     assert ratios.tolist() == [1.0, 0.25]
     assert params[0].tolist() == [3.0, 4.0]
     assert grads[0].tolist() == [float("inf"), 1.0]
@@ -114,7 +121,7 @@ def test_a_skipped_step_by_hand():
 def test_float16_norms_do_not_overflow():
     # ‖w‖ = 1000·√10000 = 100,000, which float16 cannot hold; ‖g‖ = 100, so r = 0.001·1e5 / (100 + 1e-4·1e5) = 100/110.
     param, grad = torch.full((10000,), 1000.0).half(), torch.ones(10000).half()
-    ratios = reference.scale_by_trust_ratios_([grad], [param], [1e-4], [0.001], [0.0], False)
+    ratios = scale_gradients([grad], [param], [1e-4], [0.001], [0.0], False, module=reference)
     assert_within_ulps(ratios, torch.tensor([100 / 110]), 1)
     assert_within_ulps(grad[:1], torch.tensor([1.1 * 100 / 110]).half(), 1)
 
@@ -122,5 +129,5 @@ def test_float16_norms_do_not_overflow():
 def test_half_results_are_rounded_once():
     # In bfloat16, 1 + λw = 1.00390625 would round to 1; rounded only at the end, r times it is 1.5058…, nearest 1.5078125.
     param, grad = torch.tensor([1.0]).bfloat16(), torch.tensor([1.0]).bfloat16()
-    reference.apply_trust_ratios_([grad], [param], torch.tensor([1.5]), [0.00390625], False)
+    reference.scale_gradients_([grad], [param], maximize=False, weight_decays=[0.00390625], ratios=torch.tensor([1.5]))
     assert grad.item() == 1.5078125

@@ -23,9 +23,9 @@ def test_the_profiler_records_a_step_once(wrap):
 # The base is compiled as well. To the bit, but for torch 2.11 and 2.12, whose compiler may round its step otherwise.
 COMPILED = 0.0 if [int(number) for number in torch.__version__.split(".")[:2]] >= [2, 13] else 1e-12
 OP_OF = {
-    "LARS": "torchlars.scale_by_trust_ratios_",
-    "LAMB": "torchlars.scale_updates_by_trust_ratios_",
-    "LARS-update": "torchlars.apply_trust_ratios_to_updates_",
+    "LARS": "torchlars.scale_gradients_",
+    "LAMB": "torchlars.scale_updates_",
+    "LARS-update": "torchlars.scale_updates_",
 }
 compiles = pytest.mark.filterwarnings(
     "ignore:`torch.jit:DeprecationWarning",  # torch's own, while it compiles

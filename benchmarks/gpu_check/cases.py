@@ -35,10 +35,14 @@ EMPTY = (0, 0)
 
 MISALIGNED = ("", "p", "g", "pg")  # which of a layer's tensors begin one element behind a border
 
-#: All ops. Of those that measure, layers may be LONG.
-MEASURE = ("squared_norms", "squared_norms_of_sums", "scale_by_trust_ratios_", "scale_updates_by_trust_ratios_")
-MEASURE += ("lars_sgd_",)
-OPS = (*MEASURE, "trust_ratios", "apply_trust_ratios_", "apply_trust_ratios_to_updates_", "sgd_")
+#: All ops, those with ratios in two modes: measured by the op, or given. Of those that measure, layers may be LONG.
+MEASURE = ("squared_norms", "squared_norms of sums")
+MEASURE += tuple(f"{op} that measures" for op in ("scale_gradients_", "scale_updates_", "sgd_"))
+OPS = (*MEASURE, "trust_ratios", "scale_gradients_", "scale_updates_", "sgd_")
+NOT_TAKEN = {
+    "squared_norms": ("others", "scales"),
+    **dict.fromkeys(("scale_gradients_", "scale_updates_", "sgd_"), ("trust_coefs", "eps")),
+}
 
 
 @dataclass(frozen=True)
@@ -58,8 +62,9 @@ class Case:
 
 
 def parameters(op: str) -> list[str]:
-    """Return the names of what an op takes."""
-    return list(inspect.signature(getattr(reference, op)).parameters)
+    """Return the names of what an op takes in its mode."""
+    function = getattr(reference, op.partition(" ")[0])
+    return [name for name in inspect.signature(function).parameters if name not in NOT_TAKEN.get(op, ())]
 
 
 def takes_inv_scale(op: str) -> bool:
@@ -76,28 +81,29 @@ def cases() -> Iterator[Case]:
     for sizes in (MANY, LONG, EMPTY):
         for op in MEASURE if sizes is LONG else OPS:
             yield Case(op, torch.float32, sizes, 0.125 if takes_inv_scale(op) else None)
-    yield Case("lars_sgd_", torch.float64, MANY, None, {"nesterov": True})
+    yield Case("sgd_ that measures", torch.float64, MANY, None, {"nesterov": True})
 
 
 def options_of_ops(dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
     """Return ops with the options to try."""
     every_dialect = {"maximize": True, "decayed_norm": True, "clip": True, "lr_in_momentum": True, "lr_scale": 0.7}
     yield "squared_norms", {}
-    yield "squared_norms_of_sums", {}
+    yield "squared_norms of sums", {}
     for options in ({}, {"clip": True, "lr_scale": 0.7}):
         yield "trust_ratios", options
         yield "trust_ratios", {**options, "of_updates": True}
-        yield "scale_updates_by_trust_ratios_", options
-    yield "apply_trust_ratios_", {"lrs": ()}
-    yield "apply_trust_ratios_", {"maximize": True, "lr_scale": 0.7}
-    yield "apply_trust_ratios_to_updates_", {}
-    yield "scale_by_trust_ratios_", {}
-    yield "scale_by_trust_ratios_", every_dialect
+        yield "scale_updates_ that measures", options
+    yield "scale_gradients_", {"lrs": ()}
+    yield "scale_gradients_", {"maximize": True, "lr_in_momentum": True, "lr_scale": 0.7}
+    yield "scale_gradients_", {"ratios": None}
+    yield "scale_updates_", {"lrs": ()}
+    yield "scale_gradients_ that measures", {}
+    yield "scale_gradients_ that measures", every_dialect
     for momentum in (None, *dict.fromkeys((dtype, torch.float32 if dtype.itemsize == 2 else dtype))):
         yield "sgd_", {"momentum_dtype": momentum, "nesterov": momentum == dtype}
-        yield "lars_sgd_", {"momentum_dtype": momentum, "nesterov": momentum == torch.float32}
+        yield "sgd_ that measures", {"momentum_dtype": momentum, "nesterov": momentum == torch.float32}
     yield "sgd_", {"ratios": None, "lr_scale": 0.7}
-    yield "lars_sgd_", every_dialect
+    yield "sgd_ that measures", every_dialect
 
 
 def arguments(case: Case) -> dict[str, Any]:
@@ -184,8 +190,9 @@ def check(case: Case, device: torch.device) -> None:
     wholes: dict[int, Tensor] = {}
     on_device = {name: copied(value, device, wholes) for name, value in on_cpu.items()}
     with torch.no_grad():
-        result = getattr(torch.ops.torchlars, case.op)(**on_device)
-        expected = getattr(reference, case.op)(**on_cpu)
+        op = case.op.partition(" ")[0]
+        result = getattr(torch.ops.torchlars, op)(**on_device)
+        expected = getattr(reference, op)(**on_cpu)
     compare(case, "result", result, expected)
     for name, value in on_cpu.items():
         compare(case, name, on_device[name], value)
@@ -222,15 +229,16 @@ def passes(elements: int, device: torch.device) -> dict[str, tuple[int, Callable
     """Return by name how many bytes a pass reads and writes for each byte of a tensor, and the pass."""
     ops = torch.ops.torchlars
     param, grad, momentum, target = (torch.full((elements,), value, device=device) for value in (1.0, 1.0, 0.0, 0.0))
-    ratios, decays, scale = torch.ones(1, device=device), [1e-12], ([1e-12], [1.0], [0.0], False)
-    sgd = ([1e-9], [0.9], [0.0], False, False, None, None)
+    how = {"maximize": False, "weight_decays": [1e-12], "ratios": torch.ones(1, device=device)}
+    measured = {**how, "trust_coefs": [1.0], "eps": [0.0]}
+    numbers = {"lrs": [1e-9], "momentums": [0.9], "dampenings": [0.0]}
     return {
         "copy": (2, lambda: target.copy_(param)),
         "norm pass": (2, lambda: ops.squared_norms([param, grad])),
         "norm of one tensor": (1, lambda: ops.squared_norms([param])),
-        "scale pass": (3, lambda: ops.apply_trust_ratios_([grad], [param], ratios, decays, False)),
-        "both, as LARS calls them": (5, lambda: ops.scale_by_trust_ratios_([grad], [param], *scale)),
-        "update pass": (5, lambda: ops.sgd_([param], [grad], [momentum], ratios, decays, *sgd)),
+        "scale pass": (3, lambda: ops.scale_gradients_([grad], [param], **how)),
+        "both, as LARS calls them": (5, lambda: ops.scale_gradients_([grad], [param], **measured)),
+        "update pass": (5, lambda: ops.sgd_([param], [grad], [momentum], **how, **numbers)),
     }
 
 

@@ -73,11 +73,11 @@ def contestants(params: list[Parameter], left_out: dict[str, str]) -> dict[str, 
 
     gather()
     decays, coefs, eps = ([value] * count for value in (HYPER.weight_decay, HYPER.trust_coef, HYPER.eps))
+    how = {"maximize": False, "weight_decays": decays, "trust_coefs": coefs, "eps": eps}
+    ratios = ops.empty_ratios(grads, params)
     steps: dict[str, Step] = {
         "reading p.grad in a Python loop": lambda: [param.grad for param in params],
-        "ops.scale_by_trust_ratios_, lists ready": lambda: ops.scale_by_trust_ratios_(
-            grads, params, decays, coefs, eps, False
-        ),
+        "ops.scale_gradients_, lists ready": lambda: ops.scale_gradients_(grads, params, ratios=ratios, **how),
         "of the LARS part: gathering in C++": gather,
         "of the LARS part: the op, called from C++": lambda: [bucket.adapt() for bucket in gathered],
         "no-op": NoOp(params, HYPER).step,

@@ -90,7 +90,11 @@ std::vector<Buffer<T>> read_buffers(const std::vector<Numbers>& numbers, int64_t
 }
 
 RatioOptions ratio_options(const Case& header) {
-  return {header.decayed_norm != 0, header.clip != 0, header.of_updates != 0};
+  RatioOptions options;
+  options.decayed_norm = header.decayed_norm != 0;
+  options.clip = header.clip != 0;
+  options.of_updates = header.of_updates != 0;
+  return options;
 }
 
 // What the parameter is multiplied by before it is added to what is measured.
@@ -156,13 +160,23 @@ struct Scales {
   Buffer<float> inv_scale{1};
 };
 
+template <typename Options>
+Options options_of(const Case& header, const Scales& scales) {
+  Options options;
+  options.ratio = ratio_options(header);
+  options.maximize = header.maximize != 0;
+  options.lr_in_momentum = header.lr_in_momentum != 0;
+  options.lr_scale = scales.lr();
+  options.inv_scale = scales.inv();
+  return options;
+}
+
 template <typename T>
 void scale(const Case& header) {
   const Tensors<T> x(header);
   const auto& [numbers, params, grads, param_norms, grad_norms] = x;
   const Scales scales(header);
-  const LarsOptions options{ratio_options(header), header.maximize != 0, header.lr_in_momentum != 0, scales.lr(),
-                            scales.inv()};
+  const auto options = options_of<LarsOptions>(header, scales);
   const std::vector<MeasuredLayer> both = x.measured(header);
   std::vector<MeasuredLayer> only_params, only_grads, sizes;
   std::vector<Layer> decided, swept;
@@ -228,8 +242,8 @@ void update_by_sgd(const Case& header) {
     }
   }
 
-  const SgdOptions options{header.nesterov != 0,  header.maximize != 0,       scales.lr(),
-                           ratio_options(header), header.lr_in_momentum != 0, scales.inv()};
+  auto options = options_of<SgdOptions>(header, scales);
+  options.nesterov = header.nesterov != 0;
   if (header.op == kLarsSgd) {
     const std::vector<MeasuredLayer> measured = x.measured(header);
     const int64_t chunks = count_chunks<MeasuredLayer>(measured);
