@@ -41,7 +41,8 @@ MEASURE += tuple(f"{op} that measures" for op in ("scale_gradients_", "scale_upd
 OPS = (*MEASURE, "trust_ratios", "scale_gradients_", "scale_updates_", "sgd_")
 NOT_TAKEN = {
     "squared_norms": ("others", "scales"),
-    **dict.fromkeys(("scale_gradients_", "scale_updates_", "sgd_"), ("trust_coefs", "eps")),
+    **dict.fromkeys(("scale_gradients_", "sgd_"), ("trust_coefs", "eps")),
+    "scale_updates_": ("trust_coefs", "eps", "lrs"),
 }
 
 
@@ -96,7 +97,7 @@ def options_of_ops(dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
     yield "scale_gradients_", {"lrs": ()}
     yield "scale_gradients_", {"maximize": True, "lr_in_momentum": True, "lr_scale": 0.7}
     yield "scale_gradients_", {"ratios": None}
-    yield "scale_updates_", {"lrs": ()}
+    yield "scale_updates_", {}
     yield "scale_gradients_ that measures", {}
     yield "scale_gradients_ that measures", every_dialect
     for momentum in (None, *dict.fromkeys((dtype, torch.float32 if dtype.itemsize == 2 else dtype))):
