@@ -36,7 +36,7 @@ inline c10::ScalarType compute_dtype(c10::ScalarType grad, c10::ScalarType param
   return widest == c10::kDouble ? c10::kDouble : c10::kFloat;
 }
 
-// Bytes from a tensor's first element to the end of its last one. The tensor is not empty.
+// Bytes from the begin of a tensor's first element to the end of its last one. The tensor must not be empty.
 inline int64_t extent(const at::Tensor& tensor) {
   int64_t elements = tensor.numel();
   if (!tensor.is_non_overlapping_and_dense()) {
@@ -58,7 +58,7 @@ inline bool has_memory(const at::Tensor& tensor) {
   return static_cast<int64_t>(tensor.unsafeGetTensorImpl()->unsafe_storage().nbytes()) >= begin + extent(tensor);
 }
 
-// True where no two elements can share memory. Exact for every layout that slicing, permuting and expanding produce.
+// Whether no two elements share memory. Exact for every layout that slicing, permuting and expanding produce.
 inline bool is_writable_in_place(const at::Tensor& tensor) {
   if (tensor.numel() < 2 || tensor.is_non_overlapping_and_dense()) {
     return true;
@@ -111,7 +111,7 @@ inline bool is_positive(double number) { return std::isfinite(number) && number 
 inline bool is_non_negative(double number) { return std::isfinite(number) && number >= 0; }
 inline bool is_finite(double number) { return std::isfinite(number); }
 
-// One number a layer, each of a kind.
+// One number for each layer, each in its range.
 inline void check_numbers(const char* op, const char* name, at::ArrayRef<double> numbers, const char* than,
                           size_t layers, bool (*holds)(double) = is_non_negative) {
   check_length(op, name, numbers.size(), than, layers);
@@ -121,7 +121,7 @@ inline void check_numbers(const char* op, const char* name, at::ArrayRef<double>
   }
 }
 
-// Two lists of tensors that go together, pair by pair; their shapes apart.
+// Two lists of tensors that are used in pairs. Shapes are not checked.
 inline void check_pairs(const char* op, const char* name, at::TensorList tensors, const char* other_name,
                         at::TensorList others) {
   check_tensors(op, name, tensors);
@@ -134,7 +134,7 @@ inline void check_pairs(const char* op, const char* name, at::TensorList tensors
               "[0]: ", others[0].scalar_type(), ")");
 }
 
-// Shapes are free where free_where_zero[i] is 0, if that is given.
+// Pairs must be of one shape, except where free_where_zero[i] is 0, if that is given.
 inline void check_shapes(const char* op, const char* name, at::TensorList tensors, const char* other_name,
                          at::TensorList others, at::ArrayRef<double> free_where_zero = {}) {
   for (size_t i = 0; i < tensors.size(); ++i) {
@@ -152,7 +152,7 @@ inline void check_writable(const char* op, const char* name, at::TensorList tens
   }
 }
 
-// A number that is read on the device.
+// A tensor of one element that is read on the device.
 inline void check_scale(const char* op, const char* name, const std::optional<at::Tensor>& given, c10::ScalarType dtype,
                         c10::Device device) {
   if (given.has_value()) {
@@ -162,7 +162,7 @@ inline void check_scale(const char* op, const char* name, const std::optional<at
   }
 }
 
-// The learning rates of layers: one number each, and what multiplies them all.
+// The learning rate of each layer, and a factor for all of them.
 inline void check_lrs(const char* op, at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_scale,
                       const char* than, size_t layers, c10::Device device, bool are_needed) {
   check_needs(op, "lr_scale", "is given", lr_scale.has_value(), "lrs", are_needed || !lrs.empty());
@@ -172,7 +172,7 @@ inline void check_lrs(const char* op, at::ArrayRef<double> lrs, const std::optio
   check_scale(op, "lr_scale", lr_scale, c10::kDouble, device);
 }
 
-// The trust ratios of the layers that tensors and params belong to, and the numbers that they are decided by.
+// The trust ratios of layers, and the numbers that they are decided from.
 template <typename Arguments>
 void check_ratios(const Arguments& arguments, const std::optional<at::Tensor>& ratios, const char* name,
                   at::TensorList tensors, at::TensorList params) {

@@ -1,9 +1,10 @@
-// The eager door. A Python loop over parameters, and a list of tensors that is handed to an op, cost more per tensor
-// than a small layer's whole arithmetic. So a group's parameters are walked here, where reading .grad is a pointer.
+// The fast path of eager steps. In Python, a loop over parameters and the conversion of lists of tensors take more time
+// per tensor than the arithmetic of a small layer. So the parameters of a group are gathered here, where reading .grad
+// is reading a pointer.
 //
-// It takes plain layers only, and leaves to Python whatever needs a closer look: subclasses, sparse, complex, lazy and
-// overlapping tensors, mixed dtypes, errors. What it took goes through the dispatcher, as from Python: the same
-// kernels, and the reference for devices that have none.
+// It takes plain layers only. Subclasses, sparse, complex, lazy and overlapping tensors, mixed dtypes and errors are
+// left to the slow path in Python. Ops are called through the dispatcher, as from Python: the same kernels, and the
+// reference on devices that have none.
 #include "eager.h"
 
 #include <ATen/core/LegacyTypeDispatch.h>
@@ -36,8 +37,8 @@ namespace py = pybind11;
 using Tensors = std::vector<at::Tensor>;
 using Numbers = std::vector<double>;
 
-// Tensors, kept alive as Python objects. A reference from C++ beside the one of the object would take the GIL, and
-// several times as long.
+// Tensors that are kept alive by their Python objects. Owning references from C++ would take the GIL to be released,
+// and several times as long.
 class PyTensors {
  public:
   PyTensors() = default;
@@ -64,7 +65,7 @@ class PyTensors {
   py::list objects_;
 };
 
-// Memory of a device that its kernels may read as it is: no subclass, nothing lazy, no wrapper of a transformation.
+// Whether kernels may read a tensor's memory as it is: no subclass, nothing lazy, no wrapper of a transformation.
 bool is_plain(const at::Tensor& tensor) {
   static const auto harmless = c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
   const auto rest = tensor.key_set() - harmless;
@@ -73,21 +74,21 @@ bool is_plain(const at::Tensor& tensor) {
          tensor.has_storage() && has_memory(tensor);
 }
 
-// Whether more refer to something than those that are known, and its Python object if it was ever asked for.
+// Whether there are more references than the known ones and that of the Python object, if there is one.
 template <typename Impl>
 bool has_more_uses(const Impl* impl, size_t uses, size_t known) {
   return uses > known && uses > known + (impl->pyobj_slot()->load_pyobj() != nullptr ? 1 : 0);
 }
 
-// Whether another tensor may hold the same memory, as far as the storage tells: another tensor uses it, or it was made
-// of memory that its owner shares (NumPy, DLPack).
+// Whether another tensor may share the memory: another tensor uses the storage, or it was made of memory that its owner
+// shares (NumPy, DLPack).
 bool may_share_memory(const at::Tensor& tensor) {
   const c10::Storage& storage = tensor.unsafeGetTensorImpl()->unsafe_storage();
   return has_more_uses(storage.unsafeGetStorageImpl(), storage.use_count(), 1) || !storage.resizable();
 }
 
-// Whether another parameter, or the state of one, may hold the same gradient, to which the parameter and the caller
-// have a reference each, and to its Python object the gradient itself.
+// Whether another parameter, or its state, may hold the same gradient. The parameter and the caller have a reference
+// each, and the gradient has one to its Python object.
 bool may_be_shared(const at::Tensor& grad) {
   PyObject* const object = grad.unsafeGetTensorImpl()->pyobj_slot()->load_pyobj();
   return has_more_uses(grad.unsafeGetTensorImpl(), grad.use_count(), 2) || (object && Py_REFCNT(object) > 1) ||
@@ -105,7 +106,7 @@ bool is_fsdp_flattened(PyObject* param) {
   return PyObject_HasAttr(param, name) != 0;
 }
 
-// What a dict holds under a key; null if nothing.
+// The value of a key in a dict; null if there is none.
 py::object item_of(const py::handle& dict, PyObject* key) {
   PyObject* const item = PyDict_GetItemWithError(dict.ptr(), key);
   if (!item && PyErr_Occurred()) {
@@ -114,7 +115,7 @@ py::object item_of(const py::handle& dict, PyObject* key) {
   return py::reinterpret_borrow<py::object>(item);
 }
 
-// Tensors lie scattered in memory: those further on are fetched while one is looked at.
+// How many parameters ahead are prefetched: tensors are scattered in memory.
 constexpr Py_ssize_t kAhead = 4;
 
 void fetch_ahead([[maybe_unused]] PyObject* param) {
@@ -135,11 +136,12 @@ int64_t version_of(const at::Tensor& tensor) {
   return tensor.unsafeGetTensorImpl()->version_counter().current_version();
 }
 
-// Calls take(param, grad, the parameter as a Python object) for every plain layer of a group that was not seen before;
-// it may decline by returning false. Returns the positions of all others that may have a gradient.
+// Calls take(param, grad, the parameter's Python object) for every plain layer of a group that was not seen before. It
+// returns false for a layer that it does not take. Returns the positions of all others that may have a gradient.
 //
 // take may run Python code (the hash of a parameter), and with it other threads and signal handlers, which may change
-// the group's list and replace gradients. So its size and items are read anew each time, and references are held.
+// the group's list and replace gradients. So the list's size and items are read again each time, and references are
+// held.
 template <typename Take>
 std::vector<int64_t> for_plain_layers(const py::sequence& params, Seen& seen, const Take& take) {
   const auto fast = py::reinterpret_steal<py::object>(PySequence_Fast(params.ptr(), "expected a sequence"));
@@ -194,7 +196,7 @@ bool has_gradient_of_same_layout(PyObject* object) {
   return !grad.defined() || (is_plain_layer(param, grad) && same_strides(param, grad));
 }
 
-// The bucket for a layer among those there are, or a new one; most often it is the last one's.
+// The bucket with a key, which most often is the last one; a new one if there is none.
 template <typename Bucket, typename Key>
 Bucket& bucket_for(std::vector<std::shared_ptr<Bucket>>& buckets, const Key& key) {
   for (auto bucket = buckets.rbegin(); bucket != buckets.rend(); ++bucket) {
@@ -221,14 +223,14 @@ at::Tensor empty_ratios(const Tensors& grads) {
   return at::empty({static_cast<int64_t>(grads.size())}, grads[0].options().dtype(dtype));
 }
 
-// A learning rate as Python has it: a number, or a tensor whose value the host does not know.
+// A learning rate: a number, or a tensor whose value is not read on the host.
 using Lr = std::variant<double, at::Tensor>;
 
 const at::Tensor* tensor_in(const Lr& lr) { return std::get_if<at::Tensor>(&lr); }
 const c10::TensorImpl* key_of(const Lr& lr) { return tensor_in(lr) ? tensor_in(lr)->unsafeGetTensorImpl() : nullptr; }
 double number_in(const Lr& lr) { return tensor_in(lr) ? 1 : std::get<double>(lr); }
 
-// A tensor as ops take it, which multiplies their lrs; none if it is a number.
+// A learning rate as the lr_scale of ops; none if it is a number.
 std::optional<at::Tensor> lr_scale_of(const std::optional<at::Tensor>& lr, c10::Device device) {
   if (!lr.has_value()) {
     return std::nullopt;
@@ -236,7 +238,7 @@ std::optional<at::Tensor> lr_scale_of(const std::optional<at::Tensor>& lr, c10::
   return lr->to(at::TensorOptions(device).dtype(c10::kDouble), /*non_blocking=*/!device.is_cpu());
 }
 
-// What gradients are multiplied by, as ops take it; none if nothing is.
+// An inv_scale on the device of the layers, if there is one.
 std::optional<at::Tensor> inv_scale_on(c10::Device device, const std::optional<at::Tensor>& inv_scale) {
   if (!inv_scale.has_value()) {
     return std::nullopt;
@@ -244,7 +246,7 @@ std::optional<at::Tensor> inv_scale_on(c10::Device device, const std::optional<a
   return inv_scale->to(device, inv_scale->scalar_type(), /*non_blocking=*/!device.is_cpu());
 }
 
-// What all layers of a call have in common, of how LARS adapts them.
+// The options of LARS that all layers of a call share.
 struct Dialect {
   bool decayed_norm;
   bool clip;
@@ -255,7 +257,7 @@ struct Dialect {
   }
 };
 
-// Layers that LARS adapts in one call.
+// Layers whose gradients LARS scales in one call.
 struct LarsBucket {
   struct Key {
     c10::Device device;
@@ -339,7 +341,7 @@ class LarsLayers {
   Seen seen_;
 };
 
-// Layers that SGD updates in one call, with trust ratios or without.
+// Layers of which SGD takes the step in one call, with or without trust ratios.
 struct SgdBucket {
   struct Key {
     c10::Device device;
@@ -401,8 +403,8 @@ struct SgdBucket {
 
 class SgdLayers {
  public:
-  // state: the optimizer's. trust_coef and eps: none where the group is not adapted. A layer whose buffer is missing,
-  // or not as a kernel takes it, is left to Python, which makes one.
+  // state: the optimizer's. trust_coef and eps: none if the group is not adapted. A layer without a momentum buffer, or
+  // with one that a kernel cannot take, is left to the slow path, which makes one.
   std::vector<int64_t> add(const py::sequence& params, const py::dict& state, double weight_decay,
                            std::optional<double> trust_coef, std::optional<double> eps, bool decayed_norm, bool clip,
                            bool lr_in_momentum, const Lr& lr, double momentum, double dampening, bool nesterov,
@@ -430,7 +432,7 @@ class SgdLayers {
             buffer.sizes() != param.sizes() || !same_strides(param, buffer)) {
           return false;
         }
-        // Beside this reference, the state and Python's own object have one each.
+        // The references that are known: this one and that of the state.
         shares_memory = shares_memory || Py_REFCNT(found.ptr()) > 2 || may_share_memory(buffer);
       }
       shares_memory = shares_memory || may_share_memory(param);
@@ -502,7 +504,7 @@ std::vector<int64_t> overlapping(const Tensors& tensors) {
 
 }  // namespace
 
-void bind_eager_door(py::module_& m) {
+void bind_fast_path(py::module_& m) {
   const py::call_guard<py::gil_scoped_release> no_gil;
   m.def("has_memory", &has_memory, py::arg("tensor"), "Return whether a tensor's storage is as large as the tensor.");
   m.def("overlapping", &overlapping, py::arg("tensors"),
@@ -514,30 +516,30 @@ void bind_eager_door(py::module_& m) {
   m.def(
       "positions_of_non_parameters", [](const py::list& params) { return positions_without(params, is_parameter); },
       py::arg("params"), "Return the positions of all items whose type is not exactly nn.Parameter.");
-  py::class_<LarsBucket, std::shared_ptr<LarsBucket>>(m, "LarsBucket", "Plain layers that one call adapts.")
+  py::class_<LarsBucket, std::shared_ptr<LarsBucket>>(m, "LarsBucket", "Layers whose gradients one call scales.")
       .def_property_readonly("params", [](const LarsBucket& bucket) { return bucket.params.objects(); })
       .def("adapt", &LarsBucket::adapt, py::arg("inv_scale") = py::none(), no_gil,
            "Scale the gradients, and return the trust ratios.");
-  py::class_<LarsLayers>(m, "LarsLayers", "The plain layers of one step, in buckets.")
+  py::class_<LarsLayers>(m, "LarsLayers", "The layers of one step on the fast path, in buckets.")
       .def(py::init<>())
       .def("add", &LarsLayers::add, py::arg("params"), py::arg("weight_decay"), py::arg("maximize"),
            py::arg("trust_coef"), py::arg("eps"), py::arg("decayed_norm"), py::arg("clip"), py::arg("lr_in_momentum"),
-           py::arg("lr"), "Take a group's plain layers. Return the positions of those that need a closer look.")
+           py::arg("lr"), "Take a group's plain layers. Return the positions of those that are left to the slow path.")
       .def_readonly("buckets", &LarsLayers::buckets)
       .def_readonly("shares_memory", &LarsLayers::shares_memory, "Whether any gradient may share its memory.")
       .def_readonly("same_layout", &LarsLayers::same_layout, "Whether all gradients lie in memory as parameters do.")
       .def_readonly("versions", &LarsLayers::versions, "The sum of the versions of all parameters.");
-  py::class_<SgdBucket, std::shared_ptr<SgdBucket>>(m, "SgdBucket", "Plain layers that one call updates.")
+  py::class_<SgdBucket, std::shared_ptr<SgdBucket>>(m, "SgdBucket", "Layers of which one call takes the step.")
       .def_property_readonly("params", [](const SgdBucket& bucket) { return bucket.params.objects(); })
       .def("update", &SgdBucket::update, py::arg("inv_scale") = py::none(), no_gil,
-           "Step. Return the trust ratios, or None where none are applied.");
-  py::class_<SgdLayers>(m, "SgdLayers", "The plain layers of one step of SGD, in buckets.")
+           "Take the step. Return the trust ratios, or None if there are none.");
+  py::class_<SgdLayers>(m, "SgdLayers", "The layers of one step of SGD on the fast path, in buckets.")
       .def(py::init<>())
       .def("add", &SgdLayers::add, py::arg("params"), py::arg("state"), py::arg("weight_decay"), py::arg("trust_coef"),
            py::arg("eps"), py::arg("decayed_norm"), py::arg("clip"), py::arg("lr_in_momentum"), py::arg("lr"),
            py::arg("momentum"), py::arg("dampening"), py::arg("nesterov"), py::arg("maximize"),
            py::arg("momentum_in_float32"),
-           "Take a group's plain layers. Return the positions of those that need a closer look.")
+           "Take a group's plain layers. Return the positions of those that are left to the slow path.")
       .def_readonly("buckets", &SgdLayers::buckets)
       .def_readonly("shares_memory", &SgdLayers::shares_memory,
                     "Whether any parameter or momentum buffer may share its memory.");

@@ -1,10 +1,11 @@
-// The eager door: what torchlars._C offers to torchlars/lars.py and torchlars/optim/sgd.py beside the dispatcher.
+// The fast path of eager steps: what torchlars._C has for torchlars/lars.py and torchlars/optim/sgd.py, besides the
+// ops.
 #pragma once
 
 #include <pybind11/pybind11.h>
 
 namespace torchlars {
 
-void bind_eager_door(pybind11::module_& m);
+void bind_fast_path(pybind11::module_& m);
 
 }  // namespace torchlars

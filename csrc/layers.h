@@ -1,4 +1,4 @@
-// From tensors of any layout to flat ranges of memory, which is all that kernels know. Shared by CPU and CUDA.
+// Tensors of any layout as flat ranges of memory, which kernels take. Shared by CPU and CUDA.
 #pragma once
 
 #include <ATen/core/Tensor.h>
@@ -12,8 +12,7 @@
 
 namespace torchlars {
 
-// A tensor as kernels can sweep it: its elements fill memory without gaps. The user's own wherever that is already so,
-// else a copy.
+// A dense tensor, whose elements fill memory without gaps: the user's own tensor if it is dense, else a copy.
 using Swept = c10::MaybeOwned<at::Tensor>;
 
 inline Swept dense(const at::Tensor& tensor) {
@@ -26,7 +25,7 @@ inline Swept dense(const at::Tensor& tensor, c10::ScalarType dtype) {
 
 // Whether two tensors of one shape lie in memory in the same order. Strides of dimensions of size 1 do not matter.
 inline bool same_strides(const at::Tensor& a, const at::Tensor& b) {
-  if (a.strides() == b.strides()) {  // nearly always, and cheaper to tell
+  if (a.strides() == b.strides()) {  // the common case, and cheaper
     return true;
   }
   for (int64_t d = 0; d < a.dim(); ++d) {
@@ -50,13 +49,13 @@ inline Swept beside(const at::Tensor& other, const at::Tensor& tensor, c10::Scal
   return Swept::owned(std::move(copy));
 }
 
-// The dtype in which gradient and parameter can be swept side by side.
+// The dtype to which a gradient and its parameter are converted before a kernel reads both.
 inline c10::ScalarType swept_dtype(const at::Tensor& grad, const at::Tensor& param) {
   return grad.scalar_type() == param.scalar_type() ? grad.scalar_type()
                                                    : c10::promoteTypes(grad.scalar_type(), param.scalar_type());
 }
 
-// What a sweep over gradients takes of a layer. param is undefined where nothing decays.
+// The tensors of a layer that are read or written together. param is undefined where weight_decay is 0.
 struct Pair {
   Pair(const at::Tensor& grad, const at::Tensor& param, double weight_decay) {
     const auto dtype = swept_dtype(grad, param);
@@ -70,7 +69,7 @@ struct Pair {
   Swept param;
 };
 
-// What a step of SGD takes of a layer. momentum is undefined where there is none.
+// The tensors of a layer in a step of SGD. momentum is undefined where there is none.
 struct Triple {
   Triple(const at::Tensor& param, const at::Tensor& grad, const at::Tensor* momentum) {
     const auto dtype = swept_dtype(grad, param);
@@ -87,10 +86,11 @@ struct Triple {
   Swept momentum;
 };
 
-// What is added to each tensor of a list before it is measured: scales[i] * others[i]. Nothing where the scale is 0.
+// What is added to the tensors of a list before they are measured: scales[i] * others[i]; others[i] is not read where
+// the scale is 0.
 struct Addends {
   at::TensorList others;
-  at::ArrayRef<double> scales;  // empty: nothing at all
+  at::ArrayRef<double> scales;  // empty: nothing is added
 };
 
 // The scales of the parameters that are added to gradients before these are measured: their decay, with decayed_norm.
@@ -114,14 +114,14 @@ RatioOptions ratio_options(const Arguments& arguments) {
   return options;
 }
 
-// Lets autograd know that a tensor was written.
+// Bumps a tensor's version, by which autograd knows that it was written.
 inline void note_write(const at::Tensor& tensor) {
   if (!tensor.is_inference()) {
     tensor.unsafeGetTensorImpl()->bump_version();
   }
 }
 
-// Puts what was computed where the user's is, in the same tensor object, and lets autograd know.
+// Copies a result to the user's tensor, if it was computed in a copy, and bumps that tensor's version.
 inline void write_back(const Swept& computed, const at::Tensor& tensor) {
   if (!computed->is_same(tensor)) {
     tensor.copy_(*computed);
@@ -129,7 +129,7 @@ inline void write_back(const Swept& computed, const at::Tensor& tensor) {
   note_write(tensor);
 }
 
-// Numbers in memory: a complex one is two of them.
+// The number of real elements: a complex one counts as two.
 inline int64_t real_numel(const at::Tensor& tensor) {
   return tensor.is_complex() ? 2 * tensor.numel() : tensor.numel();
 }

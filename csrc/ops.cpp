@@ -42,7 +42,7 @@ void check_value(bool holds, const std::string& message) {
   }
 }
 
-// A plan of sizes from Python, where no arithmetic of plan.h overflows.
+// A plan of sizes from Python, checked so that no arithmetic in plan.h overflows.
 torchlars::Plan plan_of(const char* function, std::vector<int64_t> numels) {
   check_value(!numels.empty(), c10::str(function, ": expected at least one size (got: numels is empty)"));
   constexpr int64_t kMaxWork = std::numeric_limits<int64_t>::max() / 2;
@@ -134,13 +134,13 @@ PYBIND11_MODULE(_C, m) {
         torchlars::cuda::set_run_bytes(bytes);
       },
       pybind11::arg("bytes"),
-      "For benchmarks: measure and adapt layers on a GPU in runs of so many bytes of parameters and gradients, which "
-      "its L2 cache may hold. 0, the default: all layers at once.");
+      "For benchmarks: measure and scale layers on a GPU in runs of so many bytes of parameters and gradients, which "
+      "may fit its L2 cache. 0, the default: all layers at once.");
 #else
   m.attr("has_cuda") = false;
 #endif
 
-  torchlars::bind_eager_door(m);
+  torchlars::bind_fast_path(m);
 
   m.def(
       "chunks",

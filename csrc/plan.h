@@ -1,5 +1,5 @@
-// How tensors are cut into chunks. Pure arithmetic on sizes, shared by host and device: the cut depends on nothing else
-// (no thread count, no number of multiprocessors), which is why every backend gives the same bits on every run.
+// How tensors are cut into chunks, shared by host and device. The cut depends on sizes alone, not on the number of
+// threads or multiprocessors: so results are the same bits on every run.
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -11,7 +11,7 @@
 namespace torchlars {
 
 constexpr int64_t kChunk = 16384;     // elements; a chunk is summed by one thread on a CPU, by one block on a GPU
-constexpr int64_t kMaxChunks = 1024;  // of one tensor: a GPU block re-adds them all, so they must stay few
+constexpr int64_t kMaxChunks = 1024;  // of one tensor, as every block of a GPU adds the partial sums of all
 constexpr int64_t kChunkStep =
     1024;  // longer chunks are multiples of it, so that every chunk starts on a 16-byte border
 constexpr int64_t kChunkWork = 1024;  // elements that take as long as a chunk takes beside its elements
@@ -24,9 +24,9 @@ C10_HOST_DEVICE inline int64_t chunk_size(int64_t numel) {
   return per_chunk < kChunk ? kChunk : per_chunk;
 }
 
-// An empty tensor has one chunk, an empty one, so that no kernel needs to know of empty tensors.
+// An empty tensor has one empty chunk, so that kernels need no special case for it.
 C10_HOST_DEVICE inline int64_t num_chunks(int64_t numel) {
-  return numel <= kChunk ? 1 : divide_up(numel, chunk_size(numel));  // most tensors are spared the division
+  return numel <= kChunk ? 1 : divide_up(numel, chunk_size(numel));  // without a division for most tensors
 }
 
 // Elements [begin, end) of one tensor.
@@ -106,7 +106,7 @@ struct Plan {
   }
 };
 
-// Cuts consecutive items into runs whose total stays within limit; an item above the limit is a run of its own.
+// Cuts consecutive items into runs whose total size is within limit. An item above the limit is a run of its own.
 inline std::vector<Range> runs_within(const std::vector<int64_t>& sizes, int64_t limit) {
   std::vector<Range> runs;
   int64_t total = 0;

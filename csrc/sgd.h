@@ -1,4 +1,4 @@
-// The update rule of SGD, once, for every C++ backend. Mathematics and sources: torchlars/optim/sgd.py.
+// The update rule of SGD, shared by CPU and CUDA. Mathematics and sources: torchlars/optim/sgd.py.
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -29,15 +29,15 @@ struct SgdNumbers {
         undampened(static_cast<T>(other.undampened)),
         inv_scale(static_cast<T>(other.inv_scale)) {}
 
-  T ratio;         // 1 where no trust ratio is given; negative in a group that maximizes,
-  T weight_decay;  // and then this too, so that the decay pulls towards zero all the same
+  T ratio;         // 1 without trust ratios; negative with maximize
+  T weight_decay;  // negative with maximize: the decay still pulls towards zero
   T lr;
   T momentum;
   T undampened;  // 1 − dampening
-  T inv_scale;   // of the gradient; never 0: such a step is not taken
+  T inv_scale;   // of the gradient; never 0, as such a step is skipped
 };
 
-// One element: writes its momentum, if there is any, and returns its new parameter.
+// One element: updates its momentum, if there is any, and returns the new parameter.
 template <bool kDecays, bool kMomentum, bool kNesterov, typename T>
 C10_HOST_DEVICE inline T sgd(T param, T grad, T& momentum, const SgdNumbers<T>& numbers) {
   T direction = kDecays ? adapted_gradient(grad, param, numbers.weight_decay, numbers.ratio, numbers.inv_scale)

@@ -1,4 +1,4 @@
-// The formulas of LARS, each once, for every C++ backend. Mathematics and sources: torchlars/lars.py.
+// The formulas of LARS, shared by CPU and CUDA. Mathematics and sources: torchlars/lars.py.
 #pragma once
 
 #include <c10/macros/Macros.h>
@@ -7,15 +7,14 @@
 
 namespace torchlars {
 
-// How trust ratios are decided, beside the numbers of each layer.
+// Options of the trust ratio that all layers of a call share.
 struct RatioOptions {
   bool decayed_norm = false;  // the gradient's norm is that of g + weight_decay * w
-  bool clip = false;          // no layer's step is longer than the base optimizer's own
-  bool of_updates = false;    // in the gradient's place is an update, lr * u
+  bool clip = false;          // the ratio is at most lr, or 1 of updates
+  bool of_updates = false;    // the gradient's norm is that of an update lr * u
 };
 
-// The trust ratio of one layer, from squared norms. Always in double: a bucket has few layers, so precision is free.
-// A layer with a zero norm keeps its gradient's own length. NaN is no zero: it stays NaN, so that the fault is seen.
+// The trust ratio of one layer, from squared norms, in double. It is 1 where a norm is 0, and NaN where a norm is NaN.
 // lr is read only with clip or of_updates.
 C10_HOST_DEVICE inline double trust_ratio(double param_squared_norm, double grad_squared_norm, double weight_decay,
                                           double trust_coef, double eps, double lr, const RatioOptions& options) {
@@ -38,28 +37,27 @@ C10_HOST_DEVICE inline double trust_ratio(double param_squared_norm, double grad
   return ratio;
 }
 
-// The squared norm of inv_scale * x, from that of x. A step that is skipped has no gradient, whatever x holds: the
-// ratio is 1 then.
+// The squared norm of inv_scale * x, from that of x. It is 0 if the step is skipped, whatever x holds, so that the
+// ratio is 1.
 C10_HOST_DEVICE inline double unscaled_squared_norm(double squared_norm, double inv_scale) {
   return inv_scale == 0 ? 0 : squared_norm * (inv_scale * inv_scale);
 }
 
-// One element of the gradient that the base optimizer sees. T is the type of the arithmetic: float, or double for
-// double layers. weight_decay is negative in a group that maximizes, so that the decay pulls towards zero there too.
-// inv_scale is 1 where gradients were not scaled: that changes no bit, and costs less than a way of its own. Where it
-// is 0 the step is skipped, and nobody asks.
+// One element of the gradient that is given to the base optimizer. T is the type of the arithmetic: float, or double
+// for double layers. weight_decay is negative with maximize: the decay still pulls towards zero. inv_scale is 1 where
+// gradients are not scaled, which changes no bit. It is never 0, as such a step is skipped.
 template <typename T>
 C10_HOST_DEVICE inline T adapted_gradient(T grad, T param, T weight_decay, T ratio, T inv_scale) {
   return ratio * (inv_scale * grad + weight_decay * param);
 }
 
-// The same where nothing decays: the parameter need not be read.
+// The same without weight decay.
 template <typename T>
 C10_HOST_DEVICE inline T adapted_gradient(T grad, T ratio, T inv_scale) {
   return ratio * (inv_scale * grad);
 }
 
-// One element of a parameter after a step, given what it was before and what the base optimizer made of it.
+// One element of a parameter whose update is scaled, from its values before and after the base optimizer's step.
 template <typename T>
 C10_HOST_DEVICE inline T scaled_update(T param, T old_param, T ratio) {
   return old_param + ratio * (param - old_param);

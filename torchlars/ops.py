@@ -49,7 +49,7 @@ if extension is not None:
 
 
 class NoPlainLayers:
-    """Takes none: every layer gets the closer look."""
+    """Takes no layer: all are left to the slow path."""
 
     buckets = ()
     shares_memory = False
@@ -62,10 +62,14 @@ class NoPlainLayers:
 
 
 def plain_layers(kind: str) -> Any:
-    """Return what gathers a step's plain layers in C++.
+    """Return an object that gathers the plain layers of a step in C++, the fast path.
 
-    Its ``add(params, ...)`` takes a group's plain layers and returns the positions of the parameters that need a closer
-    look in Python; its ``buckets`` hold what it took. While compiling, all layers take the way that can be traced.
+    Its ``add(params, ...)`` takes a group's plain layers, and returns the positions of the parameters that are left to
+    the slow path in Python. Its ``buckets`` hold the layers that it took. While compiling it takes none, as C++ cannot
+    be traced.
+
+    Args:
+        kind: ``"LarsLayers"`` or ``"SgdLayers"``.
     """
     if torch.compiler.is_compiling() or _backend is reference:
         return NoPlainLayers()
@@ -80,7 +84,7 @@ def has_memory(tensor: Tensor) -> bool:
 
 
 def positions_of_other_layout(params: Sequence[Tensor]) -> Sequence[int]:
-    """Return the positions of the parameters whose gradient may lie in memory in another order than they do."""
+    """Return the positions of the parameters whose gradient may have another memory order."""
     if torch.compiler.is_compiling() or _backend is reference or extension is None or type(params) is not list:
         return range(len(params))
     return extension.positions_of_other_layout(params)  # type: ignore[no-any-return]
@@ -89,7 +93,7 @@ def positions_of_other_layout(params: Sequence[Tensor]) -> Sequence[int]:
 def overlapping(tensors: Sequence[Tensor]) -> list[int]:
     """Return the positions of those tensors whose memory overlaps that of another one.
 
-    The memory of a tensor is that from its first element to its last one, with all gaps.
+    The memory of a tensor reaches from its first element to its last one, gaps included.
     """
     if extension is None or _backend is reference:
         return _checks.overlapping(tensors)
@@ -104,8 +108,8 @@ def positions_of_non_parameters(params: Sequence[Tensor]) -> Sequence[int]:
 
 
 def lr_scale(lr: Tensor, device: torch.device) -> Tensor:
-    """Return a learning rate as ops take it, which multiplies the ``lrs``. The host does not wait for its value."""
-    return lr.detach().to(device, torch.float64, non_blocking=device.type != "cpu")  # to a CPU: it is read at once
+    """Return a learning rate as the ``lr_scale`` of ops, which multiplies the ``lrs``. The host does not read it."""
+    return lr.detach().to(device, torch.float64, non_blocking=device.type != "cpu")  # a CPU kernel reads it at once
 
 
 def times_lr(ratios: Tensor, lr: float | Tensor) -> Tensor:
@@ -116,16 +120,15 @@ def times_lr(ratios: Tensor, lr: float | Tensor) -> Tensor:
 
 @torch.no_grad()
 def inv_scale(grad_scale: Tensor | None, found_inf: Tensor | None, device: torch.device) -> Tensor:
-    """Return what a :class:`torch.amp.GradScaler` hands to an optimizer as ops take it: ``inv_scale`` σ.
+    """Return the ``inv_scale`` σ of ops, from what a :class:`torch.amp.GradScaler` gives to an optimizer.
 
-    σ = 1 / grad_scale, with the bits of ``GradScaler.unscale_``, and 0 where found_inf ≠ 0. The host waits for neither
-    value. No finite float32 has the reciprocal 0; an infinite scale has, and skips the step, as all gradients have
-    overflown then.
+    σ = 1 / grad_scale, with the bits of ``GradScaler.unscale_``, and 0 where found_inf ≠ 0. The host reads neither. No
+    finite float32 has the reciprocal 0; an infinite scale has, and skips the step, as all gradients have overflowed.
 
     Args:
-        grad_scale: by what the loss was multiplied, one float32; None is 1.
-        found_inf: not 0 where a gradient is infinite or NaN, one element; None is 0.
-        device: the layers'.
+        grad_scale: the factor of the loss, one float32; None is 1.
+        found_inf: not 0 if a gradient is infinite or NaN, one element; None is 0.
+        device: the device of the layers.
 
     Returns:
         A float32 tensor without dimensions, on that device.

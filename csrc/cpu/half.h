@@ -1,4 +1,4 @@
-// float16 to float and back, with the processor's own instructions where it has them.
+// Conversion of float16 to float and back, with F16C instructions where the processor has them.
 #pragma once
 
 #include <c10/util/Half.h>

@@ -1,4 +1,4 @@
-// The loops, over flat ranges of memory. Plain code that a compiler turns into vector instructions.
+// The CPU kernels: plain loops over flat ranges of memory, which the compiler vectorises.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -12,8 +12,8 @@
 #include "../trust_ratio.h"
 #include "half.h"
 
-// One binary for every x86-64: the loader picks the widest version that the processor runs. Elsewhere the same loops
-// are compiled once, for the baseline.
+// On x86-64, functions are compiled for several instruction sets, and the loader picks the widest that the processor
+// supports. Elsewhere they are compiled once, for the baseline.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
 #define TORCHLARS_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #define TORCHLARS_INLINE inline __attribute__((always_inline))
@@ -24,7 +24,7 @@
 
 namespace torchlars::cpu {
 
-// Asks for memory that will be read next. Where nothing is written, memory delivers more to one who asks ahead.
+// Prefetches memory that is read next. It raises the bandwidth of passes that only read.
 inline void prefetch(const void* begin, const void* end) {
 #if defined(__GNUC__)
   constexpr int kCacheLine = 64;
@@ -34,7 +34,7 @@ inline void prefetch(const void* begin, const void* end) {
 #endif
 }
 
-// A sum of squares on its way: in double, in independent lanes that vector registers can hold, joined in a fixed order.
+// A partial sum of squares, in double: independent lanes that fit vector registers and are added in a fixed order.
 struct Lanes {
   static constexpr int kCount = 32;
   double sums[kCount] = {};
@@ -106,7 +106,7 @@ TORCHLARS_INLINE void adapt_loop(T* __restrict grad, const T* __restrict param, 
 template <bool kDecays, bool kMomentum, bool kNesterov, typename T, typename M, typename Compute>
 TORCHLARS_INLINE void sgd_loop(T* __restrict param, const T* __restrict grad, M* __restrict momentum, int64_t count,
                                const SgdNumbers<Compute>& given) {
-  const SgdNumbers<Compute> numbers = given;  // of which no write can change anything
+  const SgdNumbers<Compute> numbers = given;  // a local copy, which cannot alias the outputs
   for (int64_t i = 0; i < count; ++i) {
     Compute m = 0;
     if constexpr (kMomentum) {
@@ -128,7 +128,7 @@ TORCHLARS_INLINE void scale_update_loop(T* __restrict param, const T* __restrict
   }
 }
 
-// Clones are made of functions, not of templates: hence an overload a type.
+// target_clones applies to functions, not to templates: hence one overload for each type.
 TORCHLARS_CLONES double join(const Lanes& lanes) { return join_lanes<Lanes::kCount>(lanes.sums); }
 
 #define TORCHLARS_SUM(T) \
@@ -150,7 +150,7 @@ TORCHLARS_CLONES double join(const Lanes& lanes) { return join_lanes<Lanes::kCou
     if (inv_scale != 1) {                                                                                  \
       param ? adapt_loop<true>(grad, param, count, weight_decay, ratio, inv_scale)                         \
             : adapt_loop<false>(grad, param, count, weight_decay, ratio, inv_scale);                       \
-    } else { /* a constant, by which nothing is multiplied */                                              \
+    } else { /* a constant: the multiplication is left out */                                              \
       param ? adapt_loop<true>(grad, param, count, weight_decay, ratio, Compute(1))                        \
             : adapt_loop<false>(grad, param, count, weight_decay, ratio, Compute(1));                      \
     }                                                                                                      \
@@ -173,7 +173,7 @@ TORCHLARS_CLONES double join(const Lanes& lanes) { return join_lanes<Lanes::kCou
   }
 
 TORCHLARS_SUM(double)
-// The square of a float is exact in double: multiplied and added at once it gives the same bits, faster.
+// The square of a float is exact in double, so a fused multiply-add gives the same bits and is faster.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC push_options
 #pragma GCC optimize("fp-contract=fast")
@@ -203,7 +203,7 @@ TORCHLARS_SGD(c10::BFloat16, float, float)
 #undef TORCHLARS_ADAPT
 #undef TORCHLARS_SGD
 
-// float16 takes the loops of float, block by block: compilers know no vector conversions for it.
+// float16 is converted block by block and takes the loops of float: compilers do not vectorise its conversions.
 constexpr int64_t kBlock = 1024;
 
 inline void add_squares(Lanes& lanes, const c10::Half* x, int64_t count) {

@@ -1,4 +1,4 @@
-// The ops on a CPU: all tensors in one call, cut into chunks, shared among all cores.
+// The ops on a CPU. All tensors of a call are cut into chunks, which are shared among the threads.
 #include <ATen/Dispatch.h>
 #include <ATen/OpMathType.h>
 #include <ATen/Parallel.h>
@@ -20,15 +20,16 @@
 namespace torchlars::cpu {
 namespace {
 
-// Layers are measured and then swept in runs of this size, so that the second pass finds them in cache.
+// Layers are measured and scaled in runs of this size, so that the second pass reads them from cache.
 constexpr int64_t kRunBytes = 4 << 20;
-constexpr int64_t kTurnBytes = 1 << 10;     // of one tensor, then of the other: memory delivers more from two places
-constexpr int64_t kGrainBytes = 512 << 10;  // less than this is not worth another thread
+constexpr int64_t kTileBytes = 1 << 10;     // read of one tensor, then of the other: two streams raise the bandwidth
+constexpr int64_t kGrainBytes = 512 << 10;  // the least work of a thread
 
 #define TORCHLARS_DISPATCH(TYPE, NAME, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(c10::kBFloat16, c10::kHalf, TYPE, NAME, __VA_ARGS__)
 
-// Calls visit(tensor, chunk, range) for every chunk, on all cores. A thread takes the same chunks in both directions.
+// Calls visit(tensor, chunk, range) for every chunk, on all threads. The order does not change which chunks a thread
+// takes.
 template <typename Visit>
 void for_chunks(const Plan& plan, int64_t bytes_per_element, Order order, const Visit& visit) {
   at::parallel_for(0, plan.work, kGrainBytes / bytes_per_element,
@@ -46,7 +47,7 @@ Plan plan_of(at::TensorList tensors) {
 
 int64_t real_size(const at::Tensor& tensor) { return static_cast<int64_t>(c10::elementSize(real_dtype(tensor))); }
 
-// Asks for a part of a tensor's memory ahead of time.
+// Prefetches a part of a tensor.
 void prefetch(const void* data, Range range, int64_t bytes_per_element) {
   const char* const begin = static_cast<const char*>(data);
   cpu::prefetch(begin + range.begin * bytes_per_element, begin + range.end * bytes_per_element);
@@ -77,9 +78,9 @@ AddSquaresOfSums add_squares_of_sums_of(c10::ScalarType dtype) {
   return function;
 }
 
-// Squared norms of several lists of tensors of the same sizes, one vector a list; of the last one times inv_scale, and
-// then with its addends. A thread takes a chunk of all lists, so that what it measures side by side it can later sweep
-// side by side.
+// Squared norms of several lists of tensors of the same sizes, one vector for each list. The tensors of the last list
+// are multiplied by inv_scale, and then their addends are added. A thread measures the same chunk of all lists, as it
+// scales them together later.
 template <size_t kLists>
 std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::array<at::TensorList, kLists>& lists,
                                                 double inv_scale, const Addends& addends = {}) {
@@ -110,7 +111,7 @@ std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::arr
   for (size_t list = 0; list < kLists; ++list) {
     bytes_per_element[list] = real_size(*swept[list][0]);
   }
-  const int64_t turn = kTurnBytes / bytes_per_element[0];
+  const int64_t tile = kTileBytes / bytes_per_element[0];
   for_chunks(plan, real_size(lists[0][0]), Order::kForwards, [&](int64_t tensor, int64_t chunk, Range range) {
     std::array<const void*, kLists> data;
     for (size_t list = 0; list < kLists; ++list) {
@@ -118,9 +119,9 @@ std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::arr
     }
     const void* const addend = has_addends && added[tensor]->defined() ? added[tensor]->const_data_ptr() : nullptr;
     std::array<Lanes, kLists> lanes;
-    for (int64_t begin = range.begin; begin < range.end; begin += turn) {
-      const Range part{begin, std::min(begin + turn, range.end)};
-      const Range next{part.end, std::min(part.end + turn, range.end)};
+    for (int64_t begin = range.begin; begin < range.end; begin += tile) {
+      const Range part{begin, std::min(begin + tile, range.end)};
+      const Range next{part.end, std::min(part.end + tile, range.end)};
       for (size_t list = 0; list < kLists; ++list) {
         prefetch(data[list], next, bytes_per_element[list]);
         if (list == kLast && addend != nullptr) {
@@ -146,7 +147,7 @@ std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::arr
   return squared_norms;
 }
 
-// The learning rate of each layer; none where none was given.
+// The learning rate of each layer; empty if none was given.
 std::vector<double> values_of(at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_scale) {
   const double scale = lr_scale.has_value() ? *lr_scale->const_data_ptr<double>() : 1;
   std::vector<double> values;
@@ -187,7 +188,7 @@ Adapt adapt_of(c10::ScalarType dtype) {
   return function;
 }
 
-// Where threads write. Asked for before they begin: memory that is shared until it is written is copied then.
+// Where threads write. To be called before they start: it copies memory that is copy-on-write.
 void* writable(const Swept& swept) { return swept->mutable_data_ptr(); }
 
 // Scales the gradients of layers [run.begin, run.end), given the trust ratios of all layers and, with lr_in_momentum,
@@ -319,7 +320,7 @@ at::Tensor vector_of(const std::vector<double>& values) {
   return vector;
 }
 
-// The numbers by which the trust ratios of all layers are decided.
+// What the trust ratios of all layers are decided from, besides norms.
 struct RatioNumbers {
   double of(size_t layer, double param_squared_norm, double grad_squared_norm) const {
     return trust_ratio(param_squared_norm, grad_squared_norm, weight_decays.empty() ? 0 : weight_decays[layer],
@@ -333,8 +334,9 @@ struct RatioNumbers {
   RatioOptions options;
 };
 
-// Measures layers in runs, gradients times inv_scale and with what is added to them, and writes their trust ratios.
-// Each run is handed to sweep(its plan, its layers, all ratios so far) while it is still in cache.
+// Measures layers in runs, and writes their trust ratios. Gradients are multiplied by inv_scale, and scales[i] *
+// params[i] is added to them unless scales is empty. After each run, sweep(its plan, its layers, all ratios so far)
+// scales it while it is in cache.
 template <typename Sweep>
 void measure_and_sweep(at::TensorList params, at::TensorList grads, double inv_scale, const RatioNumbers& numbers,
                        at::ArrayRef<double> scales, Order order, const at::Tensor& ratios, const Sweep& sweep) {
@@ -398,7 +400,7 @@ void scale_gradients_(const ScaleGradientsArguments& arguments) {
                     numbers.lrs);
     return;
   }
-  // From the last layer to the first: that is where a base optimizer begins, which then finds it in cache.
+  // From the last layer to the first: the base optimizer reads the first ones next, from cache.
   measure_and_sweep(params, grads, value_of(arguments.inv_scale), numbers, decays_in_norm(arguments), Order::kBackwards,
                     *arguments.ratios, [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
                       scale_gradients(arguments, plan, run, ratios, numbers.lrs);

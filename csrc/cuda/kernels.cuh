@@ -1,12 +1,11 @@
-// The kernels, over flat ranges of memory. Nothing of ATen and nothing but the plainest CUDA: a host shim in tests/
-// compiles and runs this very file on a CPU.
+// The CUDA kernels, over flat ranges of memory. Without ATen and with few features of CUDA, as a host shim in tests/
+// compiles and runs this file on a CPU.
 //
-// A step is two launches for as many layers as `Layers` holds, or for each run of layers where `set_run_bytes` has set
-// their size. `measure` has one block a chunk, which leaves one
-// partial sum for the parameter and one for the gradient. In `apply`, `apply_to_updates` and `update` every block adds
-// its layer's partial sums again, in the same order as all others, so that blocks need not wait for each other and
-// nothing is accumulated atomically: the bits are the same on every run. Layers whose norms are completed elsewhere in
-// between take `add_partials` and `decide` as well, and the kernels that follow are given the ratios.
+// A step is two launches for as many layers as `Layers` holds, or for each run of layers if `set_run_bytes` was called.
+// `measure` has one block for each chunk, which writes a partial sum of the parameter and one of the gradient. In
+// `apply`, `apply_to_updates` and `update` every block adds its layer's partial sums, all in the same order. So blocks
+// do not wait for each other, there are no atomics, and the bits are the same on every run. Where norms are needed by
+// themselves, `add_partials` and `decide` compute the ratios, which are given to the kernels that follow.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -23,7 +22,7 @@
 
 namespace torchlars::cuda {
 
-// Layers as the caller names them. Pointers that a kernel does not read may be null, numbers that it does not use 0.
+// One layer of a launch. Pointers that a kernel does not read may be null, numbers that it does not use 0.
 
 struct MeasuredLayer {
   int64_t numel = 0;
@@ -32,7 +31,7 @@ struct MeasuredLayer {
   double scale = 0;  // times the parameter is added to the gradient before that is measured
 };
 
-// Of an update, grad is the parameter after the base optimizer's step, and param the parameter before it.
+// For updates, grad is the parameter after the base optimizer's step, and param the parameter before it.
 struct Layer {
   int64_t numel = 0;
   const void* param = nullptr;
@@ -56,14 +55,13 @@ struct SgdLayer {
   double dampening = 0;
 };
 
-// Sizes of a launch's arguments, in bytes. A launch copies all of them, however few layers there are, so it takes the
-// smallest size that holds its layers. CUDA has no larger than the last, and none larger than the first before driver
-// 530.
+// Sizes of a launch's arguments, in bytes. A launch copies its arguments whole, so it takes the smallest size that
+// holds its layers. The last is the most that CUDA allows, the first is the most before driver 530.
 constexpr size_t kArgumentBytes[] = {4096, 16384, 32764};
-constexpr size_t kOtherArguments = 64;  // of them, for all but the layers
+constexpr size_t kOtherArguments = 64;  // for all arguments but the layers
 
-// The layers of one launch. Travels as a kernel argument: no copy to the device, so that nothing needs to be staged,
-// waited for or kept alive.
+// The layers of one launch, passed as a kernel argument: without a copy to the device, no buffer has to be kept until
+// the kernel has run.
 template <typename AnyLayer, size_t kBytes>
 struct Layers {
   // As many as fit beside count, the last of first_chunk and padding.
@@ -84,8 +82,8 @@ struct Partials {
   Partials from(int64_t chunk) const { return {params ? params + chunk : nullptr, grads ? grads + chunk : nullptr}; }
 };
 
-// Waits for the kernels that were launched before. Where the host allows it (ops_cuda.cu), a block gets here while they
-// still run, and lets blocks of the next launch get here, too. Until then it reads nothing but its arguments.
+// Waits for the kernels that were launched before. If the host allows overlap (ops_cuda.cu), a block gets here while
+// they still run, and lets blocks of the next launch start. Before this call a kernel may read its arguments only.
 __device__ inline void wait_for_earlier_kernels() {
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
   cudaTriggerProgrammaticLaunchCompletion();
@@ -93,7 +91,7 @@ __device__ inline void wait_for_earlier_kernels() {
 #endif
 }
 
-// Where a block works: in one chunk of the launch.
+// What a block works on: one chunk of the launch.
 struct Place {
   int chunk;
   int layer;
@@ -106,7 +104,7 @@ __device__ inline Place place_of(const AnyLayers& layers, int chunk) {
   return {chunk, layer, chunk_range(layers.layer[layer].numel, chunk - layers.first_chunk[layer])};
 }
 
-// The place of a block where the last chunk comes first: what was measured last may still be in cache.
+// The place of a block, with the last chunk first: what was measured last may still be in cache.
 template <typename AnyLayers>
 __device__ inline Place place_from_the_end(const AnyLayers& layers) {
   return place_of(layers, gridDim.x - 1 - blockIdx.x);
@@ -123,7 +121,7 @@ __device__ inline T adapt_one(T grad, Compute ratio, Compute inv_scale) {
   return static_cast<T>(adapted_gradient(static_cast<Compute>(grad), ratio, inv_scale));
 }
 
-// Rewrites packs in place: each number of x becomes rewrite(itself, that of y). kReads: whether y is read.
+// Rewrites the packs of x in place, element by element, given those of y. kReads: whether y is read.
 template <bool kAligned, bool kReads, typename T, typename Rewrite>
 __device__ void rewrite_packs(T* __restrict__ x, const T* __restrict__ y, int64_t num_packs, const Rewrite& rewrite) {
   constexpr int kSize = Pack<T>::kSize;
@@ -208,7 +206,7 @@ __device__ void adapt_chunk(const Layer& layer, Range range, const LarsOptions& 
   }
 }
 
-// Scales a chunk of an update, in place. What has the ratio 1 is not touched.
+// Scales a chunk of an update, in place. With the ratio 1 nothing is written.
 template <typename T, typename Compute>
 __device__ void scale_update_chunk(const Layer& layer, Range range, Compute ratio) {
   if (ratio != 1) {
@@ -327,9 +325,9 @@ __device__ inline Ratio trust_ratio_of(const AnyLayer& layer, const Options& opt
                                         layer.eps, lr_of(layer, options), options.ratio));
 }
 
-// The trust ratio of a block's layer. If there are partial sums, every block decides it, and the block of the layer's
-// first chunk writes it to ratios. Else it is read from ratios, or 1 if ratios is null. One thread decides: square
-// roots and divisions in double are slow.
+// The trust ratio of a block's layer. With partial sums every block decides it, and the block of the layer's first
+// chunk writes it to ratios. Else it is read from ratios, or 1 if ratios is null. One thread decides, as square roots
+// and divisions in double are slow.
 template <typename Ratio, typename AnyLayers, typename Options>
 __device__ inline Ratio ratio_at(const Place& place, const AnyLayers& layers, const Options& options, Partials partials,
                                  Ratio* ratios) {
@@ -351,9 +349,9 @@ __device__ inline Ratio ratio_at(const Place& place, const AnyLayers& layers, co
   return static_cast<Ratio>(broadcast(ratio));
 }
 
-// Partial sums of squares of the parameters, or of the gradients with what is added to them, or of both. One block a
-// chunk. Gradients are measured as they are, and what is added is scaled like them: whoever adds the partial sums
-// unscales both.
+// Partial sums of squares of parameters, of gradients plus layer.scale times the parameter, or of both. One block for
+// each chunk. Gradients are not unscaled: the parameter is divided by inv_scale instead, and the kernel that adds the
+// partial sums multiplies by its square.
 template <typename T, typename AnyLayers>
 __global__ void __launch_bounds__(kThreads)
     measure(const __grid_constant__ AnyLayers layers, Partials partials, const float* inv_scale) {
@@ -382,7 +380,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Squared norms from partial sums. One block a layer.
+// Squared norms from partial sums. One block for each layer.
 template <typename AnyLayers>
 __global__ void __launch_bounds__(kThreads)
     add_partials(const __grid_constant__ AnyLayers layers, const double* partials, double* squared_norms,
@@ -396,7 +394,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Trust ratios from squared norms. One thread a layer.
+// Trust ratios from squared norms. One thread for each layer.
 template <typename Ratio, typename AnyLayers>
 __global__ void __launch_bounds__(kThreads)
     decide(const __grid_constant__ AnyLayers layers, const double* param_squared_norms,
@@ -409,7 +407,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// Gradients in place, from partial sums or trust ratios. One block a chunk, as in all that follow.
+// Scales gradients in place, by partial sums or trust ratios. One block for each chunk, as in the kernels that follow.
 template <typename T, typename Ratio, typename AnyLayers>
 __global__ void __launch_bounds__(kThreads)
     apply(const __grid_constant__ AnyLayers layers, Partials partials, Ratio* ratios, LarsOptions options) {
@@ -419,7 +417,7 @@ __global__ void __launch_bounds__(kThreads)
   adapt_chunk<T>(layers.layer[place.layer], place.range, options, ratio);
 }
 
-// Updates in place.
+// Scales updates in place.
 template <typename T, typename Ratio, typename AnyLayers>
 __global__ void __launch_bounds__(kThreads)
     apply_to_updates(const __grid_constant__ AnyLayers layers, Partials partials, Ratio* ratios, LarsOptions options) {
@@ -429,7 +427,7 @@ __global__ void __launch_bounds__(kThreads)
   scale_update_chunk<T>(layers.layer[place.layer], place.range, ratio);
 }
 
-// Parameters and their momentum in place. M: the type of the momentum.
+// Takes a step of SGD. M: the type of the momentum.
 template <typename T, typename M, typename Ratio, typename AnyLayers>
 __global__ void __launch_bounds__(kThreads)
     update(const __grid_constant__ AnyLayers layers, Partials partials, Ratio* ratios, SgdOptions options) {

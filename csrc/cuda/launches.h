@@ -1,5 +1,5 @@
-// Which kernels run, on which layers, in how many blocks. Pure host code over raw pointers, so that the host shim in
-// tests/ goes through it too: `launch(kernel, blocks, arguments...)` is the caller's.
+// Launches of the kernels: on which layers, in how many blocks. Host code over raw pointers, without ATen, which the
+// host shim in tests/ compiles too. The caller passes `launch(kernel, blocks, arguments...)`.
 #pragma once
 
 #include <algorithm>
@@ -56,7 +56,7 @@ int64_t visit_launch(const AnyLayer* layers, int64_t count, const Visit& visit) 
 }
 
 // Calls visit(arguments of one launch, blocks for their chunks, index of the first layer, index of the first chunk)
-// until all layers were served.
+// until all layers are done.
 template <typename AnyLayer, typename Visit>
 void for_launches(const Slice<AnyLayer>& layers, const Visit& visit) {
   constexpr auto kFew = kArgumentBytes[0], kSome = kArgumentBytes[1], kMost = kArgumentBytes[2];

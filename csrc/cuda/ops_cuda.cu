@@ -18,10 +18,10 @@ namespace {
 #define TORCHLARS_DISPATCH(TYPE, NAME, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(c10::kBFloat16, c10::kHalf, TYPE, NAME, __VA_ARGS__)
 
-// The bytes of parameters and gradients that are measured and adapted at once, or 0 for all layers. See set_run_bytes.
+// The bytes of parameters and gradients that are measured and scaled at once; 0 is all layers. See set_run_bytes.
 std::atomic<int64_t> run_bytes = 0;
 
-// A driver that is too old fails the launch with an error that does not say why.
+// With too old a driver a launch fails with an error that does not name the cause.
 void check_driver() {
   static const int version = [] {
     int found = 0;
@@ -33,7 +33,7 @@ void check_driver() {
               "); update the driver, or build torchlars with TORCHLARS_CUDA=0 to use the reference in plain torch");
 }
 
-// Launches on the current stream of the tensors' device, which it makes the current one.
+// Launches kernels on the current stream of a tensor's device. Makes that device the current one while it lives.
 struct Launch {
   explicit Launch(const at::Tensor& tensor)
       : guard(tensor.device()), stream(c10::cuda::getCurrentCUDAStream(tensor.get_device())) {
@@ -61,7 +61,7 @@ struct Launch {
 
   c10::cuda::CUDAGuard guard;
   c10::cuda::CUDAStream stream;
-  bool waits = false;  // whether kernels wait by themselves for those launched before, and so may begin early
+  bool waits = false;  // whether kernels wait for earlier ones by themselves, and so may overlap them
 };
 
 at::Tensor new_vector(const at::Tensor& like, int64_t size, c10::ScalarType dtype) {
@@ -79,7 +79,7 @@ const T* data_of(const std::optional<at::Tensor>& scale) {
   return scale.has_value() ? scale->const_data_ptr<T>() : nullptr;
 }
 
-// Partial sums of squares of tensors, with what is added to them.
+// Partial sums of squares of tensors, after addends were added.
 at::Tensor measure_alone(const Launch& launch, at::TensorList tensors, const float* inv_scale = nullptr,
                          const Addends& addends = {}) {
   std::vector<Pair> swept;
@@ -100,13 +100,13 @@ at::Tensor measure_alone(const Launch& launch, at::TensorList tensors, const flo
   return partials;
 }
 
-// Parameters and gradients, with scales[i] * params[i] added to these unless scales is empty, and the partial sums of
-// their squares that trust ratios are decided from.
+// Partial sums of squares of parameters and gradients, from which trust ratios are decided. scales[i] * params[i] is
+// added to gradients unless scales is empty.
 class Norms {
  public:
-  // measure_and() measures both in one launch, if they are of one dtype and no parameter that is added was copied into
-  // its gradient's memory order. Else the sums would be in another order than those of squared_norms, and so would the
-  // bits: then two launches measure them here.
+  // measure_and() measures both in one launch if they are of one dtype and no parameter that is added was copied into
+  // its gradient's memory order. Else that would sum in another order than squared_norms, and give other bits: two
+  // launches measure them here instead.
   Norms(const Launch& launch, at::TensorList grads, at::TensorList params, const float* inv_scale,
         at::ArrayRef<double> scales)
       : launch_(launch), inv_scale_(inv_scale), num_layers_(static_cast<int64_t>(grads.size())) {
@@ -120,7 +120,7 @@ class Norms {
     grads_ = new_vector(grads[0], count_chunks<MeasuredLayer>(layers_), c10::kDouble);
   }
 
-  // Measures, and calls apply(range of layers, their partial sums) until all layers were served.
+  // Calls apply(range of layers, their partial sums) after these were measured, until all layers are done.
   template <typename Apply>
   void measure_and(const Apply& apply) const {
     const Partials partials{params_.mutable_data_ptr<double>(), grads_.mutable_data_ptr<double>()};
@@ -146,7 +146,7 @@ class Norms {
       const double scale = scales.empty() ? 0 : scales[i];
       Pair& pair = swept_.emplace_back(grads[i], params[i], scale);
       if (scale == 0) {
-        pair.param = dense(params[i]);  // in whatever order: the two are not added
+        pair.param = dense(params[i]);  // in any memory order, as the two are not added
       } else if (!pair.param->is_same(params[i])) {
         return false;
       }
@@ -170,7 +170,7 @@ class Norms {
   const float* inv_scale_;
   int64_t num_layers_;
   std::vector<Pair> swept_;
-  std::vector<MeasuredLayer> layers_;  // empty: all is measured already
+  std::vector<MeasuredLayer> layers_;  // empty: measured by the constructor
   at::Tensor params_, grads_;
 };
 
@@ -200,7 +200,7 @@ Options options_of(const Arguments& arguments) {
   return options;
 }
 
-// Gradients and parameters as one sweep takes them, and the layers that point into them.
+// Gradients and parameters that are scaled together, and the kernels' layers that point to them.
 struct Sweep {
   Sweep(at::TensorList grads, at::TensorList params, at::ArrayRef<double> weight_decays) {
     pairs.reserve(grads.size());
@@ -224,7 +224,7 @@ struct Sweep {
   std::vector<Layer> layers;
 };
 
-// The same for a step of SGD.
+// The same of a step of SGD.
 struct SgdSweep {
   explicit SgdSweep(const SgdArguments& arguments) : arguments(arguments), options(options_of<SgdOptions>(arguments)) {
     options.nesterov = arguments.nesterov;

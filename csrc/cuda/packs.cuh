@@ -1,4 +1,4 @@
-// Arrays that the threads of a block read and write in packs of 16 bytes, the widest access there is.
+// Access to arrays by the threads of a block, in packs of 16 bytes, the widest that there is.
 #pragma once
 
 #include <cstdint>
@@ -8,8 +8,8 @@ namespace torchlars::cuda {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 
-// As many numbers of T as 16 bytes hold. Or kNumbers of them, moved by as many accesses as it takes: to go with packs
-// of a smaller type.
+// As many elements of T as 16 bytes hold; or kNumbers of them, which take several accesses, to go with packs of a
+// smaller type.
 template <typename T, int kNumbers = 16 / sizeof(T)>
 struct alignas(16) Pack {
   static constexpr int kSize = kNumbers;
@@ -21,7 +21,7 @@ __device__ inline bool is_aligned(const T* array) {
   return reinterpret_cast<uintptr_t>(array) % alignof(Pack<T>) == 0;
 }
 
-// A pack of an array. One that is not aligned is read number by number. kAligned: it is known to be aligned.
+// A pack of an array. If the array is not aligned it is read element by element. kAligned: it is known to be aligned.
 template <bool kAligned, int kSize, typename T>
 __device__ inline Pack<T, kSize> load_pack(const T* array, int64_t pack) {
   if (kAligned || is_aligned(array)) {

@@ -1,10 +1,10 @@
 // Sums of squares, over flat ranges of memory. Their relative error is below 1e-12, beside what double loses in
 // x + scale * y itself; for 16-bit numbers below 2^-23.
 //
-// Most GPUs add in double at 1/32 or 1/64 of the rate at which they add in float, too slowly to keep up with memory. So
-// the numbers that a thread has in flight are squared and summed in float, together with the rounding errors of that,
-// and only this sum is added in double. Where float has neither the range nor the precision for it, the numbers
-// themselves are.
+// Most GPUs add doubles at 1/32 or 1/64 of the rate of floats, which is slower than memory delivers them. So the
+// elements that a thread has loaded are squared and summed in float, together with the rounding errors, and only this
+// sum is added in double. Where float lacks the range or the precision, the elements themselves are squared and added
+// in double.
 #pragma once
 
 #include <cmath>
