@@ -1,5 +1,8 @@
 """What hardware there is, and which backend a test runs on. No other file asks."""
 
+import os
+import shutil
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -76,6 +79,28 @@ def checked_sparse_tensors():
     """Checks of sparse tensors for a whole file; torch warns where it is told neither to check nor not to."""
     with torch.sparse.check_sparse_tensor_invariants():
         yield
+
+
+@pytest.fixture(scope="session")
+def build_once(tmp_path_factory):
+    """Build something into a folder once a session, whichever of pytest-xdist's workers asks first; returns the folder."""
+    base = tmp_path_factory.getbasetemp()
+    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+    def build_once(name, build):
+        import fcntl  # Linux has it, and what is compiled by tests needs Linux
+
+        folder, done = shared / name, shared / f"{name}.done"
+        with open(shared / f"{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                build(folder)
+                done.touch()
+        return folder
+
+    return build_once
 
 
 @pytest.fixture(autouse=True)

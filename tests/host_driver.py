@@ -11,6 +11,7 @@ These take a GPU.
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -326,13 +327,26 @@ BUILDS = {
 }
 
 
-def compile_driver(folder: Path, csrc: Path, *flags: str) -> Path:
-    include = Path(torch.__file__).parent / "include"
-    sources = TESTS / "cuda_on_host"
-    options = ["-std=c++17", "-ffp-contract=off", "-isystem", include, "-I", csrc, *flags]
-    command = [GXX, *options, sources / "driver.cpp", "-o", folder / "driver"]
+def copy_sources(folder: Path) -> Path:
+    """Copy the kernels' sources, and let kernels take layers by reference.
+
+    A GPU has the arguments of a kernel in constant memory. On a CPU every thread would copy them: up to 32 KB each.
+    """
+    copy = Path(shutil.copytree(CSRC, folder / "csrc"))
+    kernels = copy / "cuda" / "kernels.cuh"
+    kernels.write_text(re.sub(r"const __grid_constant__ (\w+) (\w+)", r"const \1& \2", kernels.read_text()))
+    return copy
+
+
+def run_compiler(*arguments: str | Path) -> None:
+    include = ("-isystem", Path(torch.__file__).parent / "include", "-I", TESTS / "cuda_on_host")
+    command = [GXX, "-std=c++17", "-ffp-contract=off", *include, *arguments]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def compile_driver(folder: Path, csrc: Path, *flags: str | Path) -> Path:
+    run_compiler("-I", csrc, *flags, TESTS / "cuda_on_host" / "driver.cpp", "-o", folder / "driver")
     return folder / "driver"
 
 

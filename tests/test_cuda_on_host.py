@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from itertools import product
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import torch
 from host_driver import (
     BUILDS,
     CASES,
-    CSRC,
     DTYPES,
     LARS_SGD,
     SEVERAL_LAUNCHES,
@@ -21,6 +19,7 @@ from host_driver import (
     check,
     check_sgd,
     compile_driver,
+    copy_sources,
     execute,
     needs_host_shim,
     new_case,
@@ -34,16 +33,22 @@ CASES_IN_DTYPES = [
 
 
 @pytest.fixture(scope="session")
-def driver(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Compile the kernels as they are, once in each build."""
-    return cache(lambda build: compile_driver(tmp_path_factory.mktemp("driver"), CSRC, *BUILDS[build]))
+def driver(build_once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[str, bool], Path]:
+    """Compile the kernels as they are, once a session for each build, and for SGD and the other ops."""
+
+    def compiled(build: str, sgd: bool) -> Path:
+        flags = [*BUILDS[build], f"-DONLY_SGD={int(sgd)}"]
+        name = f"cuda_on_host-{build}-{'sgd' if sgd else 'scale'}"
+        return build_once(name, lambda folder: compile_driver(folder, copy_sources(folder), *flags)) / "driver"
+
+    return compiled
 
 
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("kind", WAYS)
 @pytest.mark.parametrize(("name", "dtype"), CASES_IN_DTYPES, ids=str)
 def test_kernels_equal_the_reference(
-    name: str, dtype: torch.dtype, kind: str, build: str, driver: Callable[[str], Path]
+    name: str, dtype: torch.dtype, kind: str, build: str, driver: Callable[[str, bool], Path]
 ) -> None:
     skip_without_sanitizers(build)
     case, ways = new_case(name, dtype), WAYS[kind]
@@ -51,14 +56,14 @@ def test_kernels_equal_the_reference(
         ways = ways[-2:]
     if name == SEVERAL_LAUNCHES:
         ways = ways[-2:] if build == "plain" else ways[:1]
-    check(case, ways, execute(driver(build), case, ways))
+    check(case, ways, execute(driver(build, False), case, ways))
 
 
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("kind", SGD_WAYS)
 @pytest.mark.parametrize(("name", "dtype"), CASES_IN_DTYPES, ids=str)
 def test_sgd_equals_the_reference(
-    name: str, dtype: torch.dtype, kind: str, build: str, driver: Callable[[str], Path]
+    name: str, dtype: torch.dtype, kind: str, build: str, driver: Callable[[str, bool], Path]
 ) -> None:
     skip_without_sanitizers(build)
     case, ways = new_case(name, dtype), SGD_WAYS[kind](dtype)
@@ -66,4 +71,4 @@ def test_sgd_equals_the_reference(
         ways = [way for way in ways if way.op == LARS_SGD]
     if name == SEVERAL_LAUNCHES:
         ways = ways[-2:] if build == "plain" else ways[-1:]
-    check_sgd(case, ways, execute(driver(build), case, ways))
+    check_sgd(case, ways, execute(driver(build, True), case, ways))

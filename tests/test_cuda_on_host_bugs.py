@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +10,6 @@ import pytest
 import torch
 from host_driver import (
     BUILDS,
-    CSRC,
     DTYPES,
     SEVERAL_LAUNCHES,
     SGD_WAYS,
@@ -18,18 +17,16 @@ from host_driver import (
     check,
     check_sgd,
     compile_driver,
+    copy_sources,
     execute,
     needs_host_shim,
     new_case,
+    run_compiler,
     skip_without_sanitizers,
 )
 
 pytestmark = needs_host_shim
 COMPILES_FAST = ["-O0", "-g0"]
-
-
-def only(dtype: torch.dtype) -> str:
-    return f"-DONLY={DTYPES.index(dtype)}"
 
 
 @dataclass
@@ -390,18 +387,34 @@ BUGS = {
 }
 
 
-def plant(bug: Bug, folder: Path) -> Path:
-    """Compile the kernels with a bug in them."""
-    shutil.copytree(CSRC, folder / "csrc")
-    file = folder / "csrc" / bug.file
-    source = file.read_text()
+@pytest.fixture(scope="session")
+def headers(build_once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[str], Path]:
+    """Precompile the headers that all bugs share, once a session for each build."""
+    shared = ("cuda_on_host.h", "cstring", "limits", "c10/util/BFloat16.h", "c10/util/Half.h")
+
+    def precompiled(build: str) -> Path:
+        def precompile(folder: Path) -> None:
+            header = folder / "headers.h"
+            header.write_text("".join(f"#include <{name}>\n" for name in shared))
+            run_compiler(*BUILDS[build], *COMPILES_FAST, "-x", "c++-header", header, "-o", f"{header}.gch")
+
+        return build_once(f"cuda_on_host-headers-{build}", precompile) / "headers.h"
+
+    return precompiled
+
+
+def plant(bug: Bug, folder: Path, headers: Path) -> Path:
+    """Compile the kernels with a bug in them, as far as the bug's case needs them."""
+    csrc = copy_sources(folder)
+    source = (csrc / bug.file).read_text()
     assert bug.old in source, f"{bug.file} has no such text: {bug.old}"
-    file.write_text(source.replace(bug.old, bug.new))
-    return compile_driver(folder, folder / "csrc", *BUILDS[bug.build], *COMPILES_FAST, only(bug.dtype))
+    (csrc / bug.file).write_text(source.replace(bug.old, bug.new))
+    needed = f"-DONLY_DTYPE={DTYPES.index(bug.dtype)}", f"-DONLY_SGD={int(bug.sgd)}"
+    return compile_driver(folder, csrc, *BUILDS[bug.build], *COMPILES_FAST, "-include", headers, *needed)
 
 
 @pytest.mark.parametrize("name", BUGS)
-def test_a_planted_bug_is_caught(name: str, tmp_path: Path) -> None:
+def test_a_planted_bug_is_caught(name: str, headers: Callable[[str], Path], tmp_path: Path) -> None:
     bug = BUGS[name]
     skip_without_sanitizers(bug.build)
     case = new_case(bug.case, bug.dtype)
@@ -410,6 +423,6 @@ def test_a_planted_bug_is_caught(name: str, tmp_path: Path) -> None:
         ways = [ways[1], ways[-2]]
     if bug.case == SEVERAL_LAUNCHES:
         ways = ways[1:2] if bug.sgd else ways[-1:]
-    driver = plant(bug, tmp_path)
+    driver = plant(bug, tmp_path, headers(bug.build))
     with pytest.raises(AssertionError, match=bug.caught_by):
         (check_sgd if bug.sgd else check)(case, ways, execute(driver, case, ways))

@@ -257,20 +257,34 @@ void update_by_sgd(const Case& header) {
   x.write(momentum_buffers, ratios);
 }
 
+#ifdef ONLY_DTYPE  // compiles faster
+constexpr int kOnlyDtype = ONLY_DTYPE;
+#else
+constexpr int kOnlyDtype = -1;
+#endif
+#ifdef ONLY_SGD  // 1: the ops of SGD; 0: the others
+constexpr int kOnlySgd = ONLY_SGD;
+#else
+constexpr int kOnlySgd = -1;
+#endif
+
 template <int kDtype, typename T>
 void run(const Case& header) {
-#ifdef ONLY  // compiles faster
-  constexpr bool kCompiled = kDtype == ONLY;
-#else
-  constexpr bool kCompiled = true;
-#endif
-  if constexpr (kCompiled) {
-    if (header.op == kScale || header.op == kScaleInThreeOps) {
-      scale<T>(header);
-    } else if (header.momentum_dtype < 0 || header.momentum_dtype == header.dtype) {
-      update_by_sgd<T, T>(header);
-    } else {
-      update_by_sgd<T, compute_type<T>>(header);
+  const bool is_sgd = header.op == kSgd || header.op == kLarsSgd;
+  check(kOnlyDtype == -1 || kOnlyDtype == kDtype, "was compiled without this dtype");
+  check(kOnlySgd == -1 || kOnlySgd == is_sgd, "was compiled without this op");
+  if constexpr (kOnlyDtype == -1 || kOnlyDtype == kDtype) {
+    if constexpr (kOnlySgd != 1) {
+      if (!is_sgd) {
+        scale<T>(header);
+      }
+    }
+    if constexpr (kOnlySgd != 0) {
+      if (is_sgd && (header.momentum_dtype < 0 || header.momentum_dtype == header.dtype)) {
+        update_by_sgd<T, T>(header);
+      } else if (is_sgd) {
+        update_by_sgd<T, compute_type<T>>(header);
+      }
     }
   }
 }
