@@ -5,9 +5,9 @@ import inspect
 import pytest
 import torch
 from by_hand import WRAPPERS
+from closeness import close
 
 lars, lamb, lars_on_updates = WRAPPERS
-wrappers = pytest.mark.parametrize("wrap", WRAPPERS, ids=str)
 
 # name -> (variants of its options, scale of lr). Every class of torch.optim has to have a line.
 BASES = {
@@ -111,13 +111,6 @@ def own_eps(name):
     return {"eps": (None, 1e-2) if name == "Adafactor" else 1e-2}
 
 
-def change_lr(optimizers, step):
-    for optimizer in optimizers:
-        for index, group in enumerate(optimizer.param_groups):
-            factor = [0.5, 1.7, 0.9, 1.2][(step + index) % 4]
-            group["lr"] = group["lr"] * factor
-
-
 def tensors(value):
     """All tensors in a nested state, in order."""
     if isinstance(value, torch.Tensor):
@@ -132,28 +125,11 @@ def assert_same(ours, theirs, tolerance=1e-12):
     for index, (our_group, their_group) in enumerate(pairs):
         for position, (p, q) in enumerate(zip(our_group["params"], their_group["params"], strict=True)):
             where = f"group {index}, parameter {position}"
-            compare(p.detach(), q.detach(), tolerance, where)
+            close(p.detach(), q.detach(), tolerance, where)
             assert (p.grad is None) == (q.grad is None), where
             if p.grad is not None:
-                compare(p.grad, q.grad, tolerance, f"gradient of {where}")
+                close(p.grad, q.grad, tolerance, f"gradient of {where}")
             ours_state, theirs_state = tensors(ours.state[p]), tensors(theirs.state[q])
             assert len(ours_state) == len(theirs_state), where
             for a, b in zip(ours_state, theirs_state, strict=True):
-                compare(a, b, tolerance, f"state of {where}")
-
-
-def compare(a, b, tolerance, message):
-    a, b = (x.to_dense() if x.is_sparse else x for x in (a, b))
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text: f"{message}: {text}")
-
-
-def hyper_parameters(optimizer):
-    """Everything the groups hold, as the very objects."""
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-
-
-def assert_identical(before, after):
-    for index, (old, new) in enumerate(zip(before, after, strict=True)):
-        assert old.keys() == new.keys()
-        for key in old:
-            assert old[key] is new[key], f"group {index}: {key} was {old[key]!r} and is {new[key]!r}"
+                close(a, b, tolerance, f"state of {where}")

@@ -10,6 +10,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -54,6 +55,7 @@ class Wrapper:
 
 
 WRAPPERS = [Wrapper("LARS", LARS), Wrapper("LAMB", LAMB), Wrapper("LARS-update", LARS, {"apply_to": "update"})]
+wrappers = pytest.mark.parametrize("wrap", WRAPPERS, ids=str)
 
 
 def norm(tensor: Tensor) -> float:

@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+import pytest
 import torch
+from closeness import joined
 from torch import Tensor
 
 REAL_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
@@ -186,3 +188,32 @@ CASES = [
         [Layer((11,), param_layout=conjugated), Layer((12,))],
     ),
 ]
+
+
+def named(values):
+    return pytest.mark.parametrize("case", values, ids=lambda case: case.name)
+
+
+inverses = pytest.mark.parametrize("inverse", [0.25, 1 / 3], ids=["quarter", "third"])
+
+
+def copied(tensor):
+    """The same, in memory of its own, with what lies around it."""
+    storage = tensor.untyped_storage().clone()
+    copy = tensor.new_empty(0).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+    return copy.conj() if tensor.is_conj() else copy
+
+
+def memory(tensors):
+    """What memory holds, to the bit, of tensors and around them; a copy on the CPU."""
+    empty = torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
+    parts = [empty.new_empty(0).set_(tensor.untyped_storage()) for tensor in tensors]
+    return joined(parts).split([len(part) for part in parts])
+
+
+def overflown(grads, values=(float("inf"), float("nan"), -float("inf"))):
+    """The same gradients, of which every layer's first element is infinite or NaN."""
+    for i, grad in enumerate(grads):
+        if grad.numel() > 0:
+            grad[(0,) * grad.dim()] = values[i % len(values)]
+    return grads

@@ -55,3 +55,9 @@ def _where(differs: Tensor, tensors: Sequence[Tensor]) -> str:
     ends = torch.tensor(list(accumulate(x.numel() for x in tensors)))
     numbers = torch.bucketize(differs.nonzero().reshape(-1), ends, right=True).unique().tolist()
     return f" {', '.join(map(str, numbers[:10]))}{', ...' if len(numbers) > 10 else ''}"
+
+
+def close(a: Tensor, b: Tensor, tolerance: float, message: str) -> None:
+    """Assert that two tensors are close, of which either may be sparse."""
+    a, b = (x.to_dense() if x.is_sparse else x for x in (a, b))
+    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text: f"{message}: {text}")

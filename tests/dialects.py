@@ -3,6 +3,7 @@
 import math
 
 import torch
+from optimizers import params_of
 from torch import nn
 
 
@@ -36,7 +37,7 @@ class Oracle:
     """SGD under LARS, as the formulas say."""
 
     def __init__(self, param_groups, **options):
-        self.groups = [{**options, **group} for group in param_groups]
+        self.param_groups = [{**options, **group} for group in param_groups]
         self.momenta, self.ratios = {}, {}
 
     def ratio(self, w, g, d, o):
@@ -50,7 +51,7 @@ class Oracle:
 
     def step(self):
         self.ratios = {}
-        for o in self.groups:
+        for o in self.param_groups:
             for p in o["params"]:
                 if p.grad is None:
                     continue
@@ -70,11 +71,6 @@ class Oracle:
                         self.momenta[p] = d.clone()
                     d = d + o["momentum"] * self.momenta[p] if o["nesterov"] else self.momenta[p]
                 p.detach().copy_(w - (r if on_update else 1.0) * lr * d)
-
-
-def params_of(optimizer):
-    groups = optimizer.groups if isinstance(optimizer, Oracle) else optimizer.param_groups
-    return [param for group in groups for param in group["params"]]
 
 
 def give_gradients(optimizers, step):

@@ -5,12 +5,12 @@ import math
 
 import pytest
 import torch
+from by_hand import EPS, TRUST_COEF
 from cases import channels_last, sliced, transposed
+from closeness import close
+from optimizers import change_lr, params_of
 
 from torchlars import LARS, optim
-
-EPS, TRUST_COEF = 0.05, 0.3  # of the wrapper; far from the defaults, so that each is seen to matter
-
 
 # Every kind of momentum that SGD has; of two groups, of which either, but never both, may be without weight decay.
 MOMENTA = {
@@ -90,10 +90,6 @@ unders = pytest.mark.parametrize("under_lars", [False, True], ids=["plain", "lar
 both = pytest.mark.parametrize("pair_of", PAIRS.values(), ids=list(PAIRS))
 
 
-def params_of(optimizer):
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
 def give_gradients(optimizers, step):
     """Fresh gradients, the same for all; one of zeros in step 1, and one missing in steps 0 and 2."""
     generator = torch.Generator().manual_seed(1000 + step)
@@ -104,12 +100,6 @@ def give_gradients(optimizers, step):
             missing = (step, index) in {(0, 6), (2, 1)}
             zero = (step, index) == (1, 0)
             param.grad = None if missing else torch.zeros_like(param) if zero else torch.empty_like(param).copy_(grad)
-
-
-def change_lr(optimizers, step):
-    for optimizer in optimizers:
-        for index, group in enumerate(optimizer.param_groups):
-            group["lr"] = group["lr"] * [0.5, 1.7, 0.9, 1.2][(step + index) % 4]
 
 
 def assert_same(ours, theirs, tolerance=0.0):
@@ -130,11 +120,6 @@ def assert_same_ratios(ours, theirs, tolerance=0.0):
         assert (p in our_ratios) == (q in their_ratios), index
         if p in our_ratios:
             close(our_ratios[p], their_ratios[q], tolerance, f"ratio {index}")
-
-
-def close(a, b, tolerance, message):
-    a, b = (x.to_dense() if x.is_sparse else x for x in (a, b))
-    torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text: f"{message}: {text}")
 
 
 def snapshot(optimizer):

@@ -8,25 +8,10 @@ import inspect
 
 import pytest
 import torch
-from bases import (
-    BASES,
-    DENSE,
-    assert_identical,
-    assert_same,
-    cases,
-    change_lr,
-    classes,
-    compare,
-    groups,
-    hyper_parameters,
-    implementations,
-    label,
-    layers,
-    of_wrappers,
-    takes,
-    wrappers,
-)
-from by_hand import WRAPPERS, ByHand
+from bases import BASES, DENSE, assert_same, cases, classes, groups, implementations, label, layers, of_wrappers, takes
+from by_hand import WRAPPERS, ByHand, wrappers
+from closeness import close
+from optimizers import assert_identical, change_lr, hyper_parameters
 
 from torchlars import LARS
 
@@ -119,8 +104,8 @@ def test_a_complex_layer_is_stepped_like_its_real_view(wrap, name, backend):
         params[1].grad = torch.view_as_real(params[0].grad).clone()
         for optimizer in optimizers:
             optimizer.step()
-        compare(torch.view_as_real(params[0].detach()), params[1].detach(), 1e-12, "parameter")
-        compare(torch.view_as_real(params[0].grad), params[1].grad, 1e-12, "gradient")
+        close(torch.view_as_real(params[0].detach()), params[1].detach(), 1e-12, "parameter")
+        close(torch.view_as_real(params[0].grad), params[1].grad, 1e-12, "gradient")
 
 
 @wrappers

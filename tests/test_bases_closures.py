@@ -5,23 +5,20 @@ import torch
 from bases import (
     BASES,
     DENSE,
-    assert_identical,
     assert_same,
     cases,
-    change_lr,
     classes,
-    compare,
     groups,
-    hyper_parameters,
     label,
     lamb,
     lars,
     lars_on_updates,
     layers,
     of_wrappers,
-    wrappers,
 )
-from by_hand import EPS, TRUST_COEF, WRAPPERS, ByHand
+from by_hand import EPS, TRUST_COEF, WRAPPERS, ByHand, wrappers
+from closeness import close
+from optimizers import assert_identical, change_lr, hyper_parameters
 
 from torchlars import LARS
 
@@ -77,7 +74,7 @@ def test_lbfgs_follows_the_contract_at_every_evaluation(options, backend):
 
     for step in range(4):
         expected, loss = model.step(evaluate_model), optimizer.step(counted)
-        compare(loss, expected, 1e-10, "loss")  # it divides by differences of gradients, and so magnifies rounding
+        close(loss, expected, 1e-10, "loss")  # it divides by differences of gradients, and so magnifies rounding
         assert_same(optimizer, model, 1e-10)
         change_lr([optimizer, model], step)
     state = next(iter(optimizer.state.values()))
@@ -188,7 +185,7 @@ def test_base_that_evaluates_twice_follows_the_contract(wrap, backend):
     evaluate, evaluate_model = targets(optimizer), targets(model)
     for _ in range(3):
         expected = model.step(evaluate_model)
-        compare(optimizer.step(evaluate), expected, 1e-12, "loss")
+        close(optimizer.step(evaluate), expected, 1e-12, "loss")
         assert_same(optimizer, model)
 
 

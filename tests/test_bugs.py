@@ -9,6 +9,7 @@ from functools import partial
 
 import pytest
 import torch
+from small_layers import assert_close, float64, layer, trust_ratio
 from torch import nn
 from torch.optim import LBFGS, SGD, Adam
 from torch.optim.lr_scheduler import CosineAnnealingLR, CyclicLR, LinearLR, OneCycleLR
@@ -17,28 +18,6 @@ from torch.optim.swa_utils import SWALR
 
 import torchlars
 from torchlars import LAMB, LARS, bases, param_groups
-
-
-def float64(values):
-    return torch.tensor(values, dtype=torch.float64)
-
-
-def layer(dtype=torch.float64, grad=True):
-    """A parameter of norm 5 whose gradient has norm 0.5."""
-    param = nn.Parameter(torch.tensor([3.0, 4.0], dtype=dtype))
-    if grad:
-        param.grad = torch.tensor([-0.4, 0.3], dtype=dtype)
-    return param
-
-
-def trust_ratio(weight_decay=0.0, trust_coef=0.001):
-    """That layer's."""
-    return trust_coef * 5 / (0.5 + weight_decay * 5 + 1e-8)
-
-
-def assert_close(actual, expected):
-    torch.testing.assert_close(actual.detach(), expected, rtol=1e-12, atol=0)
-
 
 # Closures
 

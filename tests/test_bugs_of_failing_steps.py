@@ -5,8 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from test_bugs import assert_close, float64, layer, trust_ratio
-from test_bugs_of_memory import sparse_rows
+from small_layers import assert_close, float64, layer, sparse_rows, trust_ratio
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW
 

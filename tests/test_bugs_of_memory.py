@@ -5,7 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from test_bugs import assert_close, float64, layer
+from small_layers import assert_close, float64, layer, sparse_rows
 from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
@@ -48,12 +48,6 @@ def of_numpy():
     buffer = np.random.default_rng(0).standard_normal(24)
     params[0].grad, params[1].grad = torch.from_numpy(buffer[:16]), torch.from_numpy(buffer[8:])
     return params
-
-
-def sparse_rows(param):
-    values = torch.randn(2, *param.shape[1:], dtype=param.dtype)
-    with torch.sparse.check_sparse_tensor_invariants(True):  # says so, else torch warns
-        param.grad = torch.sparse_coo_tensor([[1, 3]], values, param.shape)
 
 
 def sparse():

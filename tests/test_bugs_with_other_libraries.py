@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from test_bugs import assert_close, float64, layer, trust_ratio
+from small_layers import assert_close, float64, layer, trust_ratio
 from torch import nn
 from torch.optim import LBFGS, SGD, AdamW
 

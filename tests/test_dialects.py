@@ -10,7 +10,9 @@ from functools import partial
 
 import pytest
 import torch
-from dialects import Oracle, give_gradients, groups, layers, norm, params_of
+from by_hand import EPS, TRUST_COEF
+from dialects import Oracle, give_gradients, groups, layers, norm
+from optimizers import assert_identical, change_lr, hyper_parameters, params_of
 from torch import nn
 
 import torchlars
@@ -154,7 +156,6 @@ DIALECTS = [
     )
 ]
 MOMENTA = [{}, {"momentum": 0.9, "dampening": 0.25}, {"momentum": 0.9, "nesterov": True}]
-EPS, TRUST_COEF = 0.05, 0.3
 
 
 def label(options):
@@ -164,22 +165,6 @@ def label(options):
 DEFAULTS = {"momentum": 0.0, "dampening": 0.0, "nesterov": False, "maximize": False}
 PLAIN = {"eps": EPS, "trust_coef": TRUST_COEF, "clip": False, "norm": "raw"}
 PLAIN = {**PLAIN, "lr_in_momentum": False, "apply_to": "gradient"}
-
-
-def change_lr(optimizers, step):
-    for optimizer in optimizers:
-        for index, group in enumerate(optimizer.groups if isinstance(optimizer, Oracle) else optimizer.param_groups):
-            group["lr"] = group["lr"] * [0.5, 1.7, 0.9, 1.2][(step + index) % 4]
-
-
-def hyper_parameters(optimizer):
-    return [{key: value for key, value in group.items() if key != "params"} for group in optimizer.param_groups]
-
-
-def assert_identical(before, after):
-    for old, new in zip(before, after, strict=True):
-        assert old.keys() == new.keys()
-        assert all(old[key] is new[key] for key in old)
 
 
 @pytest.mark.parametrize("lr", ["number", "tensor"])
@@ -196,9 +181,9 @@ def test_steps_follow_the_formulas(sgd, dialect, options, lr, backend):
     optimizer = LARS(sgd(own, lr=0.5, **options), EPS, TRUST_COEF, **dialect)
     oracle = Oracle(groups(), **{**DEFAULTS, **options, **PLAIN, **dialect})
     if dialect.get("apply_to") == "update":
-        oracle.groups[1]["apply_to"] = "gradient"
-        oracle.groups[3]["apply_to"] = "gradient"
-    for group in oracle.groups[2:3]:
+        oracle.param_groups[1]["apply_to"] = "gradient"
+        oracle.param_groups[3]["apply_to"] = "gradient"
+    for group in oracle.param_groups[2:3]:
         group["lr_in_momentum"] = False  # it is the wrapper's, and this group is left alone
     for step in range(4):
         give_gradients([optimizer, oracle], step)

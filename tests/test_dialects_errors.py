@@ -5,7 +5,8 @@ import math
 
 import pytest
 import torch
-from dialects import give_gradients, layers, params_of
+from dialects import give_gradients, layers
+from optimizers import params_of
 from torch import nn
 
 from torchlars import LAMB, LARS

@@ -1,26 +1,21 @@
 """The wrapper's story: published numbers, options, what it gathers, what it refuses."""
 
 import copy
-import json
 import pickle
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
 from calls import scale_gradients
+from published import PUBLISHED
+from small_layers import float64
 from torch import nn
 from torch.optim import SGD
 
 import torchlars.optim
 from torchlars import LAMB, LARS, ops, reference
 
-PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
 DATA = PUBLISHED["data"]
-
-
-def float64(values):
-    return torch.tensor(values, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("name", PUBLISHED["cases"])

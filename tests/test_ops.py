@@ -10,8 +10,24 @@ from pathlib import Path
 import pytest
 import torch
 from calls import scale_gradients, scale_updates, sgd
-from cases import CASES, COMPLEX_DTYPES, DTYPES, REAL_DTYPES, Case, Layer, misaligned, on, sizes, sliced
-from closeness import assert_all_equal, assert_all_within_ulps, assert_within_ulps, joined
+from cases import (
+    CASES,
+    COMPLEX_DTYPES,
+    DTYPES,
+    REAL_DTYPES,
+    Case,
+    Layer,
+    copied,
+    inverses,
+    memory,
+    misaligned,
+    named,
+    on,
+    overflown,
+    sizes,
+    sliced,
+)
+from closeness import assert_all_equal, assert_all_within_ulps, assert_within_ulps
 
 from torchlars import ops, reference
 
@@ -57,17 +73,7 @@ ROUTES = {"fused": scale_gradients, "three": three}
 def copies(arguments):
     """The same arguments with gradients that may be written, in the same layouts."""
     grads, *others = arguments
-    return ([_copy(grad) for grad in grads], *others)
-
-
-def _copy(grad):
-    storage = grad.untyped_storage().clone()
-    copy = grad.new_empty(0).set_(storage, grad.storage_offset(), grad.shape, grad.stride())
-    return copy.conj() if grad.is_conj() else copy
-
-
-def named(values):
-    return pytest.mark.parametrize("case", values, ids=lambda case: case.name)
+    return ([copied(grad) for grad in grads], *others)
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -236,8 +242,6 @@ def test_clipped_ratios_by_hand(backend, clip):
 
 # Scaled gradients, which are multiplied by inv_scale before anything else; where that is 0 the step is skipped.
 
-inverses = pytest.mark.parametrize("inverse", [0.25, 1 / 3], ids=["quarter", "third"])
-
 
 def unscaled(tensors, inv_scale):
     """The same, multiplied by inv_scale beforehand; what has 16 bits becomes float32, in which ops compute."""
@@ -295,21 +299,6 @@ def test_squared_norms_of_scaled_tensors(extension, device, case, dtype, inverse
             assert torch.equal(actual, norms)
     zeros = ops.squared_norms(tensors, others=others, scales=[0.0] * len(tensors), inv_scale=inv_scale)
     assert torch.equal(zeros, ops.squared_norms(tensors, inv_scale=inv_scale))
-
-
-def memory(tensors):
-    """What memory holds, to the bit, of tensors and around them; a copy on the CPU."""
-    empty = torch.empty(0, dtype=torch.uint8, device=tensors[0].device)
-    parts = [empty.new_empty(0).set_(tensor.untyped_storage()) for tensor in tensors]
-    return joined(parts).split([len(part) for part in parts])
-
-
-def overflown(grads, values=(float("inf"), float("nan"), -float("inf"))):
-    """The same gradients, of which every layer's first element is infinite or NaN."""
-    for i, grad in enumerate(grads):
-        if grad.numel() > 0:
-            grad[(0,) * grad.dim()] = values[i % len(values)]
-    return grads
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

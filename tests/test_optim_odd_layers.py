@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from closeness import assert_within_ulps
+from closeness import assert_within_ulps, close
+from optimizers import params_of
 from sgd_cases import (
     EPS,
     KEPT,
@@ -12,9 +13,7 @@ from sgd_cases import (
     add_to_sgd,
     assert_same,
     assert_same_ratios,
-    close,
     parameter,
-    params_of,
     raises_and_changes_nothing,
     sparse_gradient,
     unders,

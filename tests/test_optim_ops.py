@@ -6,7 +6,22 @@ import math
 import calls
 import pytest
 import torch
-from cases import CASES, DTYPES, REAL_DTYPES, Case, Layer, on, sizes, sliced, transposed
+from cases import (
+    CASES,
+    DTYPES,
+    REAL_DTYPES,
+    Case,
+    Layer,
+    copied,
+    inverses,
+    memory,
+    named,
+    on,
+    overflown,
+    sizes,
+    sliced,
+    transposed,
+)
 from closeness import assert_all_equal, assert_all_within_ulps, assert_within_ulps
 
 from torchlars import ops, reference
@@ -36,13 +51,6 @@ def steps_of(case, dtype, device="cpu"):
     if case.name in ("large_norms", "chunk_borders"):
         return kinds[::3]
     return kinds if torch.device(device).type == "cpu" else kinds[1::3]
-
-
-def copied(tensor):
-    """The same, in memory of its own, with what lies around it."""
-    storage = tensor.untyped_storage().clone()
-    copy = tensor.new_empty(0).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
-    return copy.conj() if tensor.is_conj() else copy
 
 
 def arguments_of(case, dtype, kind, grad_dtype=None):
@@ -108,10 +116,6 @@ def assert_same_results(actual, expected, ulps=0):
     for name, ones, others in zip(("parameter", "momentum"), actual, expected, strict=False):
         if ones or others:
             assert_all_within_ulps(ones, others, ulps, f"{name} of layer")
-
-
-def named(values):
-    return pytest.mark.parametrize("case", values, ids=lambda case: case.name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -181,9 +185,6 @@ def with_unscaled_gradients(arguments, inv_scale):
     return {**arguments, "grads": grads}
 
 
-inverses = pytest.mark.parametrize("inverse", [0.25, 1 / 3], ids=["quarter", "third"])
-
-
 @inverses
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @named(CASES)
@@ -220,19 +221,6 @@ def test_lars_sgd_of_scaled_gradients_has_the_bits_of_measure_decide_and_update(
         if inverse == 0.25:  # which changes no bit of any mantissa
             assert_same_results(actual, call("measured", beforehand, decayed_norm=decayed_norm, clip=clip))
         assert_same_results(actual, call("given", beforehand, ratios=actual[2]))
-
-
-def memory(tensors):
-    """What memory holds, to the bit, of tensors and around them."""
-    return [torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage()).clone() for tensor in tensors]
-
-
-def overflown(grads, values=(math.inf, math.nan, -math.inf)):
-    """Gradients of which every layer's first element is infinite or NaN."""
-    for i, grad in enumerate(grads):
-        if grad.numel() > 0:
-            grad[(0,) * grad.dim()] = values[i % len(values)]
-    return grads
 
 
 @pytest.mark.parametrize("op", OPS)

@@ -8,6 +8,8 @@ import textwrap
 import pytest
 import torch
 from cases import DTYPES
+from closeness import close
+from optimizers import change_lr, params_of
 from sgd_cases import (
     EPS,
     ODD,
@@ -16,12 +18,9 @@ from sgd_cases import (
     adapted_groups,
     assert_same,
     assert_same_ratios,
-    change_lr,
-    close,
     give_gradients,
     lars_pair,
     parameter,
-    params_of,
     run,
     with_gradient,
 )

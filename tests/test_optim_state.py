@@ -8,12 +8,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint.state_dict as dcp
 from cases import channels_last, sliced, transposed
+from optimizers import change_lr, params_of
 from sgd_cases import (
     KEPT,
     assert_same,
     assert_unchanged,
     both,
-    change_lr,
     few,
     give_gradients,
     groups,
@@ -21,7 +21,6 @@ from sgd_cases import (
     loss_of,
     network,
     pair,
-    params_of,
     run,
     sgd_of,
     snapshot,

@@ -9,6 +9,7 @@ import math
 import pytest
 import torch
 from closeness import assert_within_ulps
+from optimizers import change_lr, params_of
 from sgd_cases import (
     EPS,
     TRUST_COEF,
@@ -16,7 +17,6 @@ from sgd_cases import (
     assert_same_ratios,
     assert_unchanged,
     both,
-    change_lr,
     few,
     give_gradients,
     lars_pair,
@@ -25,7 +25,6 @@ from sgd_cases import (
     network,
     pair,
     parameter,
-    params_of,
     run,
     sgd_of,
     snapshot,

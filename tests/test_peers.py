@@ -6,10 +6,8 @@ the peers do at zero norms, without weight decay and with dampening.
 """
 
 import itertools
-import json
 import re
 from functools import partial
-from pathlib import Path
 
 import pytest
 import torch
@@ -33,13 +31,13 @@ from peer_calls import (
     torchlars_0_1_2,
     two_groups,
 )
+from published import PUBLISHED
 from torch import nn
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:a layer whose weights are all 0:UserWarning"),  # they are, on purpose
     pytest.mark.filterwarnings("ignore:a group with trust_coef=None takes its lr whole:UserWarning"),  # as in the peers
 ]
-PUBLISHED = json.loads((Path(__file__).parent / "published.json").read_text())
 PROMISED = [
     *(
         "torchlars 0.1.2",

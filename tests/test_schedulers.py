@@ -6,12 +6,14 @@ import pickle
 
 import pytest
 import torch
-from by_hand import WRAPPERS, ByHand
+from by_hand import ByHand, wrappers
+from optimizers import params_of
 from torch.optim import lr_scheduler, swa_utils
 
-STEPS = 9
+pytestmark = pytest.mark.usefixtures("one_thread")
 
-wrappers = pytest.mark.parametrize("wrap", WRAPPERS, ids=str)
+
+STEPS = 9
 
 
 def sequential(optimizer):
@@ -48,15 +50,6 @@ SCHEDULERS = {
 MOVES_MOMENTUM = {"CyclicLR", "OneCycleLR"}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _one_thread():
-    """Tensors are small here: a second thread would only be waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def build():
     """A plain base with two groups."""
     generator = torch.Generator().manual_seed(0)
@@ -69,13 +62,9 @@ def build():
     return torch.optim.SGD(groups, lr=0.7, momentum=0.9)
 
 
-def parameters(optimizer):
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
 def give_gradients(optimizer, step):
     generator = torch.Generator().manual_seed(step)
-    for param in parameters(optimizer):
+    for param in params_of(optimizer):
         param.grad = torch.randn(param.shape, dtype=param.dtype, generator=generator)
 
 
@@ -95,7 +84,7 @@ def advance(scheduler, step):
 
 
 def same(ours, theirs, tolerance=0.0):
-    for p, q in zip(parameters(ours), parameters(theirs), strict=True):
+    for p, q in zip(params_of(ours), params_of(theirs), strict=True):
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
 
 
@@ -138,7 +127,7 @@ def test_training_goes_on_from_the_state_dicts_of_scheduler_and_optimizer(wrap, 
     resumed_scheduler.load_state_dict(state_dicts[0])
     resumed.load_state_dict(state_dicts[1])
     with torch.no_grad():
-        for p, q in zip(parameters(resumed), parameters(optimizer), strict=True):
+        for p, q in zip(params_of(resumed), params_of(optimizer), strict=True):
             p.copy_(q)
     assert train(resumed, resumed_scheduler, range(4, STEPS)) == train(optimizer, scheduler, range(4, STEPS))
     same(resumed, optimizer)
@@ -153,14 +142,14 @@ def test_a_copy_made_under_a_scheduler_steps_itself_and_not_the_original(wrap, h
     train(optimizer, scheduler, range(3))
     copied, reference = how(optimizer), wrap(build())
     train(reference, lr_scheduler.StepLR(reference, step_size=2), range(3))
-    old = [param.detach().clone() for param in parameters(optimizer)]
+    old = [param.detach().clone() for param in params_of(optimizer)]
     for one in (copied, reference):
         give_gradients(one, 3)
         one.step()
-    assert all(map(torch.equal, old, parameters(optimizer)))
+    assert all(map(torch.equal, old, params_of(optimizer)))
     same(copied, reference)
     train(copied, lr_scheduler.StepLR(copied, step_size=2), range(4, 6))  # takes a scheduler of its own
-    assert all(map(torch.equal, old, parameters(optimizer)))
+    assert all(map(torch.equal, old, params_of(optimizer)))
 
 
 @wrappers
