@@ -1,7 +1,9 @@
-"""What hardware there is, and which backend a test runs on. No other file asks."""
+"""Fixtures that several files use. What hardware there is and which backend a test runs on, no other file asks."""
 
+import importlib
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -79,6 +81,13 @@ def checked_sparse_tensors():
     """Checks of sparse tensors for a whole file; torch warns where it is told neither to check nor not to."""
     with torch.sparse.check_sparse_tensor_invariants():
         yield
+
+
+@pytest.fixture
+def benchmark_module(monkeypatch):
+    """Import a module of the benchmarks, which are no package to be installed."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parent.parent))
+    return lambda name: importlib.import_module(f"benchmarks.{name}")
 
 
 @pytest.fixture(scope="session")

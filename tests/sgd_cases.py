@@ -9,6 +9,7 @@ from by_hand import EPS, TRUST_COEF
 from cases import channels_last, sliced, transposed
 from closeness import close
 from optimizers import change_lr, params_of
+from wrapped_networks import sgd
 
 from torchlars import LARS, optim
 
@@ -243,23 +244,7 @@ def raises_and_changes_nothing(optimizer, error, message):
     assert_unchanged(optimizer, before)
 
 
-def network(dtype=torch.float32):
-    torch.manual_seed(0)
-    return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).to(dtype)
-
-
-def loss_of(model, step):
-    generator = torch.Generator().manual_seed(step)
-    return (model(torch.randn(6, 3, generator=generator).to(model[0].weight.dtype)) ** 2).mean()
-
-
-def sgd_of(model, sgd=optim.SGD, under_lars=False, **options):
-    """Two groups of different decay."""
-    base = sgd(
-        [
-            {"params": list(model[0].parameters()), "weight_decay": 0.1},
-            {"params": list(model[2].parameters()), "weight_decay": 0.03, "lr": 0.2},
-        ],
-        **{"lr": 0.5, "momentum": 0.9, **options},
-    )
+def sgd_of(model, cls=optim.SGD, under_lars=False, **options):
+    """Our SGD, or another class, with two groups of different decay."""
+    base = sgd(model, cls, **options)
     return LARS(base, eps=EPS, trust_coef=TRUST_COEF) if under_lars else base

@@ -20,12 +20,11 @@ PEERS = {
 
 
 @pytest.fixture
-def module(monkeypatch, extension):
-    """Import a module of the benchmarks, which are no package to be installed; no peer is there unless a test says so."""
-    monkeypatch.syspath_prepend(str(ROOT))
+def module(benchmark_module, monkeypatch, extension):
+    """Import a module of the benchmarks; no peer is there unless a test says so."""
     for peer in PEERS:
         monkeypatch.setitem(sys.modules, peer, None)
-    return lambda name: importlib.import_module(f"benchmarks.{name}")
+    return benchmark_module
 
 
 @pytest.fixture

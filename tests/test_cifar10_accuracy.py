@@ -1,6 +1,5 @@
 """benchmarks/cifar10_accuracy: its policies are those it states, worked by hand, and it runs, stops and goes on."""
 
-import importlib
 import itertools
 import json
 import math
@@ -25,11 +24,9 @@ TINY += ["--batches", "640", "80", "320", "--base-batch", "80", "--microbatch", 
 
 
 @pytest.fixture
-def module(monkeypatch, threads):
-    """Import a module of the benchmark, which is no package to be installed."""
-    monkeypatch.syspath_prepend(str(ROOT))
+def module(benchmark_module, threads):
     threads(1)
-    return lambda name: importlib.import_module(f"benchmarks.cifar10_accuracy.{name}")
+    return lambda name: benchmark_module(f"cifar10_accuracy.{name}")
 
 
 @pytest.fixture

@@ -18,14 +18,13 @@ from sgd_cases import (
     give_gradients,
     groups,
     layers,
-    loss_of,
-    network,
     pair,
     run,
     sgd_of,
     snapshot,
     unders,
 )
+from wrapped_networks import loss_of, network
 
 from torchlars import optim, reference
 
@@ -340,7 +339,7 @@ def test_a_wrong_momentum_dtype_is_refused(wrong):
 @unders
 def test_distributed_checkpoints_keep_momentum_in_float32(under_lars, backend):
     def build():
-        model = network(torch.bfloat16)
+        model = network(dtype=torch.bfloat16)
         return model, sgd_of(model, under_lars=under_lars, momentum_dtype=torch.float32)
 
     (model, optimizer), (other, fresh) = build(), build()
@@ -373,7 +372,7 @@ def test_a_distributed_checkpoint_gathered_to_one_rank_keeps_momentum_in_float32
     """It takes plain types and tensors only, and a dtype is neither."""
 
     def build():
-        model = network(torch.bfloat16)
+        model = network(dtype=torch.bfloat16)
         return model, sgd_of(model, under_lars=under_lars, momentum_dtype=torch.float32)
 
     def train(model, optimizer, steps):

@@ -21,8 +21,6 @@ from sgd_cases import (
     give_gradients,
     lars_pair,
     layers,
-    loss_of,
-    network,
     pair,
     parameter,
     run,
@@ -33,6 +31,7 @@ from sgd_cases import (
     widened,
     with_gradient,
 )
+from wrapped_networks import loss_of, network
 
 import torchlars
 from torchlars import LARS, ops, optim
@@ -253,7 +252,7 @@ def test_bits_do_not_depend_on_who_gathers(extension, monkeypatch, under_lars, s
 
 @unders
 def test_a_scaler_skips_the_step_of_an_overflow_and_leaves_no_trace(under_lars, backend):
-    model, same = network(), network()
+    model, same = network(dtype=torch.float32), network(dtype=torch.float32)
     optimizer, plain = sgd_of(model, under_lars=under_lars), sgd_of(same, under_lars=under_lars)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
     for step in range(6):
@@ -332,7 +331,7 @@ def test_lr_in_a_tensor_gives_the_bits_of_lr_as_a_number(pair_of, dtype, backend
 @pytest.mark.parametrize("grad_mode", [torch.enable_grad, torch.no_grad])
 @unders
 def test_a_closure_is_called_once_with_gradients_enabled_and_its_loss_returned(under_lars, grad_mode, backend):
-    model, same = network(torch.float64), network(torch.float64)
+    model, same = network(), network()
     optimizer, theirs = (sgd_of(m, sgd, under_lars) for m, sgd in ((model, optim.SGD), (same, torch.optim.SGD)))
     for step in range(3):
         calls = []
@@ -367,7 +366,7 @@ SCHEDULERS = {
 @pytest.mark.parametrize("name", SCHEDULERS)
 @unders
 def test_schedulers_drive_it_as_they_drive_torchs(under_lars, name, backend):
-    models = network(torch.float64), network(torch.float64)
+    models = network(), network()
     optimizers = [sgd_of(m, sgd, under_lars) for m, sgd in zip(models, (optim.SGD, torch.optim.SGD), strict=True)]
     schedulers = [SCHEDULERS[name](one) for one in optimizers]
     seen = set()
@@ -386,7 +385,7 @@ def test_schedulers_drive_it_as_they_drive_torchs(under_lars, name, backend):
 
 
 def test_hooks_fire_once_on_the_object_they_were_given_to(backend):
-    model, fired = network(), []
+    model, fired = network(dtype=torch.float32), []
     optimizer = sgd_of(model, under_lars=True)
     handles = [
         optimizer.register_step_pre_hook(lambda *_: fired.append("pre")),

@@ -12,10 +12,8 @@ FOLDER = ROOT / "benchmarks" / "scaling"
 
 
 @pytest.fixture
-def module(monkeypatch):
-    """Import a module of the benchmark, which is no package to be installed."""
-    monkeypatch.syspath_prepend(str(ROOT))
-    return lambda name: importlib.import_module(f"benchmarks.scaling.{name}")
+def module(benchmark_module):
+    return lambda name: benchmark_module(f"scaling.{name}")
 
 
 @pytest.fixture

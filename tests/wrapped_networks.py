@@ -10,13 +10,13 @@ def network(seed=0, dtype=torch.float64):
     return torch.nn.Sequential(torch.nn.Linear(3, 5), torch.nn.Tanh(), torch.nn.Linear(5, 2)).to(dtype)
 
 
-def sgd(model, **options):
+def sgd(model, cls=torch.optim.SGD, **options):
     """A base with two groups of different decay."""
     groups = [
         {"params": list(model[0].parameters()), "weight_decay": 0.1},
         {"params": list(model[2].parameters()), "weight_decay": 0.03, "lr": 0.2},
     ]
-    return torch.optim.SGD(groups, **{"lr": 0.5, "momentum": 0.9, **options})
+    return cls(groups, **{"lr": 0.5, "momentum": 0.9, **options})
 
 
 def adam(model, **options):
