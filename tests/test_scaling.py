@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from figures import quotes
 
 ROOT = Path(__file__).resolve().parent.parent
 FOLDER = ROOT / "benchmarks" / "scaling"
@@ -194,7 +195,7 @@ def test_results_are_those_of_the_formulas(module):
 
 
 def test_tables_are_those_of_the_results(module):
-    measured, simulated, readme = results("measured"), results("simulated"), (FOLDER / "README.md").read_text("utf-8")
+    measured, simulated = results("measured"), results("simulated")
     tables = {
         "measured": [module("measure").summary_table(measured), module("measure").host_table(measured["host"])],
         "simulated": [module("simulate").models_table(simulated), module("simulate").summary_table(simulated)],
@@ -202,11 +203,11 @@ def test_tables_are_those_of_the_results(module):
     for name, of_name in tables.items():
         assert rows((FOLDER / "results" / f"{name}.md").read_text("utf-8")) == rows("\n".join(of_name))
         for table in of_name:
-            assert table in readme
+            assert table in readme()
 
 
-def claims():
-    """Return the README's figures outside of its tables, each in its words, filled in from the results."""
+def quoted():
+    """Return the figures that the README quotes outside of its tables, those of a sentence together."""
     measured, simulated = results("measured"), results("simulated")
     at = {ranks: found["contestants"] for ranks, found in measured["ranks"].items()}
 
@@ -216,47 +217,48 @@ def claims():
     def added(ranks):
         return cpu(ranks, "LARS(SGD foreach)") - cpu(ranks, "SGD foreach")
 
-    first, second, third = (at[ranks]["LARS(SGD foreach)"]["cpu_ratio"] for ranks in "124")
-    yield f"from {first:.2f} to {second:.2f} and {third:.2f} of its base"
-    first, second, third = (at[ranks]["LARS(torchlars.optim.SGD)"]["cpu_ratio"] for ranks in "124")
-    yield f"stays at {first:.2f}, {second:.2f} and {third:.2f}"
-    yield f"{cpu('2', 'all-reduce alone'):.2f} ms of CPU time on 2 ranks and {cpu('4', 'all-reduce alone'):.2f} ms on 4"
-    yield f"beside {added('2'):.2f} ms and {added('4'):.2f} ms that LARS adds to SGD foreach"
-    yield f"take {cpu('2', 'norms alone, one by one'):.2f} ms of CPU time on 2 ranks"
-    yield f"LARS(SGD foreach) with its base takes {cpu('2', 'LARS(SGD foreach)'):.2f} ms"
-    yield f"torch {measured['environment']['torch'].partition('+')[0]}, an Intel Xeon with {measured['environment']['cores']} cores"
-    yield f"{measured['host']['layers']} layers of 64 elements"
+    for name in ("LARS(SGD foreach)", "LARS(torchlars.optim.SGD)"):
+        yield tuple(f"{at[ranks][name]['cpu_ratio']:.2f}" for ranks in "124")
+    yield f"{cpu('2', 'all-reduce alone'):.2f}", 2, f"{cpu('4', 'all-reduce alone'):.2f}", 4
+    yield f"{added('2'):.2f}", f"{added('4'):.2f}"
+    yield f"{cpu('2', 'norms alone, one by one'):.2f}", 2
+    yield (f"{cpu('2', 'LARS(SGD foreach)'):.2f}",)
+    yield (measured["environment"]["cores"],)
+    assert measured["environment"]["torch"].partition("+")[0] in readme()
+    yield measured["host"]["layers"], 64
     host = measured["host"]["us"]["LARS(SGD foreach) − SGD foreach"]["sharded"]["median"]
     large = simulated["models"]["Llama-2-70B"]
-    yield f"At {host:.2f} µs a layer"
-    yield f"{host * large['layers'] / 1e3:.1f} ms more than its base for the {large['layers']} layers of Llama-2-70B"
-    yield f"are {large['ranks']['8']['shard_gb']:.0f} GB a rank"
+    yield (f"{host:.2f}",)
+    yield f"{host * large['layers'] / 1e3:.1f}", large["layers"]
+    yield (f"{large['ranks']['8']['shard_gb']:.0f}",)
 
     seven, machine = simulated["models"]["Llama-2-7B"], simulated["machine"]
     few, many = seven["ranks"]["64"], seven["ranks"]["10000"]
-    yield f"takes {few['two_level_us']:.1f} µs on 64 ranks and {many['two_level_us']:.0f} µs on 10,000"
+    yield f"{few['two_level_us']:.1f}", 64, f"{many['two_level_us']:.0f}", "10,000"
     bytes_us = [
         2 * seven["vector_bytes"] / 1e3 * (7 / machine["nvlink_small"] + levels / machine["network_small"])
         for levels in (3, 11)
     ]
-    yield f"of which {bytes_us[0]:.2f} µs and {bytes_us[1]:.2f} µs are the bytes'"
-    yield f"it is {100 * many['share_of_fsdp']:.3f} % at 10,000 ranks"
-    yield f"the same latency {seven['one_by_one_collectives']} times: {many['one_by_one_us'] / 1e3:.1f} ms"
-    yield f"or {100 * many['one_by_one_share_of_fsdp']:.1f} % of FSDP2's collectives"
-    yield f"nobody shards it so: {100 * simulated['models']['ResNet-50']['ranks']['10000']['share_of_fsdp']:.2f} %"
-    yield f"one ratio in {round(1 / seven['ranks']['8']['ratios_that_may_differ'], -2):,.0f} steps or more"
-    for value in ("launch_us", "nvlink_us", "network_us"):
-        yield f"| {machine[value]} µs |"
-    for value in ("nvlink_small", "network_small", "nvlink_large", "memory"):
-        yield f"| {machine[value]:.0f} GB/s |"
-    yield f"| {machine['network_large']:.0f} GB/s a rank |"
-    yield f"Nodes of {machine['node']} H100s"
+    yield tuple(f"{us:.2f}" for us in bytes_us)
+    yield f"{100 * many['share_of_fsdp']:.3f}", "10,000"
+    yield seven["one_by_one_collectives"], f"{many['one_by_one_us'] / 1e3:.1f}"
+    yield (f"{100 * many['one_by_one_share_of_fsdp']:.1f}",)
+    yield (f"{100 * simulated['models']['ResNet-50']['ranks']['10000']['share_of_fsdp']:.2f}",)
+    yield (f"{round(1 / seven['ranks']['8']['ratios_that_may_differ'], -2):,.0f}",)
+    yield machine["node"], 100  # H100s
+
+
+def readme():
+    return (FOLDER / "README.md").read_text("utf-8")
 
 
 def test_figures_in_prose_are_those_of_the_results():
-    readme = " ".join((FOLDER / "README.md").read_text("utf-8").split())
-    missing = [claim for claim in claims() if claim not in readme]
-    assert not missing
+    assert [figures for figures in quoted() if not quotes(readme(), *figures)] == []
+    machine = results("simulated")["machine"]
+    cells = [f"| {machine[value]} µs |" for value in ("launch_us", "nvlink_us", "network_us")]
+    for value in ("nvlink_small", "network_small", "nvlink_large", "memory", "network_large"):
+        cells.append(f"| {machine[value]:.0f} GB/s")
+    assert [cell for cell in cells if cell not in readme()] == []
 
 
 def test_prose_is_true_of_the_results():
