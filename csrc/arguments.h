@@ -38,11 +38,11 @@ struct TrustRatiosArguments {
   bool clip = false;
   at::ArrayRef<double> lrs;  // empty: none is needed
   bool of_updates = false;
-  std::optional<at::Tensor> lr_scale;
+  std::optional<at::Tensor> lr_tensor;
 
   auto tie() const {
     return std::tie(param_squared_norms, grad_squared_norms, weight_decays, trust_coefs, eps, dtype, clip, lrs,
-                    of_updates, lr_scale);
+                    of_updates, lr_tensor);
   }
 };
 
@@ -64,12 +64,12 @@ struct ScaleGradientsArguments {
   bool clip = false;
   at::ArrayRef<double> lrs;  // may be empty without clip and lr_in_momentum
   bool lr_in_momentum = false;
-  std::optional<at::Tensor> lr_scale;
+  std::optional<at::Tensor> lr_tensor;
   std::optional<at::Tensor> inv_scale;
 
   auto tie() const {
     return std::tie(grads, params, maximize, weight_decays, decayed_norm, ratios, trust_coefs, eps, clip, lrs,
-                    lr_in_momentum, lr_scale, inv_scale);
+                    lr_in_momentum, lr_tensor, inv_scale);
   }
 };
 
@@ -84,9 +84,9 @@ struct ScaleUpdatesArguments {
   at::ArrayRef<double> eps;
   bool clip = false;
   at::ArrayRef<double> lrs;  // empty where ratios are read
-  std::optional<at::Tensor> lr_scale;
+  std::optional<at::Tensor> lr_tensor;
 
-  auto tie() const { return std::tie(params, old_params, ratios, trust_coefs, eps, clip, lrs, lr_scale); }
+  auto tie() const { return std::tie(params, old_params, ratios, trust_coefs, eps, clip, lrs, lr_tensor); }
 };
 
 struct SgdArguments {
@@ -101,7 +101,7 @@ struct SgdArguments {
   bool decayed_norm = false;
   at::ArrayRef<double> lrs;
   bool lr_in_momentum = false;
-  std::optional<at::Tensor> lr_scale;
+  std::optional<at::Tensor> lr_tensor;
   at::ArrayRef<double> momentums;
   at::ArrayRef<double> dampenings;
   bool nesterov = false;
@@ -113,7 +113,7 @@ struct SgdArguments {
 
   auto tie() const {
     return std::tie(params, grads, momentum_buffers, maximize, weight_decays, decayed_norm, lrs, lr_in_momentum,
-                    lr_scale, momentums, dampenings, nesterov, ratios, trust_coefs, eps, clip, inv_scale);
+                    lr_tensor, momentums, dampenings, nesterov, ratios, trust_coefs, eps, clip, inv_scale);
   }
 };
 

@@ -163,13 +163,13 @@ inline void check_scale(const char* op, const char* name, const std::optional<at
 }
 
 // The learning rate of each layer, and a factor for all of them.
-inline void check_lrs(const char* op, at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_scale,
+inline void check_lrs(const char* op, at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_tensor,
                       const char* than, size_t layers, c10::Device device, bool are_needed) {
-  check_needs(op, "lr_scale", "is given", lr_scale.has_value(), "lrs", are_needed || !lrs.empty());
+  check_needs(op, "lr_tensor", "is given", lr_tensor.has_value(), "lrs", are_needed || !lrs.empty());
   if (are_needed || !lrs.empty()) {
     check_numbers(op, "lrs", lrs, than, layers);
   }
-  check_scale(op, "lr_scale", lr_scale, c10::kDouble, device);
+  check_scale(op, "lr_tensor", lr_tensor, c10::kDouble, device);
 }
 
 // The trust ratios of layers, and the numbers that they are decided from.
@@ -230,7 +230,7 @@ inline void check(const TrustRatiosArguments& arguments) {
   check_numbers(op, "eps", arguments.eps, than, layers);
   TORCH_CHECK(arguments.dtype == c10::kDouble || arguments.dtype == c10::kFloat, op,
               ": expected float64 or float32 (dtype: ", arguments.dtype, ")");
-  check_lrs(op, arguments.lrs, arguments.lr_scale, than, layers, params.device(),
+  check_lrs(op, arguments.lrs, arguments.lr_tensor, than, layers, params.device(),
             arguments.clip || arguments.of_updates);
 }
 
@@ -244,7 +244,7 @@ void check_layers(const Arguments& arguments, bool lrs_are_needed, at::ArrayRef<
   check_shapes(op, "grads", grads, "params", params, free_where_zero);
   check_needs(op, "decayed_norm", "is True", arguments.decayed_norm, "trust_coefs", measures(arguments));
   check_ratios(arguments, arguments.ratios, "grads", grads, params);
-  check_lrs(op, arguments.lrs, arguments.lr_scale, "grads", grads.size(), grads[0].device(), lrs_are_needed);
+  check_lrs(op, arguments.lrs, arguments.lr_tensor, "grads", grads.size(), grads[0].device(), lrs_are_needed);
   check_scale(op, "inv_scale", arguments.inv_scale, c10::kFloat, grads[0].device());
 }
 
@@ -266,7 +266,7 @@ inline void check(const ScaleUpdatesArguments& arguments) {
   check_writable(op, "params", params);
   check_ratios(arguments, arguments.ratios, "params", params, old_params);
   check_needs(op, "lrs", "are given", !arguments.lrs.empty(), "trust_coefs", measures(arguments));
-  check_lrs(op, arguments.lrs, arguments.lr_scale, "params", params.size(), params[0].device(), measures(arguments));
+  check_lrs(op, arguments.lrs, arguments.lr_tensor, "params", params.size(), params[0].device(), measures(arguments));
 }
 
 inline void check(const SgdArguments& arguments) {

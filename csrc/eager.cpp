@@ -230,8 +230,8 @@ const at::Tensor* tensor_in(const Lr& lr) { return std::get_if<at::Tensor>(&lr);
 const c10::TensorImpl* key_of(const Lr& lr) { return tensor_in(lr) ? tensor_in(lr)->unsafeGetTensorImpl() : nullptr; }
 double number_in(const Lr& lr) { return tensor_in(lr) ? 1 : std::get<double>(lr); }
 
-// A learning rate as the lr_scale of ops; none if it is a number.
-std::optional<at::Tensor> lr_scale_of(const std::optional<at::Tensor>& lr, c10::Device device) {
+// A learning rate as the lr_tensor of ops; none if it is a number.
+std::optional<at::Tensor> lr_tensor_of(const std::optional<at::Tensor>& lr, c10::Device device) {
   if (!lr.has_value()) {
     return std::nullopt;
   }
@@ -297,7 +297,7 @@ struct LarsBucket {
     arguments.clip = key.dialect.clip;
     arguments.lrs = lrs;
     arguments.lr_in_momentum = key.dialect.lr_in_momentum;
-    arguments.lr_scale = lr_scale_of(lr, key.device);
+    arguments.lr_tensor = lr_tensor_of(lr, key.device);
     arguments.inv_scale = inv_scale_on(key.device, inv_scale);
     call(arguments);
     return *arguments.ratios;
@@ -383,7 +383,7 @@ struct SgdBucket {
     arguments.maximize = key.maximize;
     arguments.weight_decays = weight_decays;
     arguments.lrs = lrs;
-    arguments.lr_scale = lr_scale_of(lr, key.device);
+    arguments.lr_tensor = lr_tensor_of(lr, key.device);
     arguments.momentums = momentums;
     arguments.dampenings = dampenings;
     arguments.nesterov = key.nesterov;

@@ -88,17 +88,17 @@ TORCH_LIBRARY(torchlars, m) {
   m.def(
       "trust_ratios(Tensor param_squared_norms, Tensor grad_squared_norms, *, float[] weight_decays, "
       "float[] trust_coefs, float[] eps, ScalarType dtype, bool clip=False, float[] lrs=[], bool of_updates=False, "
-      "Tensor? lr_scale=None) -> Tensor");
+      "Tensor? lr_tensor=None) -> Tensor");
   m.def(
       "scale_gradients_(Tensor(a!)[] grads, Tensor[] params, *, bool maximize, float[] weight_decays, "
       "bool decayed_norm=False, Tensor(b!)? ratios=None, float[] trust_coefs=[], float[] eps=[], bool clip=False, "
-      "float[] lrs=[], bool lr_in_momentum=False, Tensor? lr_scale=None, Tensor? inv_scale=None) -> ()");
+      "float[] lrs=[], bool lr_in_momentum=False, Tensor? lr_tensor=None, Tensor? inv_scale=None) -> ()");
   m.def(
       "scale_updates_(Tensor(a!)[] params, Tensor[] old_params, *, Tensor(b!) ratios, float[] trust_coefs=[], "
-      "float[] eps=[], bool clip=False, float[] lrs=[], Tensor? lr_scale=None) -> ()");
+      "float[] eps=[], bool clip=False, float[] lrs=[], Tensor? lr_tensor=None) -> ()");
   m.def(
       "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, *, bool maximize, "
-      "float[] weight_decays, bool decayed_norm=False, float[] lrs, bool lr_in_momentum=False, Tensor? lr_scale=None, "
+      "float[] weight_decays, bool decayed_norm=False, float[] lrs, bool lr_in_momentum=False, Tensor? lr_tensor=None, "
       "float[] momentums, float[] dampenings, bool nesterov=False, Tensor(c!)? ratios=None, float[] trust_coefs=[], "
       "float[] eps=[], bool clip=False, Tensor? inv_scale=None) -> ()");
 }

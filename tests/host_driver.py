@@ -149,7 +149,7 @@ class Case:
     lrs: list[float]
     momentums: list[float]
     dampenings: list[float]
-    lr_scale: Tensor
+    lr_tensor: Tensor
 
     @property
     def dtype(self) -> torch.dtype:
@@ -167,7 +167,7 @@ class Case:
         dtype = reference.compute_dtype(self.dtype, self.dtype)
         no_decays = [0.0] * len(self.weight_decays)
         weight_decays = no_decays if way.decayed_norm or way.of_updates else self.weight_decays
-        lr_scale = self.lr_scale if way.has_lr_scale else None
+        lr_tensor = self.lr_tensor if way.has_lr_tensor else None
         return reference.trust_ratios(
             *squared_norms,
             weight_decays=weight_decays,
@@ -177,7 +177,7 @@ class Case:
             clip=way.clip,
             lrs=self.lrs,
             of_updates=way.of_updates,
-            lr_scale=lr_scale,
+            lr_tensor=lr_tensor,
         )
 
 
@@ -213,7 +213,7 @@ def new_case(name: str, dtype: torch.dtype) -> Case:
         lrs=[0.1 * (1 + i % 4) for i in count],
         momentums=[(0.9, 0.5)[i % 2] for i in count],
         dampenings=[(0.0, 0.1, -0.3)[i % 3] for i in count],
-        lr_scale=torch.tensor([0.7], dtype=torch.float64),
+        lr_tensor=torch.tensor([0.7], dtype=torch.float64),
     )
 
 
@@ -234,7 +234,7 @@ class Way:
     momentum: torch.dtype | None = None
     nesterov: bool = False
     has_ratios: bool = False
-    has_lr_scale: bool = False
+    has_lr_tensor: bool = False
     decayed_norm: bool = False
     clip: bool = False
     lr_in_momentum: bool = False
@@ -248,7 +248,7 @@ class Way:
     @property
     def decides(self) -> tuple[float | None, ...]:
         """What trust ratios depend on: ways that have it in common must have the same bits."""
-        dialect = (self.has_lr_scale and self.clip, self.decayed_norm and self.maximize, self.decayed_norm, self.clip)
+        dialect = (self.has_lr_tensor and self.clip, self.decayed_norm and self.maximize, self.decayed_norm, self.clip)
         return (*dialect, self.inverse)
 
 
@@ -256,14 +256,14 @@ PLAIN = [Way(op, order, maximize=order == SHUFFLED) for order in ORDERS for op i
 DIALECTS: list[dict[str, bool]] = [
     {"decayed_norm": True, "maximize": False},
     {"clip": True, "maximize": True},
-    {"lr_in_momentum": True, "maximize": False, "has_lr_scale": True},
-    {"decayed_norm": True, "clip": True, "lr_in_momentum": True, "maximize": True, "has_lr_scale": True},
+    {"lr_in_momentum": True, "maximize": False, "has_lr_tensor": True},
+    {"decayed_norm": True, "clip": True, "lr_in_momentum": True, "maximize": True, "has_lr_tensor": True},
 ]
 IN_DIALECTS = [
     Way(op, ORDERS[i % 3], **dialect) for i, dialect in enumerate(DIALECTS) for op in (SCALE, SCALE_IN_THREE_OPS)
 ]
 OF_UPDATES = [
-    Way(op, ORDERS[i % 3], maximize=False, of_updates=True, clip=i > 0, has_lr_scale=i > 0)
+    Way(op, ORDERS[i % 3], maximize=False, of_updates=True, clip=i > 0, has_lr_tensor=i > 0)
     for i in range(2)
     for op in (SCALE, SCALE_IN_THREE_OPS)
 ]
@@ -288,7 +288,7 @@ def sgd_ways(dtype: torch.dtype) -> list[Way]:
             momentum=momentum,
             nesterov=nesterov,
             has_ratios=has_ratios,
-            has_lr_scale=(i // 2 + j) % 2 == 1,
+            has_lr_tensor=(i // 2 + j) % 2 == 1,
             decayed_norm=op == LARS_SGD and i % 2 == 1,
             clip=op == LARS_SGD and i % 3 == 1,
             lr_in_momentum=op == LARS_SGD and i % 3 > 0,
@@ -361,7 +361,7 @@ def momenta_of(case: Case, way: Way) -> list[Tensor]:
 def to_input(case: Case, way: Way) -> bytes:
     momentum_dtype = -1 if way.momentum is None else DTYPES.index(way.momentum)
     header = [DTYPES.index(case.dtype), way.op, way.maximize, way.order, len(case.layers)]
-    header += [momentum_dtype, way.nesterov, way.has_ratios, way.has_lr_scale, way.inverse is not None]
+    header += [momentum_dtype, way.nesterov, way.has_ratios, way.has_lr_tensor, way.inverse is not None]
     header += [way.decayed_norm, way.clip, way.lr_in_momentum, way.of_updates]
     per_layer = (case.weight_decays, case.trust_coefs, case.eps, case.lrs, case.momentums, case.dampenings)
     numbers = [(layer.numel, *layer.offsets, *others) for layer, *others in zip(case.layers, *per_layer, strict=True)]
@@ -371,7 +371,7 @@ def to_input(case: Case, way: Way) -> bytes:
         + to_bytes(case.params + case.grads)
         + to_bytes(momenta_of(case, way))
         + to_bytes([case.ratios(way)] if way.has_ratios else [])
-        + to_bytes([case.lr_scale] if way.has_lr_scale else [])
+        + to_bytes([case.lr_tensor] if way.has_lr_tensor else [])
         + to_bytes([way.inv_scale] if way.inv_scale is not None else [])
     )
 
@@ -447,7 +447,7 @@ def check(case: Case, ways: list[Way], results: list[Result]) -> None:
                 ratios=ratios,
                 lrs=case.lrs,
                 lr_in_momentum=way.lr_in_momentum,
-                lr_scale=case.lr_scale if way.has_lr_scale else None,
+                lr_tensor=case.lr_tensor if way.has_lr_tensor else None,
                 inv_scale=way.inv_scale,
             )
         compare("gradients", case, way, torch.cat(result.grads), torch.cat(grads), rtol=0)
@@ -467,7 +467,7 @@ def check_sgd(case: Case, ways: list[Way], results: list[Result]) -> None:
             weight_decays=case.weight_decays,
             lrs=case.lrs,
             lr_in_momentum=way.lr_in_momentum,
-            lr_scale=case.lr_scale if way.has_lr_scale else None,
+            lr_tensor=case.lr_tensor if way.has_lr_tensor else None,
             momentums=case.momentums if momenta else [0.0] * len(params),
             dampenings=case.dampenings,
             nesterov=way.nesterov,

@@ -63,7 +63,7 @@ def sgd_arguments(op, dtype, momentum_dtype):
         "dampenings": [0.0, 0.1, 0.2],
         "nesterov": momentum_dtype == torch.float32,
         "maximize": dtype == torch.bfloat16,
-        "lr_scale": torch.tensor(0.7, dtype=torch.float64, device="cuda"),
+        "lr_tensor": torch.tensor(0.7, dtype=torch.float64, device="cuda"),
     }
     if op is ops.sgd_:
         return arguments | {"ratios": torch.tensor([0.5, 2.0, 1.0], device="cuda")}

@@ -332,9 +332,9 @@ BUGS = {
     ),
     "dampening is ignored": Bug("layer.momentum, layer.dampening", "layer.momentum, 0", "parameters differ", sgd=True),
     "nesterov is ignored": Bug("else if (options.nesterov)", "else if (false)", "parameters differ", sgd=True),
-    "lr_scale is ignored": Bug("layer.lr * *options.lr_scale", "layer.lr", "parameters differ", sgd=True),
+    "lr_tensor is ignored": Bug("layer.lr * *options.lr_tensor", "layer.lr", "parameters differ", sgd=True),
     "lr is rounded before it is scaled": Bug(
-        "layer.lr * *options.lr_scale", "float(layer.lr) * float(*options.lr_scale)", "differ", sgd=True
+        "layer.lr * *options.lr_tensor", "float(layer.lr) * float(*options.lr_tensor)", "differ", sgd=True
     ),
     "what does not decay takes 0 times infinity": Bug(
         "const bool decays = numbers.weight_decay != 0",

@@ -111,8 +111,8 @@ NAMES = ("decayed_norm", "clip", "lr_in_momentum")
 
 
 def lrs_of(n, in_tensor, device):
-    lr_scale = torch.tensor(0.5, dtype=torch.float64, device=device) if in_tensor else None
-    return {"lrs": [0.002 * (1 + i % 5) for i in range(n)], "lr_scale": lr_scale}
+    lr_tensor = torch.tensor(0.5, dtype=torch.float64, device=device) if in_tensor else None
+    return {"lrs": [0.002 * (1 + i % 5) for i in range(n)], "lr_tensor": lr_tensor}
 
 
 def dialects_of(case):
@@ -204,8 +204,8 @@ def test_scaled_updates_by_hand(backend):
     # ‖w_old‖ = 5, Δ = (−0.3, 0.4), γ = 0.25 · 2: ‖u‖ = 1 and r = 0.6 · 5 / (1 + 1) = 1.5, clipped 1
     for clip, ratio, after in ((False, 1.5, [2.55, 4.6]), (True, 1.0, [2.7, 4.4])):
         old, new = (torch.tensor(w, dtype=torch.float64) for w in ([3.0, 4.0], [2.7, 4.4]))
-        lr_scale = torch.tensor(2.0, dtype=torch.float64)
-        ratios = scale_updates([new], [old], [0.6], [1.0], [0.25], clip=clip, lr_scale=lr_scale)
+        lr_tensor = torch.tensor(2.0, dtype=torch.float64)
+        ratios = scale_updates([new], [old], [0.6], [1.0], [0.25], clip=clip, lr_tensor=lr_tensor)
         assert ratios.item() == pytest.approx(ratio, rel=1e-14)
         assert new.tolist() == pytest.approx(after, rel=1e-14)
 
@@ -594,7 +594,7 @@ def test_opcheck(extension, device, mode, dtype, inverse):
     if "others" in options:
         options["others"] = grads
     if "lrs" in options:
-        options |= {"lrs": [0.1, 0.2, 0.3], "lr_scale": squares[0]}
+        options |= {"lrs": [0.1, 0.2, 0.3], "lr_tensor": squares[0]}
     if "ratios" in options:
         options["ratios"] = squares.float()
     if "trust_coefs" in options and op != "trust_ratios":

@@ -106,17 +106,17 @@ BAD_CALLS = {
     "more lrs": (measured(*measured_call, lrs=[0.1, 0.1]), r"one length \(grads: 1, lrs: 2\)"),
     "lr < 0": (measured(*measured_call, lrs=[-0.1]), r"non-negative numbers \(lrs\[0\]: -0.1\)"),
     "lr inf": (given([x], [x], one, [0.1], lrs=[inf]), r"numbers \(lrs\[0\]: inf\)"),
-    "lr_scale in float32": (
-        given([x], [x], one, [0.1], lrs=[0.1], lr_scale=torch.tensor(0.5)),
-        r"lr_scale to be one float64 on cpu \(got: shape \[\], .*[Ff]loat",
+    "lr_tensor in float32": (
+        given([x], [x], one, [0.1], lrs=[0.1], lr_tensor=torch.tensor(0.5)),
+        r"lr_tensor to be one float64 on cpu \(got: shape \[\], .*[Ff]loat",
     ),
     "ratios of updates without lrs": (
         decided(d, d, *two, f32, of_updates=True),
         r"one length \(param_squared_norms: 2, lrs: 0\)",
     ),
-    "two lr_scales": (
-        decided(d, d, *two, f32, lrs=[0.1] * 2, lr_scale=d),
-        r"lr_scale to be one float64 on cpu \(got: shape \[2\]",
+    "two lr_tensors": (
+        decided(d, d, *two, f32, lrs=[0.1] * 2, lr_tensor=d),
+        r"lr_tensor to be one float64 on cpu \(got: shape \[2\]",
     ),
     "updates of another dtype": (
         updates([x], [x.double()], d[:1]),
@@ -152,12 +152,15 @@ BAD_CALLS |= {
     "scales without others": (norms([x], scales=[1.0]), r"expected others where scales are given"),
     "others without scales": (norms([x], [x]), r"one length \(tensors: 1, scales: 0\)"),
     "no others": (norms([x], [], []), r"at least one tensor \(got: others is empty\)"),
-    "lr_scale without lrs": (decided(d, d, *two, f32, lr_scale=d[0]), r"expected lrs where lr_scale is given"),
-    "lr_scale without lrs, gradients": (
-        given([x], [x], one, [0.1], lr_scale=d[0]),
-        r"expected lrs where lr_scale is given",
+    "lr_tensor without lrs": (decided(d, d, *two, f32, lr_tensor=d[0]), r"expected lrs where lr_tensor is given"),
+    "lr_tensor without lrs, gradients": (
+        given([x], [x], one, [0.1], lr_tensor=d[0]),
+        r"expected lrs where lr_tensor is given",
     ),
-    "lr_scale without lrs, updates": (updates([x], [x], one, lr_scale=d[0]), r"expected lrs where lr_scale is given"),
+    "lr_tensor without lrs, updates": (
+        updates([x], [x], one, lr_tensor=d[0]),
+        r"expected lrs where lr_tensor is given",
+    ),
     "lrs without coefs, updates": (updates([x], [x], one, lrs=[0.1]), r"expected trust_coefs where lrs are given"),
     "clip without coefs, updates": (updates([x], [x], one, clip=True), r"expected trust_coefs where clip is True"),
     "eps without coefs, updates": (updates([x], [x], one, eps=[0.0]), r"expected trust_coefs where eps are given"),

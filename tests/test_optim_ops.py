@@ -30,7 +30,7 @@ pytestmark = pytest.mark.usefixtures("one_thread", "checked_sparse_tensors")
 
 
 STEPS = [
-    # momentum, nesterov, ratios, lr_scale, maximize
+    # momentum, nesterov, ratios, lr_tensor, maximize
     (None, False, False, False, False),
     (None, False, True, True, True),
     ("own", False, False, True, True),
@@ -55,7 +55,7 @@ def steps_of(case, dtype, device="cpu"):
 
 def arguments_of(case, dtype, kind, grad_dtype=None):
     """Arguments for both ops by name; each layer has numbers of its own."""
-    momentum, nesterov, has_ratios, has_lr_scale, maximize = kind
+    momentum, nesterov, has_ratios, has_lr_tensor, maximize = kind
     grads, params, weight_decays, trust_coefs, eps, case_maximizes = case.make(dtype, grad_dtype=grad_dtype)
     if case.name == "conjugated":  # torch's dispatcher lets no op write lists of lazily conjugated tensors
         grads, params = params, [param.resolve_conj() for param in grads]
@@ -81,7 +81,7 @@ def arguments_of(case, dtype, kind, grad_dtype=None):
         "dampenings": [[0.0, 0.3, -0.2][i % 3] for i in range(n)],
         "nesterov": nesterov,
         "maximize": maximize != case_maximizes,
-        "lr_scale": torch.tensor(0.37, dtype=torch.float64) if has_lr_scale else None,
+        "lr_tensor": torch.tensor(0.37, dtype=torch.float64) if has_lr_tensor else None,
     }
 
 
@@ -157,8 +157,8 @@ def test_dialects_of_lars_sgd_have_the_bits_of_measure_decide_and_update(extensi
         dialect = {"decayed_norm": decayed_norm, "clip": clip, "lr_in_momentum": lr_in_momentum}
         actual = call("measured", arguments, **dialect)
         grads, params = arguments["grads"], arguments["params"]
-        lrs, lr_scale = arguments["lrs"], arguments["lr_scale"]
-        hyper = {name: arguments[name] for name in ("weight_decays", "trust_coefs", "eps", "lrs", "lr_scale")}
+        lrs, lr_tensor = arguments["lrs"], arguments["lr_tensor"]
+        hyper = {name: arguments[name] for name in ("weight_decays", "trust_coefs", "eps", "lrs", "lr_tensor")}
         if decayed_norm:
             scales = [-decay if arguments["maximize"] else decay for decay in hyper["weight_decays"]]
             norms = ops.squared_norms(grads, others=params, scales=scales)
@@ -170,8 +170,8 @@ def test_dialects_of_lars_sgd_have_the_bits_of_measure_decide_and_update(extensi
         assert torch.equal(actual[2], ratios)
         inside = {"ratios": ratios}
         if lr_in_momentum:
-            scaled = torch.tensor(lrs, dtype=torch.float64) * (1.0 if lr_scale is None else lr_scale)
-            inside = {"ratios": (ratios.double() * scaled).to(ratios.dtype), "lrs": [1.0] * len(lrs), "lr_scale": None}
+            scaled = torch.tensor(lrs, dtype=torch.float64) * (1.0 if lr_tensor is None else lr_tensor)
+            inside = {"ratios": (ratios.double() * scaled).to(ratios.dtype), "lrs": [1.0] * len(lrs), "lr_tensor": None}
         assert_same_results(actual, call("given", arguments, **inside))
         assert_same_results(actual, call("given", arguments, reference, **inside))
         inside = {"ratios": ratios, "lr_in_momentum": lr_in_momentum}
@@ -209,7 +209,7 @@ def test_lars_sgd_of_scaled_gradients_has_the_bits_of_measure_decide_and_update(
         actual = call("measured", arguments, decayed_norm=decayed_norm, clip=clip, inv_scale=inv_scale)
         for module in (ops, reference):
             norms = module.squared_norms(grads, inv_scale=inv_scale)
-            hyper = {name: arguments[name] for name in ("weight_decays", "trust_coefs", "eps", "lrs", "lr_scale")}
+            hyper = {name: arguments[name] for name in ("weight_decays", "trust_coefs", "eps", "lrs", "lr_tensor")}
             if decayed_norm:
                 scales = [-decay if arguments["maximize"] else decay for decay in hyper["weight_decays"]]
                 norms = module.squared_norms(grads, others=params, scales=scales, inv_scale=inv_scale)
@@ -238,8 +238,8 @@ def test_a_skipped_step_writes_neither_parameters_nor_momentum(backend, case, dt
         ratios = sgd(op, {**arguments, **dialect, "inv_scale": skip})
         assert all(torch.equal(a, b) for a, b in zip(memory(tensors), before, strict=True))
         if op == "measured":
-            lr_scale = 1.0 if kind[3] is False else 0.37
-            expected = [min(1 / (lr * lr_scale), 1.0) if dialect["clip"] else 1.0 for lr in arguments["lrs"]]
+            lr_tensor = 1.0 if kind[3] is False else 0.37
+            expected = [min(1 / (lr * lr_tensor), 1.0) if dialect["clip"] else 1.0 for lr in arguments["lrs"]]
             assert_within_ulps(ratios, torch.tensor(expected, dtype=ratios.dtype), 1, "ratios")
 
 
@@ -316,7 +316,7 @@ def test_layers_that_require_gradients_stay_leaves(backend, op):
 
 
 x, y = torch.ones(3), torch.ones(4)
-bad_lr_scale = r"lr_scale to be one float64 on cpu \(got: shape "
+bad_lr_tensor = r"lr_tensor to be one float64 on cpu \(got: shape "
 bad_inv_scale = r"inv_scale to be one float32 on cpu \(got: shape "
 BAD_CALLS = {
     "no params": ({"params": [], "grads": []}, r"at least one tensor \(got: grads is empty\)"),
@@ -374,11 +374,11 @@ BAD_CALLS = {
         {"momentum_buffers": [], "momentums": [0.0, 0.0], "nesterov": True},
         r"momentum_buffers where nesterov is True",
     ),
-    "lr_scale in float32": ({"lr_scale": torch.tensor(0.5)}, bad_lr_scale + r"\[\], .*[Ff]loat"),
-    "lr_scale of two": ({"lr_scale": torch.ones(2, dtype=torch.float64)}, bad_lr_scale + r"\[2\]"),
-    "lr_scale elsewhere": (
-        {"lr_scale": torch.ones((), dtype=torch.float64, device="meta")},
-        bad_lr_scale + r"\[\], .*meta",
+    "lr_tensor in float32": ({"lr_tensor": torch.tensor(0.5)}, bad_lr_tensor + r"\[\], .*[Ff]loat"),
+    "lr_tensor of two": ({"lr_tensor": torch.ones(2, dtype=torch.float64)}, bad_lr_tensor + r"\[2\]"),
+    "lr_tensor elsewhere": (
+        {"lr_tensor": torch.ones((), dtype=torch.float64, device="meta")},
+        bad_lr_tensor + r"\[\], .*meta",
     ),
     "inv_scale in float64": (
         {"inv_scale": torch.tensor(0.5, dtype=torch.float64)},

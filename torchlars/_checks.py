@@ -76,7 +76,7 @@ def trust_ratios(op: str, a: Arguments) -> None:
     _check_numbers(op, "eps", a["eps"], than, layers)
     dtype = a["dtype"]
     _check(dtype in (torch.float64, torch.float32), f"{op}: expected float64 or float32 (dtype: {dtype})")
-    _check_lrs(op, a["lrs"], a["lr_scale"], than, layers, params.device, a["clip"] or a["of_updates"])
+    _check_lrs(op, a["lrs"], a["lr_tensor"], than, layers, params.device, a["clip"] or a["of_updates"])
 
 
 def scale_gradients_(op: str, a: Arguments) -> None:
@@ -98,7 +98,7 @@ def scale_updates_(op: str, a: Arguments) -> None:
     _check_writable(op, "params", params)
     _check_ratios(op, a, "params", params, old_params)
     _check_needs(op, "lrs", "are given", len(a["lrs"]) > 0, "trust_coefs", measures)
-    _check_lrs(op, a["lrs"], a["lr_scale"], "params", len(params), params[0].device, measures)
+    _check_lrs(op, a["lrs"], a["lr_tensor"], "params", len(params), params[0].device, measures)
 
 
 def sgd_(op: str, a: Arguments) -> None:
@@ -234,16 +234,16 @@ def _check_scale(op: str, name: str, given: Tensor | None, dtype: torch.dtype, d
 def _check_lrs(
     op: str,
     lrs: Sequence[float],
-    lr_scale: Tensor | None,
+    lr_tensor: Tensor | None,
     than: str,
     layers: int,
     device: torch.device,
     are_needed: bool,
 ) -> None:
-    _check_needs(op, "lr_scale", "is given", lr_scale is not None, "lrs", are_needed or len(lrs) > 0)
+    _check_needs(op, "lr_tensor", "is given", lr_tensor is not None, "lrs", are_needed or len(lrs) > 0)
     if are_needed or len(lrs) > 0:
         _check_numbers(op, "lrs", lrs, than, layers)
-    _check_scale(op, "lr_scale", lr_scale, torch.float64, device)
+    _check_scale(op, "lr_tensor", lr_tensor, torch.float64, device)
 
 
 def _check_layers(op: str, a: Arguments, lrs_are_needed: bool, free_where_zero: Sequence[float]) -> None:
@@ -254,7 +254,7 @@ def _check_layers(op: str, a: Arguments, lrs_are_needed: bool, free_where_zero: 
     _check_shapes(op, "grads", grads, "params", params, free_where_zero)
     _check_needs(op, "decayed_norm", "is True", a["decayed_norm"], "trust_coefs", len(a["trust_coefs"]) > 0)
     _check_ratios(op, a, "grads", grads, params)
-    _check_lrs(op, a["lrs"], a["lr_scale"], "grads", len(grads), grads[0].device, lrs_are_needed)
+    _check_lrs(op, a["lrs"], a["lr_tensor"], "grads", len(grads), grads[0].device, lrs_are_needed)
     _check_scale(op, "inv_scale", a["inv_scale"], torch.float32, grads[0].device)
 
 

@@ -126,7 +126,7 @@ class Bucket:
             clip=how.clip,
             lrs=self.lrs,
             of_updates=how.ratio_of == "update",
-            lr_scale=self._lr_scale(),
+            lr_tensor=self._lr_tensor(),
         )
         return self.ratios
 
@@ -151,7 +151,7 @@ class Bucket:
                 clip=how.clip and self.takes_one_pass,
                 lrs=self.lrs,
                 lr_in_momentum=how.lr_in_momentum,
-                lr_scale=self._lr_scale(),
+                lr_tensor=self._lr_tensor(),
                 inv_scale=self.inv_scale,
             )
 
@@ -168,16 +168,16 @@ class Bucket:
                     eps=self.eps,
                     clip=self.adaptation.clip,
                     lrs=self.lrs,
-                    lr_scale=self._lr_scale(),
+                    lr_tensor=self._lr_tensor(),
                 )
                 return
             self.measure()
         ratios = self.decide() if self.ratios is None else self.ratios
         scale_updates(self.params, self.old_params, ratios)
 
-    def _lr_scale(self) -> Tensor | None:
+    def _lr_tensor(self) -> Tensor | None:
         lr = self.adaptation.lr
-        return ops.lr_scale(lr, self.params[0].device) if isinstance(lr, Tensor) else None
+        return ops.lr_tensor(lr, self.params[0].device) if isinstance(lr, Tensor) else None
 
 
 def measure(buckets: Sequence[Bucket]) -> None:

@@ -24,7 +24,7 @@ __all__ = [
     "has_memory",
     "inv_scale",
     "is_writable_in_place",
-    "lr_scale",
+    "lr_tensor",
     "overlapping",
     "positions_of_non_parameters",
     "positions_of_other_layout",
@@ -107,14 +107,14 @@ def positions_of_non_parameters(params: Sequence[Tensor]) -> Sequence[int]:
     return extension.positions_of_non_parameters(params)  # type: ignore[no-any-return]
 
 
-def lr_scale(lr: Tensor, device: torch.device) -> Tensor:
-    """Return a learning rate as the ``lr_scale`` of ops, which multiplies the ``lrs``. The host does not read it."""
+def lr_tensor(lr: Tensor, device: torch.device) -> Tensor:
+    """Return a learning rate as the ``lr_tensor`` of ops, which multiplies the ``lrs``. The host does not read it."""
     return lr.detach().to(device, torch.float64, non_blocking=device.type != "cpu")  # a CPU kernel reads it at once
 
 
 def times_lr(ratios: Tensor, lr: float | Tensor) -> Tensor:
     """Return trust ratios times a learning rate, rounded once."""
-    factor = lr_scale(lr, ratios.device) if isinstance(lr, Tensor) else lr
+    factor = lr_tensor(lr, ratios.device) if isinstance(lr, Tensor) else lr
     return (ratios.double() * factor).to(ratios.dtype).reshape(ratios.shape)
 
 

@@ -75,7 +75,7 @@ def trust_ratios(
     clip: bool = False,
     lrs: Sequence[float] = (),
     of_updates: bool = False,
-    lr_scale: Tensor | None = None,
+    lr_tensor: Tensor | None = None,
 ) -> Tensor:
     """Decide the trust ratio r = η‖w‖ / (‖g‖ + λ‖w‖ + ε) of each layer, which is 1 where ‖w‖ = 0 or ‖g‖ = 0.
 
@@ -93,7 +93,7 @@ def trust_ratios(
         lrs: γ ≥ 0 of each layer; may be empty without ``clip`` and ``of_updates``.
         of_updates: whether ``grad_squared_norms`` are of updates γu. ‖u‖ then takes the place of ‖g‖, and ``clip``
             makes the ratio min(r, 1).
-        lr_scale: multiplies all lrs if given: a float64 tensor of one element on the norms' device, whose value the
+        lr_tensor: multiplies all lrs if given: a float64 tensor of one element on the norms' device, whose value the
             host need not know.
 
     Returns:
@@ -105,13 +105,13 @@ def trust_ratios(
     param_norms, grad_norms = param_squared_norms.sqrt(), grad_squared_norms.sqrt()
     decay, coef, small = (param_norms.new_tensor(values) for values in (weight_decays, trust_coefs, eps))
     if of_updates:  # which have the length lr · ‖u‖
-        grad_norms = torch.where(grad_norms == 0, 0.0, grad_norms / _scaled(lrs, lr_scale, grad_norms))
+        grad_norms = torch.where(grad_norms == 0, 0.0, grad_norms / _scaled(lrs, lr_tensor, grad_norms))
     ratios = coef * param_norms / (grad_norms + decay * param_norms + small)
     is_nan = (param_norms + grad_norms).isnan()
     is_one = ((param_norms == 0) | (grad_norms == 0)) & ~is_nan
     ratios = torch.where(is_one, 1.0, ratios)
     if clip:
-        ratios = (ratios if of_updates else ratios / _scaled(lrs, lr_scale, ratios)).clamp(max=1.0)
+        ratios = (ratios if of_updates else ratios / _scaled(lrs, lr_tensor, ratios)).clamp(max=1.0)
     return ratios.to(dtype)
 
 
@@ -129,7 +129,7 @@ def scale_gradients_(
     clip: bool = False,
     lrs: Sequence[float] = (),
     lr_in_momentum: bool = False,
-    lr_scale: Tensor | None = None,
+    lr_tensor: Tensor | None = None,
     inv_scale: Tensor | None = None,
 ) -> None:
     """Scale each gradient by its trust ratio, in place: g ← r · (σg + λw), or r · (σg − λw) with ``maximize``.
@@ -159,7 +159,7 @@ def scale_gradients_(
         clip: whether the ratio is min(r / γ, 1). Needs ``trust_coefs``.
         lrs: γ ≥ 0 of each layer; may be empty without ``clip`` and ``lr_in_momentum``.
         lr_in_momentum: whether γr takes the place of r in the gradient, so that γ enters the base's momentum.
-        lr_scale: multiplies all lrs if given, as in :func:`trust_ratios`.
+        lr_tensor: multiplies all lrs if given, as in :func:`trust_ratios`.
         inv_scale: σ, as in :func:`squared_norms`. Where it is 0 the step is skipped: no gradient is written.
 
     Raises:
@@ -178,13 +178,13 @@ def scale_gradients_(
             eps=eps,
             clip=clip,
             lrs=lrs,
-            lr_scale=lr_scale,
+            lr_tensor=lr_tensor,
             inv_scale=inv_scale,
         )
     dtype = compute_dtype(grads[0].dtype, params[0].dtype)
     factors = _ones(grads, params) if ratios is None else ratios
     if lr_in_momentum:
-        factors = _times_lrs(factors, lrs, lr_scale)
+        factors = _times_lrs(factors, lrs, lr_tensor)
     for grad, param, factor, weight_decay in zip(grads, params, factors, weight_decays, strict=True):
         scaled = _times(_real(grad.to(torch.promote_types(grad.dtype, dtype))), inv_scale)
         if weight_decay != 0:
@@ -203,7 +203,7 @@ def scale_updates_(
     eps: Sequence[float] = (),
     clip: bool = False,
     lrs: Sequence[float] = (),
-    lr_scale: Tensor | None = None,
+    lr_tensor: Tensor | None = None,
 ) -> None:
     """Scale the update of each parameter by its trust ratio, in place: w ← w_old + r · (w − w_old).
 
@@ -220,7 +220,7 @@ def scale_updates_(
         eps: ε ≥ 0 of each layer.
         clip: whether the ratio is min(r, 1).
         lrs: γ ≥ 0 of each layer's step.
-        lr_scale: multiplies all lrs if given, as in :func:`trust_ratios`.
+        lr_tensor: multiplies all lrs if given, as in :func:`trust_ratios`.
 
     Raises:
         RuntimeError: lengths, shapes, devices or dtypes disagree, a number is out of its range, an argument is given
@@ -237,7 +237,7 @@ def scale_updates_(
             clip=clip,
             lrs=lrs,
             of_updates=True,
-            lr_scale=lr_scale,
+            lr_tensor=lr_tensor,
         )
         ratios.copy_(measured)
     for param, old_param, ratio in zip(params, old_params, ratios, strict=True):
@@ -256,7 +256,7 @@ def sgd_(
     decayed_norm: bool = False,
     lrs: Sequence[float],
     lr_in_momentum: bool = False,
-    lr_scale: Tensor | None = None,
+    lr_tensor: Tensor | None = None,
     momentums: Sequence[float],
     dampenings: Sequence[float],
     nesterov: bool = False,
@@ -289,7 +289,7 @@ def sgd_(
         decayed_norm: as in :func:`scale_gradients_`.
         lrs: γ ≥ 0 of each layer.
         lr_in_momentum: whether γ multiplies d, and so enters the momentum, instead of the step.
-        lr_scale: multiplies all lrs if given, as in :func:`trust_ratios`.
+        lr_tensor: multiplies all lrs if given, as in :func:`trust_ratios`.
         momentums: μ ≥ 0 of each layer, 0 where there are no buffers.
         dampenings: τ of each layer.
         nesterov: whether to use Nesterov momentum.
@@ -316,13 +316,13 @@ def sgd_(
             eps=eps,
             clip=clip,
             lrs=lrs,
-            lr_scale=lr_scale,
+            lr_tensor=lr_tensor,
             inv_scale=inv_scale,
         )
     dtype = compute_dtype(grads[0].dtype, params[0].dtype)
     factors = _ones(grads, params) if ratios is None else ratios
     if lr_in_momentum:
-        factors, lrs, lr_scale = _times_lrs(factors, lrs, lr_scale), [1.0] * len(params), None
+        factors, lrs, lr_tensor = _times_lrs(factors, lrs, lr_tensor), [1.0] * len(params), None
     for i, (param, grad) in enumerate(zip(params, grads, strict=True)):
         w = _real(param).to(dtype)
         direction = _times(_real(grad).to(dtype), inv_scale)
@@ -335,7 +335,7 @@ def sgd_(
             buffer = momentums[i] * _real(momentum_buffers[i]).to(dtype) + (1 - dampenings[i]) * direction
             _write(momentum_buffers[i], buffer, inv_scale)
             direction = direction + momentums[i] * buffer if nesterov else buffer
-        lr = lrs[i] if lr_scale is None else (lrs[i] * lr_scale.reshape(())).to(dtype)
+        lr = lrs[i] if lr_tensor is None else (lrs[i] * lr_tensor.reshape(())).to(dtype)
         _write(param, w - lr * direction, inv_scale)
 
 
@@ -351,7 +351,7 @@ def _decide(
     eps: Sequence[float],
     clip: bool,
     lrs: Sequence[float],
-    lr_scale: Tensor | None,
+    lr_tensor: Tensor | None,
     inv_scale: Tensor | None,
 ) -> None:
     """Measure layers, and write their trust ratios. With ``decayed_norm`` the decay is in the gradient's norm."""
@@ -371,7 +371,7 @@ def _decide(
         dtype=ratios.dtype,
         clip=clip,
         lrs=lrs,
-        lr_scale=lr_scale,
+        lr_tensor=lr_tensor,
     )
     ratios.copy_(measured)
 
@@ -381,14 +381,14 @@ def _ones(grads: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
     return torch.ones(len(grads), dtype=dtype, device=grads[0].device)
 
 
-def _scaled(lrs: Sequence[float], lr_scale: Tensor | None, like: Tensor) -> Tensor:
+def _scaled(lrs: Sequence[float], lr_tensor: Tensor | None, like: Tensor) -> Tensor:
     """Return all learning rates as a float64 vector."""
     vector = torch.tensor(lrs, dtype=torch.float64, device=like.device)
-    return vector if lr_scale is None else vector * lr_scale.reshape(())
+    return vector if lr_tensor is None else vector * lr_tensor.reshape(())
 
 
-def _times_lrs(ratios: Tensor, lrs: Sequence[float], lr_scale: Tensor | None) -> Tensor:
-    return (ratios.double() * _scaled(lrs, lr_scale, ratios)).to(ratios.dtype)
+def _times_lrs(ratios: Tensor, lrs: Sequence[float], lr_tensor: Tensor | None) -> Tensor:
+    return (ratios.double() * _scaled(lrs, lr_tensor, ratios)).to(ratios.dtype)
 
 
 def _times(grad: Tensor, inv_scale: Tensor | None) -> Tensor:

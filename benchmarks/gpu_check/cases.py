@@ -87,15 +87,15 @@ def cases() -> Iterator[Case]:
 
 def options_of_ops(dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
     """Return ops with the options to try."""
-    every_dialect = {"maximize": True, "decayed_norm": True, "clip": True, "lr_in_momentum": True, "lr_scale": 0.7}
+    every_dialect = {"maximize": True, "decayed_norm": True, "clip": True, "lr_in_momentum": True, "lr_tensor": 0.7}
     yield "squared_norms", {}
     yield "squared_norms of sums", {}
-    for options in ({}, {"clip": True, "lr_scale": 0.7}):
+    for options in ({}, {"clip": True, "lr_tensor": 0.7}):
         yield "trust_ratios", options
         yield "trust_ratios", {**options, "of_updates": True}
         yield "scale_updates_ that measures", options
     yield "scale_gradients_", {"lrs": ()}
-    yield "scale_gradients_", {"maximize": True, "lr_in_momentum": True, "lr_scale": 0.7}
+    yield "scale_gradients_", {"maximize": True, "lr_in_momentum": True, "lr_tensor": 0.7}
     yield "scale_gradients_", {"ratios": None}
     yield "scale_updates_", {}
     yield "scale_gradients_ that measures", {}
@@ -103,7 +103,7 @@ def options_of_ops(dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
     for momentum in (None, *dict.fromkeys((dtype, torch.float32 if dtype.itemsize == 2 else dtype))):
         yield "sgd_", {"momentum_dtype": momentum, "nesterov": momentum == dtype}
         yield "sgd_ that measures", {"momentum_dtype": momentum, "nesterov": momentum == torch.float32}
-    yield "sgd_", {"ratios": None, "lr_scale": 0.7}
+    yield "sgd_", {"ratios": None, "lr_tensor": 0.7}
     yield "sgd_ that measures", every_dialect
 
 
@@ -151,13 +151,13 @@ def arguments(case: Case) -> dict[str, Any]:
         "lrs": lambda: numbers(0.5, 0.25, 2.0),
         "momentums": lambda: numbers(0.9, 0.5) if momentum_dtype else numbers(0.0),
         "dampenings": lambda: numbers(0.0) if options.get("nesterov") else numbers(0.0, 0.1),
-        "lr_scale": lambda: None,
+        "lr_tensor": lambda: None,
         "inv_scale": lambda: None if case.inverse is None else torch.tensor(case.inverse, dtype=torch.float32),
     }
     flags = ("maximize", "nesterov", "clip", "decayed_norm", "lr_in_momentum", "of_updates")
     values |= dict.fromkeys(flags, lambda: False)
-    if "lr_scale" in options:
-        options["lr_scale"] = torch.tensor(options["lr_scale"], dtype=torch.float64)
+    if "lr_tensor" in options:
+        options["lr_tensor"] = torch.tensor(options["lr_tensor"], dtype=torch.float64)
     found = {name: options[name] if name in options else values[name]() for name in names}
     if "old_params" in names:  # parameters are those after an update
         for param, old in zip(found["params"], found["old_params"], strict=True):

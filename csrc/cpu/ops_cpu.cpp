@@ -148,8 +148,8 @@ std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::arr
 }
 
 // The learning rate of each layer; empty if none was given.
-std::vector<double> values_of(at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_scale) {
-  const double scale = lr_scale.has_value() ? *lr_scale->const_data_ptr<double>() : 1;
+std::vector<double> values_of(at::ArrayRef<double> lrs, const std::optional<at::Tensor>& lr_tensor) {
+  const double scale = lr_tensor.has_value() ? *lr_tensor->const_data_ptr<double>() : 1;
   std::vector<double> values;
   values.reserve(lrs.size());
   for (const double lr : lrs) {
@@ -381,7 +381,7 @@ at::Tensor trust_ratios(const TrustRatiosArguments& arguments) {
   options.clip = arguments.clip;
   options.of_updates = arguments.of_updates;
   const RatioNumbers numbers{arguments.weight_decays, arguments.trust_coefs, arguments.eps,
-                             values_of(arguments.lrs, arguments.lr_scale), options};
+                             values_of(arguments.lrs, arguments.lr_tensor), options};
   const auto* param_squared_norm = arguments.param_squared_norms.const_data_ptr<double>();
   const auto* grad_squared_norm = arguments.grad_squared_norms.const_data_ptr<double>();
   std::vector<double> ratios;
@@ -394,7 +394,7 @@ at::Tensor trust_ratios(const TrustRatiosArguments& arguments) {
 void scale_gradients_(const ScaleGradientsArguments& arguments) {
   const auto& [grads, params] = std::tie(arguments.grads, arguments.params);
   const RatioNumbers numbers{arguments.weight_decays, arguments.trust_coefs, arguments.eps,
-                             values_of(arguments.lrs, arguments.lr_scale), ratio_options(arguments)};
+                             values_of(arguments.lrs, arguments.lr_tensor), ratio_options(arguments)};
   if (!measures(arguments)) {
     scale_gradients(arguments, plan_of(grads), all_of(grads), values_of_ratios(arguments.ratios, grads.size()),
                     numbers.lrs);
@@ -417,7 +417,7 @@ void scale_updates_(const ScaleUpdatesArguments& arguments) {
   options.clip = arguments.clip;
   options.of_updates = true;
   const RatioNumbers numbers{
-      {}, arguments.trust_coefs, arguments.eps, values_of(arguments.lrs, arguments.lr_scale), options};
+      {}, arguments.trust_coefs, arguments.eps, values_of(arguments.lrs, arguments.lr_tensor), options};
   const std::vector<double> scales(params.size(), -1);
   measure_and_sweep(
       old_params, params, /*inv_scale=*/1, numbers, scales, Order::kBackwards, arguments.ratios,
@@ -427,7 +427,7 @@ void scale_updates_(const ScaleUpdatesArguments& arguments) {
 void sgd_(const SgdArguments& arguments) {
   const auto& [params, grads] = std::tie(arguments.params, arguments.grads);
   const RatioNumbers numbers{arguments.weight_decays, arguments.trust_coefs, arguments.eps,
-                             values_of(arguments.lrs, arguments.lr_scale), ratio_options(arguments)};
+                             values_of(arguments.lrs, arguments.lr_tensor), ratio_options(arguments)};
   if (!measures(arguments)) {
     update(arguments, plan_of(params), all_of(params), values_of_ratios(arguments.ratios, params.size()), numbers.lrs,
            Order::kForwards);

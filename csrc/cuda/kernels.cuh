@@ -174,13 +174,13 @@ struct LarsOptions {
   RatioOptions ratio;
   bool maximize = false;
   bool lr_in_momentum = false;
-  const double* lr_scale = nullptr;  // null: 1
-  const float* inv_scale = nullptr;  // null: 1; where it is 0 nothing is written
+  const double* lr_tensor = nullptr;  // null: 1
+  const float* inv_scale = nullptr;   // null: 1; where it is 0 nothing is written
 };
 
 template <typename AnyLayer, typename Options>
 __device__ inline double lr_of(const AnyLayer& layer, const Options& options) {
-  return options.lr_scale == nullptr ? layer.lr : layer.lr * *options.lr_scale;
+  return options.lr_tensor == nullptr ? layer.lr : layer.lr * *options.lr_tensor;
 }
 
 __device__ inline float value_of(const float* inv_scale) { return inv_scale == nullptr ? 1 : *inv_scale; }
@@ -285,8 +285,8 @@ struct SgdOptions {
   bool maximize = false;
   bool lr_in_momentum = false;
   bool nesterov = false;
-  const double* lr_scale = nullptr;  // null: 1
-  const float* inv_scale = nullptr;  // null: 1; where it is 0 nothing is written
+  const double* lr_tensor = nullptr;  // null: 1
+  const float* inv_scale = nullptr;   // null: 1; where it is 0 nothing is written
 };
 
 // No kernel takes more beside its layers than three pointers and these.

@@ -195,7 +195,7 @@ Options options_of(const Arguments& arguments) {
   options.ratio = ratio_options(arguments);
   options.maximize = arguments.maximize;
   options.lr_in_momentum = arguments.lr_in_momentum;
-  options.lr_scale = data_of<double>(arguments.lr_scale);
+  options.lr_tensor = data_of<double>(arguments.lr_tensor);
   options.inv_scale = data_of<float>(arguments.inv_scale);
   return options;
 }
@@ -317,7 +317,7 @@ at::Tensor trust_ratios(const TrustRatiosArguments& arguments) {
   LarsOptions options;
   options.ratio.clip = arguments.clip;
   options.ratio.of_updates = arguments.of_updates;
-  options.lr_scale = data_of<double>(arguments.lr_scale);
+  options.lr_tensor = data_of<double>(arguments.lr_tensor);
   const at::Tensor ratios = new_vector(param_squared_norms, static_cast<int64_t>(layers.size()), arguments.dtype);
   AT_DISPATCH_FLOATING_TYPES(arguments.dtype, "trust_ratios", [&] {
     launch_decide<scalar_t>(launch, layers, param_squared_norms.const_data_ptr<double>(),
@@ -354,7 +354,7 @@ void scale_updates_(const ScaleUpdatesArguments& arguments) {
   LarsOptions options;
   options.ratio.clip = arguments.clip;
   options.ratio.of_updates = true;
-  options.lr_scale = data_of<double>(arguments.lr_scale);
+  options.lr_tensor = data_of<double>(arguments.lr_tensor);
   const auto apply = [&](Range run, Partials partials) {
     TORCHLARS_DISPATCH(sweep.dtype(), "scale_updates_", [&] {
       launch_apply_to_updates<scalar_t>(launch, {sweep.layers, run}, partials,

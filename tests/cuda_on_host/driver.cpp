@@ -16,11 +16,11 @@ using torchlars::RatioOptions;
 enum Op : int64_t { kScale, kScaleInThreeOps, kSgd, kLarsSgd };
 
 // What stdin holds: a Case, its Numbers, all parameters, all gradients, then all momentum buffers, the ratios, the
-// lr_scale and the inv_scale if there are any; and the next case. What an op does not take is 0.
+// lr_tensor and the inv_scale if there are any; and the next case. What an op does not take is 0.
 struct Case {
   int64_t dtype, op, maximize, order, layers;
   int64_t momentum_dtype;  // -1: no momentum
-  int64_t nesterov, has_ratios, has_lr_scale, has_inv_scale;
+  int64_t nesterov, has_ratios, has_lr_tensor, has_inv_scale;
   int64_t decayed_norm, clip, lr_in_momentum;
   int64_t of_updates;  // parameters before a step for parameters, after it for gradients
 };
@@ -144,19 +144,19 @@ struct Tensors {
 // What lies on the device for all layers of an op, each in memory of its own.
 struct Scales {
   explicit Scales(const Case& header) : header(header) {
-    if (header.has_lr_scale) {
-      lr_scale.read();
+    if (header.has_lr_tensor) {
+      lr_tensor.read();
     }
     if (header.has_inv_scale) {
       inv_scale.read();
     }
   }
 
-  const double* lr() const { return header.has_lr_scale ? lr_scale.data() : nullptr; }
+  const double* lr() const { return header.has_lr_tensor ? lr_tensor.data() : nullptr; }
   const float* inv() const { return header.has_inv_scale ? inv_scale.data() : nullptr; }
 
   const Case& header;
-  Buffer<double> lr_scale{1};
+  Buffer<double> lr_tensor{1};
   Buffer<float> inv_scale{1};
 };
 
@@ -166,7 +166,7 @@ Options options_of(const Case& header, const Scales& scales) {
   options.ratio = ratio_options(header);
   options.maximize = header.maximize != 0;
   options.lr_in_momentum = header.lr_in_momentum != 0;
-  options.lr_scale = scales.lr();
+  options.lr_tensor = scales.lr();
   options.inv_scale = scales.inv();
   return options;
 }

@@ -269,9 +269,9 @@ class Bucket:
                 if buffer is None:
                     dampenings[i] = 0.0  # m ← d: from zeros, undampened
                 buffers.append(momentum_like(param, buffer, self._momentum_dtype(param), self.group))
-        lr, lr_scale = self.lr, None
+        lr, lr_tensor = self.lr, None
         if isinstance(lr, Tensor):
-            lr_scale = ops.lr_scale(lr, self.params[0].device)
+            lr_tensor = ops.lr_tensor(lr, self.params[0].device)
             lr = 1.0
         ops.sgd_(
             self.local_params,
@@ -280,7 +280,7 @@ class Bucket:
             maximize=self.maximize,
             weight_decays=[self.weight_decay] * layers,
             lrs=[lr] * layers,
-            lr_scale=lr_scale,
+            lr_tensor=lr_tensor,
             momentums=[self.momentum] * layers,
             dampenings=dampenings,
             nesterov=self.nesterov,
