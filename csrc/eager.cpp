@@ -248,13 +248,35 @@ std::optional<at::Tensor> inv_scale_on(c10::Device device, const std::optional<a
 
 // The options of LARS that all layers of a call share.
 struct Dialect {
-  bool decayed_norm;
-  bool clip;
-  bool lr_in_momentum;
+  bool decayed_norm = false;
+  bool clip = false;
+  bool lr_in_momentum = false;
 
   bool operator==(const Dialect& other) const {
     return decayed_norm == other.decayed_norm && clip == other.clip && lr_in_momentum == other.lr_in_momentum;
   }
+};
+
+// The options of a group under LARS, which Python sets by name.
+struct LarsOptions : Dialect {
+  double weight_decay = 0;
+  bool maximize = false;
+  double trust_coef = 1;
+  double eps = 0;
+  std::optional<Lr> lr;  // none where neither clip nor lr_in_momentum needs it
+};
+
+// The same for SGD, with trust ratios or, where there is no trust_coef, without.
+struct SgdOptions : Dialect {
+  double weight_decay = 0;
+  bool maximize = false;
+  Lr lr = 0.0;
+  double momentum = 0;
+  double dampening = 0;
+  bool nesterov = false;
+  bool momentum_in_float32 = false;
+  std::optional<double> trust_coef;
+  std::optional<double> eps;
 };
 
 // Layers whose gradients LARS scales in one call.
@@ -306,26 +328,23 @@ struct LarsBucket {
 
 class LarsLayers {
  public:
-  // lr: none where neither clip nor lr_in_momentum needs it.
-  std::vector<int64_t> add(const py::sequence& params, double weight_decay, bool maximize, double trust_coef,
-                           double eps, bool decayed_norm, bool clip, bool lr_in_momentum, const std::optional<Lr>& lr) {
-    const Dialect dialect{decayed_norm, clip, lr_in_momentum};
-    const c10::TensorImpl* const lr_key = lr.has_value() ? key_of(*lr) : nullptr;
+  std::vector<int64_t> add(const py::sequence& params, const LarsOptions& options) {
+    const c10::TensorImpl* const lr_key = options.lr.has_value() ? key_of(*options.lr) : nullptr;
     return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
       shares_memory = shares_memory || may_be_shared(grad);
       same_layout = same_layout && same_strides(param, grad);
       versions += version_of(param);
       LarsBucket& bucket =
-          bucket_for(buckets, LarsBucket::Key{param.device(), param.scalar_type(), maximize, dialect, lr_key});
+          bucket_for(buckets, LarsBucket::Key{param.device(), param.scalar_type(), options.maximize, options, lr_key});
       bucket.params.add(object);
       bucket.grads.push_back(std::move(grad));
-      bucket.weight_decays.push_back(weight_decay);
-      bucket.trust_coefs.push_back(trust_coef);
-      bucket.eps.push_back(eps);
-      if (lr.has_value()) {
-        bucket.lrs.push_back(number_in(*lr));
+      bucket.weight_decays.push_back(options.weight_decay);
+      bucket.trust_coefs.push_back(options.trust_coef);
+      bucket.eps.push_back(options.eps);
+      if (options.lr.has_value()) {
+        bucket.lrs.push_back(number_in(*options.lr));
         if (lr_key) {
-          bucket.lr = *tensor_in(*lr);
+          bucket.lr = *tensor_in(*options.lr);
         }
       }
       return true;
@@ -403,31 +422,29 @@ struct SgdBucket {
 
 class SgdLayers {
  public:
-  // state: the optimizer's. trust_coef and eps: none if the group is not adapted. A layer without a momentum buffer, or
-  // with one that a kernel cannot take, is left to the slow path, which makes one.
-  std::vector<int64_t> add(const py::sequence& params, const py::dict& state, double weight_decay,
-                           std::optional<double> trust_coef, std::optional<double> eps, bool decayed_norm, bool clip,
-                           bool lr_in_momentum, const Lr& lr, double momentum, double dampening, bool nesterov,
-                           bool maximize, bool momentum_in_float32) {
+  // state: the optimizer's. A layer without a momentum buffer, or with one that a kernel cannot take, is left to the
+  // slow path, which makes one.
+  std::vector<int64_t> add(const py::sequence& params, const py::dict& state, const SgdOptions& options) {
     static PyObject* const momentum_buffer = PyUnicode_InternFromString("momentum_buffer");
     return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
       SgdBucket::Key key{param.device(),
                          param.scalar_type(),
                          std::nullopt,
-                         key_of(lr),
-                         nesterov,
-                         maximize,
-                         trust_coef.has_value(),
-                         Dialect{decayed_norm, clip, lr_in_momentum}};
+                         key_of(options.lr),
+                         options.nesterov,
+                         options.maximize,
+                         options.trust_coef.has_value(),
+                         options};
       py::object found;
-      if (momentum != 0) {
+      if (options.momentum != 0) {
         const py::object own_state = item_of(state, object);
         found = own_state && PyDict_Check(own_state.ptr()) ? item_of(own_state, momentum_buffer) : py::object();
         if (!found || !THPVariable_CheckExact(found.ptr())) {
           return false;
         }
         const at::Tensor& buffer = THPVariable_Unpack(found.ptr());
-        key.momentum_dtype = momentum_in_float32 && param.element_size() == 2 ? c10::kFloat : param.scalar_type();
+        key.momentum_dtype =
+            options.momentum_in_float32 && param.element_size() == 2 ? c10::kFloat : param.scalar_type();
         if (!is_plain(buffer) || buffer.scalar_type() != *key.momentum_dtype || buffer.device() != param.device() ||
             buffer.sizes() != param.sizes() || !same_strides(param, buffer)) {
           return false;
@@ -443,14 +460,14 @@ class SgdLayers {
         bucket.momentum_buffers.add(found.ptr());
       }
       if (key.lr) {
-        bucket.lr = *tensor_in(lr);
+        bucket.lr = *tensor_in(options.lr);
       }
-      bucket.weight_decays.push_back(weight_decay);
-      bucket.trust_coefs.push_back(trust_coef.value_or(0));
-      bucket.eps.push_back(eps.value_or(0));
-      bucket.lrs.push_back(number_in(lr));
-      bucket.momentums.push_back(momentum);
-      bucket.dampenings.push_back(dampening);
+      bucket.weight_decays.push_back(options.weight_decay);
+      bucket.trust_coefs.push_back(options.trust_coef.value_or(0));
+      bucket.eps.push_back(options.eps.value_or(0));
+      bucket.lrs.push_back(number_in(options.lr));
+      bucket.momentums.push_back(options.momentum);
+      bucket.dampenings.push_back(options.dampening);
       return true;
     });
   }
@@ -514,17 +531,50 @@ void bind_fast_path(py::module_& m) {
       [](const py::list& params) { return positions_without(params, has_gradient_of_same_layout); }, py::arg("params"),
       "Return the positions of the parameters whose gradient may lie in memory in another order than they do.");
   m.def(
-      "positions_of_non_parameters", [](const py::list& params) { return positions_without(params, is_parameter); },
-      py::arg("params"), "Return the positions of all items whose type is not exactly nn.Parameter.");
+      "positions_of_non_parameters",
+      [](const std::vector<py::list>& groups) {
+        std::vector<std::pair<int64_t, int64_t>> positions;
+        for (size_t group = 0; group < groups.size(); ++group) {
+          for (const int64_t position : positions_without(groups[group], is_parameter)) {
+            positions.emplace_back(static_cast<int64_t>(group), position);
+          }
+        }
+        return positions;
+      },
+      py::arg("groups"), "Return the group and position of all items whose type is not exactly nn.Parameter.");
+  py::class_<LarsOptions>(m, "LarsOptions", "The options of a group under LARS.")
+      .def(py::init<>())
+      .def_readwrite("weight_decay", &LarsOptions::weight_decay)
+      .def_readwrite("maximize", &LarsOptions::maximize)
+      .def_readwrite("trust_coef", &LarsOptions::trust_coef)
+      .def_readwrite("eps", &LarsOptions::eps)
+      .def_readwrite("decayed_norm", &LarsOptions::decayed_norm)
+      .def_readwrite("clip", &LarsOptions::clip)
+      .def_readwrite("lr_in_momentum", &LarsOptions::lr_in_momentum)
+      .def_readwrite("lr", &LarsOptions::lr);
+  py::class_<SgdOptions>(m, "SgdOptions",
+                         "The hyper-parameters of a group of SGD, with its options under LARS, if any.")
+      .def(py::init<>())
+      .def_readwrite("weight_decay", &SgdOptions::weight_decay)
+      .def_readwrite("maximize", &SgdOptions::maximize)
+      .def_readwrite("lr", &SgdOptions::lr)
+      .def_readwrite("momentum", &SgdOptions::momentum)
+      .def_readwrite("dampening", &SgdOptions::dampening)
+      .def_readwrite("nesterov", &SgdOptions::nesterov)
+      .def_readwrite("momentum_in_float32", &SgdOptions::momentum_in_float32)
+      .def_readwrite("trust_coef", &SgdOptions::trust_coef)
+      .def_readwrite("eps", &SgdOptions::eps)
+      .def_readwrite("decayed_norm", &SgdOptions::decayed_norm)
+      .def_readwrite("clip", &SgdOptions::clip)
+      .def_readwrite("lr_in_momentum", &SgdOptions::lr_in_momentum);
   py::class_<LarsBucket, std::shared_ptr<LarsBucket>>(m, "LarsBucket", "Layers whose gradients one call scales.")
       .def_property_readonly("params", [](const LarsBucket& bucket) { return bucket.params.objects(); })
       .def("adapt", &LarsBucket::adapt, py::arg("inv_scale") = py::none(), no_gil,
            "Scale the gradients, and return the trust ratios.");
   py::class_<LarsLayers>(m, "LarsLayers", "The layers of one step on the fast path, in buckets.")
       .def(py::init<>())
-      .def("add", &LarsLayers::add, py::arg("params"), py::arg("weight_decay"), py::arg("maximize"),
-           py::arg("trust_coef"), py::arg("eps"), py::arg("decayed_norm"), py::arg("clip"), py::arg("lr_in_momentum"),
-           py::arg("lr"), "Take a group's plain layers. Return the positions of those that are left to the slow path.")
+      .def("add", &LarsLayers::add, py::arg("params"), py::arg("options"),
+           "Take a group's plain layers. Return the positions of those that are left to the slow path.")
       .def_readonly("buckets", &LarsLayers::buckets)
       .def_readonly("shares_memory", &LarsLayers::shares_memory, "Whether any gradient may share its memory.")
       .def_readonly("same_layout", &LarsLayers::same_layout, "Whether all gradients lie in memory as parameters do.")
@@ -535,10 +585,7 @@ void bind_fast_path(py::module_& m) {
            "Take the step. Return the trust ratios, or None if there are none.");
   py::class_<SgdLayers>(m, "SgdLayers", "The layers of one step of SGD on the fast path, in buckets.")
       .def(py::init<>())
-      .def("add", &SgdLayers::add, py::arg("params"), py::arg("state"), py::arg("weight_decay"), py::arg("trust_coef"),
-           py::arg("eps"), py::arg("decayed_norm"), py::arg("clip"), py::arg("lr_in_momentum"), py::arg("lr"),
-           py::arg("momentum"), py::arg("dampening"), py::arg("nesterov"), py::arg("maximize"),
-           py::arg("momentum_in_float32"),
+      .def("add", &SgdLayers::add, py::arg("params"), py::arg("state"), py::arg("options"),
            "Take a group's plain layers. Return the positions of those that are left to the slow path.")
       .def_readonly("buckets", &SgdLayers::buckets)
       .def_readonly("shares_memory", &SgdLayers::shares_memory,

@@ -11,7 +11,7 @@ from closeness import close
 from optimizers import change_lr, params_of
 from wrapped_networks import sgd
 
-from torchlars import LARS, optim
+from torchlars import LARS, ops, optim
 
 # Every kind of momentum that SGD has; of two groups, of which either, but never both, may be without weight decay.
 MOMENTA = {
@@ -229,12 +229,13 @@ ADD = {"weight_decay": 0.1, "trust_coef": 0.3, "eps": 0.05, "maximize": False, *
 ADD_SGD = {**ADD, "lr": 0.5, "momentum": 0.0, "dampening": 0.0, "nesterov": False, "momentum_in_float32": False}
 
 
-def add_to_lars(door, params, **different):
-    return door.add(params, **{**ADD, **different})
+def add_to_lars(layers, params, **different):
+    return layers.add(params, ops.fast_options("LarsOptions", **{**ADD, **different}))
 
 
-def add_to_sgd(door, params, state=None, **different):
-    return door.add(params, {} if state is None else state, **{**ADD_SGD, **different})
+def add_to_sgd(layers, params, state=None, **different):
+    options = ops.fast_options("SgdOptions", **{**ADD_SGD, **different})
+    return layers.add(params, {} if state is None else state, options)
 
 
 def raises_and_changes_nothing(optimizer, error, message):

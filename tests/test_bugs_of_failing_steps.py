@@ -216,9 +216,8 @@ def test_a_group_that_changes_while_it_is_walked(extension):
         return hashed(tensor)
 
     layers = extension.SgdLayers()
-    how = {"trust_coef": None, "eps": None, "decayed_norm": False, "clip": False, "lr_in_momentum": False}
+    options = ops.fast_options("SgdOptions", lr=0.1, momentum=0.9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "__hash__", shrinks)
-        left = layers.add(base.param_groups[0]["params"], base.state, 0.0, **how, lr=0.1, momentum=0.9, dampening=0.0,
-                   nesterov=False, maximize=False, momentum_in_float32=False)  # fmt: skip
+        left = layers.add(base.param_groups[0]["params"], base.state, options)
     assert sum(len(bucket.params) for bucket in layers.buckets) + len(left) == 100

@@ -10,7 +10,7 @@ from torch import nn
 from torch.optim import SGD, Adagrad, Adam, AdamW
 
 import torchlars
-from torchlars import LAMB, LARS
+from torchlars import LAMB, LARS, ops
 
 # Memory that is shared
 
@@ -137,13 +137,12 @@ def test_what_is_shared_is_looked_for_only_where_it_may_be(extension):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 10))
     params = list(model.parameters())
     base = SGD(params, lr=0.1, momentum=0.9)
-    how = {"trust_coef": 0.001, "eps": 0.0, "decayed_norm": False, "clip": False, "lr_in_momentum": False}
+    how = {"weight_decay": 0.1, "trust_coef": 0.001, "eps": 0.0}
 
     def shares_memory():
         lars, sgd = extension.LarsLayers(), extension.SgdLayers()
-        lars.add(params, 0.1, False, **how, lr=None)
-        left = sgd.add(params, base.state, 0.1, **how, lr=0.1, momentum=0.9, dampening=0.0, nesterov=False,
-                       maximize=False, momentum_in_float32=False)  # fmt: skip
+        lars.add(params, ops.fast_options("LarsOptions", **how))
+        left = sgd.add(params, base.state, ops.fast_options("SgdOptions", **how, lr=0.1, momentum=0.9))
         assert left == []
         return lars.shares_memory, sgd.shares_memory
 

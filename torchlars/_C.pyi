@@ -12,20 +12,19 @@ class LarsBucket:
     def params(self) -> list[Tensor]: ...
     def adapt(self, inv_scale: Tensor | None = None) -> Tensor: ...
 
+class LarsOptions:
+    weight_decay: float
+    maximize: bool
+    trust_coef: float
+    eps: float
+    decayed_norm: bool
+    clip: bool
+    lr_in_momentum: bool
+    lr: float | Tensor | None
+
 class LarsLayers:
     def __init__(self) -> None: ...
-    def add(
-        self,
-        params: Sequence[Tensor],
-        weight_decay: float,
-        maximize: bool,
-        trust_coef: float,
-        eps: float,
-        decayed_norm: bool,
-        clip: bool,
-        lr_in_momentum: bool,
-        lr: float | Tensor | None,
-    ) -> list[int]: ...
+    def add(self, params: Sequence[Tensor], options: LarsOptions) -> list[int]: ...
     @property
     def buckets(self) -> list[LarsBucket]: ...
     @property
@@ -40,25 +39,23 @@ class SgdBucket:
     def params(self) -> list[Tensor]: ...
     def update(self, inv_scale: Tensor | None = None) -> Tensor | None: ...
 
+class SgdOptions:
+    weight_decay: float
+    maximize: bool
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    nesterov: bool
+    momentum_in_float32: bool
+    trust_coef: float | None
+    eps: float | None
+    decayed_norm: bool
+    clip: bool
+    lr_in_momentum: bool
+
 class SgdLayers:
     def __init__(self) -> None: ...
-    def add(
-        self,
-        params: Sequence[Tensor],
-        state: Mapping[Tensor, Any],
-        weight_decay: float,
-        trust_coef: float | None,
-        eps: float | None,
-        decayed_norm: bool,
-        clip: bool,
-        lr_in_momentum: bool,
-        lr: float | Tensor,
-        momentum: float,
-        dampening: float,
-        nesterov: bool,
-        maximize: bool,
-        momentum_in_float32: bool,
-    ) -> list[int]: ...
+    def add(self, params: Sequence[Tensor], state: Mapping[Tensor, Any], options: SgdOptions) -> list[int]: ...
     @property
     def buckets(self) -> list[SgdBucket]: ...
     @property
@@ -67,7 +64,7 @@ class SgdLayers:
 def has_memory(tensor: Tensor) -> bool: ...
 def positions_of_other_layout(params: list[Tensor]) -> list[int]: ...
 def overlapping(tensors: Sequence[Tensor]) -> list[int]: ...
-def positions_of_non_parameters(params: list[Tensor]) -> list[int]: ...
+def positions_of_non_parameters(groups: Sequence[list[Tensor]]) -> list[tuple[int, int]]: ...
 def chunks(numels: list[int]) -> list[tuple[int, int, int]]: ...
 def chunks_starting_in(
     numels: list[int], begin: int, end: int, backwards: bool = False

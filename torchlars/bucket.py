@@ -45,12 +45,20 @@ class Adaptation:
             "lr_in_momentum": self.lr_in_momentum,
             "lr": self.lr,
         }
+        self._fast_options: Any = None
         #: What all layers of a bucket have in common.
         self.kind = (
             *(self.maximize, self.norm, self.clip, self.lr_in_momentum, self.ratio_of, self.apply_to),
             self.trust_coef is not None,
             self.lr if isinstance(self.lr, Tensor) else None,
         )
+
+    def fast_options(self) -> Any:
+        """Return the options as the fast path takes them."""
+        if self._fast_options is None:
+            how = {"weight_decay": self.weight_decay, "maximize": self.maximize}
+            self._fast_options = ops.fast_options("LarsOptions", **how, **self.kernel_options)
+        return self._fast_options
 
 
 @dataclass(eq=False)

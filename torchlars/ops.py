@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -76,6 +77,20 @@ def plain_layers(kind: str) -> Any:
     return getattr(extension, kind)()
 
 
+def fast_options(kind: str, **values: Any) -> Any:
+    """Return the options of a group as ``add`` of :func:`plain_layers` takes them.
+
+    Args:
+        kind: ``"LarsOptions"`` or ``"SgdOptions"``.
+        **values: by the names in ``_C.pyi``.
+    """
+    options = None if extension is None or torch.compiler.is_compiling() else getattr(extension, kind)()
+    if options is not None:
+        for name, value in values.items():
+            setattr(options, name, value)
+    return options
+
+
 def has_memory(tensor: Tensor) -> bool:
     """Tell whether a tensor's storage is as large as the tensor; it is not after ``untyped_storage().resize_(0)``."""
     if extension is None or _backend is reference or torch.compiler.is_compiling():
@@ -100,11 +115,17 @@ def overlapping(tensors: Sequence[Tensor]) -> list[int]:
     return extension.overlapping(tensors)  # type: ignore[no-any-return]
 
 
-def positions_of_non_parameters(params: Sequence[Tensor]) -> Sequence[int]:
-    """Return the positions of all tensors whose type is not exactly :class:`torch.nn.Parameter`."""
-    if torch.compiler.is_compiling() or _backend is reference or extension is None or type(params) is not list:
-        return [position for position, param in enumerate(params) if type(param) is not torch.nn.Parameter]
-    return extension.positions_of_non_parameters(params)  # type: ignore[no-any-return]
+def positions_of_non_parameters(groups: Sequence[Sequence[Tensor]]) -> Sequence[tuple[int, int]]:
+    """Return the group and position of every tensor whose type is not exactly :class:`torch.nn.Parameter`."""
+    if not torch.compiler.is_compiling() and extension is not None and _backend is not reference:
+        with suppress(TypeError):  # a group that is no list
+            return extension.positions_of_non_parameters(groups)  # type: ignore[no-any-return]
+    return [
+        (group, position)
+        for group, params in enumerate(groups)
+        for position, param in enumerate(params)
+        if type(param) is not torch.nn.Parameter
+    ]
 
 
 def lr_tensor(lr: Tensor, device: torch.device) -> Tensor:

@@ -62,7 +62,7 @@ class TrustRatioWrapper(OptimizerWrapper):
 
     def _note_layers(self, index: int) -> None:
         params = self.param_groups[index]["params"]
-        self._given.update(params[position] for position in ops.positions_of_non_parameters(params))
+        self._given.update(params[position] for _, position in ops.positions_of_non_parameters([params]))
         self._shapes[index] = [None if is_lazy(param) else param.shape for param in params]
 
     def step(self, closure: Callable[[], Any] | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -180,14 +180,13 @@ class TrustRatioWrapper(OptimizerWrapper):
 
     def check_layers(self, adapted: Sequence[int]) -> None:
         """Raise if a group that is adapted holds what may be a flat partition of several layers."""
-        for index in adapted:
-            params = self.param_groups[index]["params"]
-            for position in ops.positions_of_non_parameters(params):
-                if not self._is_whole(index, position, params) and params[position].grad is not None:
-                    raise RuntimeError(
-                        f"{sharding.FLAT_PARTITION} (group: {index}, parameter: {position}, "
-                        f"shape: {tuple(params[position].shape)})"
-                    )
+        lists = [self.param_groups[index]["params"] for index in adapted]
+        for i, position in ops.positions_of_non_parameters(lists):
+            if not self._is_whole(adapted[i], position, lists[i]) and lists[i][position].grad is not None:
+                raise RuntimeError(
+                    f"{sharding.FLAT_PARTITION} (group: {adapted[i]}, parameter: {position}, "
+                    f"shape: {tuple(lists[i][position].shape)})"
+                )
 
     def _is_whole(self, index: int, position: int, params: Sequence[Tensor]) -> bool:
         """Tell whether a tensor in a group can be taken for a whole layer.
@@ -236,6 +235,7 @@ class Step:
         self._grad_scale = self._scale_for_base = GradScale.of(wrapper)
         self._unscales = False
         self._adaptations: dict[int, Adaptation] = {}
+        self._for_base: set[int] = set()  # the groups whose ratios the base multiplies by
         self._written: list[tuple[Sequence[Tensor], Tensor | None]] = []  # whose gradients were, and by what ratios
         self._params: Sequence[Sequence[Tensor]] = ()  # all that are adapted, by bucket
         self._versions = 0  # of these, before the base's step
@@ -268,6 +268,8 @@ class Step:
         """Read how groups are adapted, and copy the parameters whose updates are scaled."""
         wrapper = self._wrapper
         self._adaptations = {index: how for index, how in enumerate(wrapper.adaptations()) if how is not None}
+        if self._base_takes:
+            self._for_base = {index for index, how in self._adaptations.items() if _suits_a_base(how)}
         adapted = [index for index, how in self._adaptations.items() if how.trust_coef is not None]
         wrapper.check_layers(adapted)
         wrapper.warn_of_large_lr(adapted)
@@ -276,32 +278,27 @@ class Step:
         if len(new_params) > 0:
             self._old_params.update(copies(new_params))
         # If gradients are unscaled here, all are: the base has one scale for all groups.
-        self._unscales = self._grad_scale.is_given and any(map(self._is_written, self._adaptations.values()))
+        self._unscales = self._grad_scale.is_given and len(self._written_groups()) > 0
         self._scale_for_base = self._grad_scale.once_unscaled() if self._unscales else self._grad_scale
 
     def _to_be_updated(self) -> dict[Tensor, Adaptation]:
         """Return all parameters whose updates may have to be scaled here. The closure may give gradients to more."""
         params: dict[Tensor, Adaptation] = {}
         for index, how in self._adaptations.items():
-            if how.apply_to == "update" and not self._is_for_base(how):
+            if how.apply_to == "update" and index not in self._for_base:
                 for position, param in enumerate(how.group["params"]):
                     if param.grad is not None or (self._closure is not None and param.requires_grad):
                         check_update(index, position, param)
                         params.setdefault(param, how)
         return params
 
-    def _is_written(self, how: Adaptation) -> bool:
-        """Tell whether gradients are written here."""
-        return how.apply_to == "gradient" and not self._is_for_base(how)
-
-    def _is_for_base(self, how: Adaptation) -> bool:
-        """Tell whether the base multiplies by a group's ratios.
-
-        It multiplies gradients together with their decay: not if that is decoupled.
-        """
-        if how.ratio_of == "update":
-            return self._base_takes
-        return self._base_takes and how.multiplies_gradients and not how.is_decoupled
+    def _written_groups(self) -> list[int]:
+        """Return the groups whose gradients are multiplied by ratios, or only by lr, here."""
+        return [
+            index
+            for index, how in self._adaptations.items()
+            if how.apply_to == "gradient" and index not in self._for_base
+        ]
 
     def adapt(self) -> None:
         """Gather, measure, complete, decide and apply, as far as ratios are of gradients and not for the base."""
@@ -309,9 +306,9 @@ class Step:
         self.reported.clear()
         self._scaled_later.clear()
         self._written.clear()
-        written = [index for index, how in self._adaptations.items() if self._is_written(how)]
+        written = self._written_groups()
         lay_out_gradients(self._wrapper.param_groups, skipped=written)  # those are looked at as they are gathered
-        if all(how.ratio_of == "update" or self._is_for_base(how) for how in self._adaptations.values()):
+        if self._wrapper.ratio_of == "update" or len(self._for_base) == len(self._adaptations):
             return
         with torch.no_grad():
             fast_layers, buckets = self._gather()
@@ -364,14 +361,14 @@ class Step:
         seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
         for index, group in enumerate(self._wrapper.param_groups):
             how = self._adaptations.get(index)
-            if how is None or self._is_for_base(how):
+            if how is None or index in self._for_base:
                 if not self._unscales:
                     continue
                 how = Adaptation(group)  # only unscaled
             params = group["params"]
             positions: Iterable[int] = range(len(params))
             if how.multiplies_gradients:
-                positions = fast_layers.add(params, how.weight_decay, how.maximize, **how.kernel_options)
+                positions = fast_layers.add(params, how.fast_options())
             for position in positions:
                 param = params[position]
                 if param.grad is None or param in seen:
@@ -393,10 +390,10 @@ class Step:
         """Hide from the base what gradients hold already: weight decay, lr in the momentum, and the loss's scale."""
         for name, value in self._scale_for_base.attributes().items():
             self._hidden.replace(vars(self._wrapper.optim), name, value)
-        for how in self._adaptations.values():
+        for index, how in self._adaptations.items():
             if how.apply_to == "update":
                 continue
-            if how.weight_decay != 0 and not self._is_for_base(how):
+            if how.weight_decay != 0 and index not in self._for_base:
                 self._hidden.replace(how.group, "weight_decay", 0.0)
             if how.lr_in_momentum:
                 self._hidden.replace(how.group, "lr", 1.0)
@@ -434,7 +431,7 @@ class Step:
             return
         if any(is_capturing(params[0].device) for params, _ in written):  # into a CUDA graph: nothing has run yet
             return
-        adapted = filter(self._is_written, self._adaptations.values())  # all others were only unscaled
+        adapted = [self._adaptations[index] for index in self._written_groups()]  # all others were only unscaled
         hows = {param: how for how in adapted for param in how.group["params"]}
         with torch.no_grad():
             for params, ratios in written:
@@ -483,7 +480,7 @@ class Step:
 
     def _adaptation_for_base(self, index: int, ratio_of: str) -> Adaptation | None:
         how = self._adaptations.get(index)
-        return how if how is not None and how.ratio_of == ratio_of and self._is_for_base(how) else None
+        return how if how is not None and how.ratio_of == ratio_of and index in self._for_base else None
 
     def _bucket_for_base(
         self, ratio_of: str, index: int, params: Sequence[Tensor], updates: Sequence[Tensor] | None = None
@@ -550,6 +547,14 @@ class Step:
                 in_momentum = how.lr_in_momentum and how.lr is not None
                 factors.append(ops.times_lr(ratios, how.lr) if in_momentum else ratios)  # type: ignore[arg-type]
         return factors
+
+
+def _suits_a_base(how: Adaptation) -> bool:
+    """Tell whether a base that takes trust ratios can multiply by those of a group.
+
+    It multiplies gradients together with their decay: not if that is decoupled.
+    """
+    return how.ratio_of == "update" or (how.multiplies_gradients and not how.is_decoupled)
 
 
 def _versions(params: Iterable[Sequence[Tensor]]) -> int:

@@ -65,10 +65,13 @@ def contestants(params: list[Parameter], left_out: dict[str, str]) -> dict[str, 
     """Return what is timed, by name."""
     grads, count = grads_of(params), len(params)
     gathered: list[Any] = []
+    options = ops.fast_options(
+        "LarsOptions", weight_decay=HYPER.weight_decay, trust_coef=HYPER.trust_coef, eps=HYPER.eps
+    )
 
     def gather() -> None:
         layers = ops.plain_layers("LarsLayers")
-        layers.add(params, HYPER.weight_decay, False, HYPER.trust_coef, HYPER.eps, False, False, False, None)
+        layers.add(params, options)
         gathered[:] = layers.buckets
 
     gather()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 import torch
@@ -150,26 +150,26 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
     def _step(self, trust_ratios: TrustRatios | None) -> None:
         """Gather, then update: what there is to raise is raised before anything changes."""
         grad_scale = GradScale.of(self)
-        plain_buckets, other_buckets = self._gather(trust_ratios)
-        for plain_bucket in plain_buckets:
-            ratios = plain_bucket.update(grad_scale.inv_scale(plain_bucket.params[0].device))
+        fast_buckets, other_buckets = self._gather(trust_ratios)
+        for fast_bucket in fast_buckets:
+            ratios = fast_bucket.update(grad_scale.inv_scale(fast_bucket.params[0].device))
             if trust_ratios is not None and ratios is not None:
-                trust_ratios.report(plain_bucket.params, ratios)
+                trust_ratios.report(fast_bucket.params, ratios)
         for bucket in other_buckets:
             bucket.update(grad_scale.inv_scale(bucket.params[0].device))
 
     def _gather(self, trust_ratios: TrustRatios | None) -> tuple[Sequence[Any], list[Bucket]]:
-        """Return all layers to update in buckets: the plain ones, and the others with their trust ratios."""
-        plain_layers, buckets = self._gather_but_for_ratios(trust_ratios)
-        if plain_layers.shares_memory or buckets:
+        """Return all layers to update in buckets: those on the fast path, and the others with their trust ratios."""
+        fast_layers, buckets = self._gather_but_for_ratios(trust_ratios)
+        if fast_layers.shares_memory or buckets:
             overlapping = self._overlapping_layers()
             if overlapping:
-                plain_layers, buckets = self._gather_but_for_ratios(trust_ratios, overlapping)
+                fast_layers, buckets = self._gather_but_for_ratios(trust_ratios, overlapping)
         if trust_ratios is not None and buckets:  # of all groups at once: shards are completed together
             measured = trust_ratios.measure_all([(bucket.group, bucket.params) for bucket in buckets])
             for bucket, ratios in zip(buckets, measured, strict=True):
                 bucket.ratios = ratios
-        return plain_layers.buckets, buckets
+        return fast_layers.buckets, buckets
 
     def _gather_but_for_ratios(
         self, trust_ratios: TrustRatios | None, overlapping: Collection[Tensor] = ()
@@ -178,28 +178,29 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
 
         Buckets are updated one after the other, which gives overlapping layers the order that they are listed in.
         """
-        plain_layers = ops.plain_layers("SgdLayers")
+        fast_layers = ops.plain_layers("SgdLayers")
         buckets: list[Bucket] = []
         seen: set[Tensor] = set()
-        all_numbers = self._reader.read(self.param_groups, self._read_group, self._context)
-        for index, (group, numbers) in enumerate(zip(self.param_groups, all_numbers, strict=True)):
-            options: dict[str, Any] | None = None if trust_ratios is None else trust_ratios.options(index)
+        of_groups = self._reader.read(self.param_groups, self._read_group, self._context)
+        for index, (group, hyper) in enumerate(zip(self.param_groups, of_groups, strict=True)):
+            options = None if trust_ratios is None else trust_ratios.options(index)
             others = []
             positions: Iterable[int] = range(len(group["params"]))
             if not overlapping:
-                positions = plain_layers.add(group["params"], self.state, **{**numbers, **_in_one_pass(options)})
+                positions = fast_layers.add(group["params"], self.state, hyper.fast_options(options))
             for position in positions:
                 param = group["params"][position]
                 if param.grad is not None and param not in seen:
                     seen.add(param)
                     others.append((position, param))
-            buckets += self._closer_look(index, others, numbers, overlapping)
-        return plain_layers, buckets
+            if others:
+                buckets += self._slow_path(index, others, hyper, overlapping)
+        return fast_layers, buckets
 
     def _context(self) -> list[Any]:
         return [*self.defaults, *self.defaults.values()]
 
-    def _read_group(self, index: int, group: Group) -> dict[str, Any]:
+    def _read_group(self, index: int, group: Group) -> HyperParameters:
         return _hyper_parameters(f" of parameter group {index}", {**self.defaults, **group})
 
     def _overlapping_layers(self) -> Collection[Tensor]:
@@ -214,24 +215,49 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
             memory += [(param, memory_of(x)) for x in (param, param.grad, buffer) if isinstance(x, Tensor)]
         return {memory[i][0] for i in ops.overlapping([tensor for _, tensor in memory])}
 
-    def _closer_look(
-        self, index: int, layers: list[tuple[int, Tensor]], numbers: dict[str, Any], overlapping: Collection[Tensor]
+    def _slow_path(
+        self, index: int, layers: list[tuple[int, Tensor]], hyper: HyperParameters, overlapping: Collection[Tensor]
     ) -> Iterable[Bucket]:
-        """Return the buckets of those layers of a group that are not plain."""
+        """Return the buckets of those layers of a group that are not on the fast path."""
         buckets: dict[Any, Bucket] = {}
         for position, param in layers:
-            grad = _gradient(index, position, param, numbers, self.state.get(param, {}).get("momentum_buffer"))
+            grad = _gradient(index, position, param, hyper, self.state.get(param, {}).get("momentum_buffer"))
             own: Any = None
             if param in overlapping:
                 own, grad = param, grad.clone()
             kind = (type(param), sharding.process_groups(param), _is_for_torch(param, grad))
             key = (param.device, param.dtype, grad.dtype, grad.layout, own, *kind)
             if key not in buckets:
-                buckets[key] = Bucket(index, self.state, **numbers)
+                buckets[key] = Bucket(index, self.state, hyper)
             buckets[key].params.append(param)
             buckets[key].local_params.append(sharding.local(param))
             buckets[key].grads.append(sharding.local(grad))
         return buckets.values()
+
+
+@dataclass
+class HyperParameters:
+    """The hyper-parameters of a group, as an update takes them."""
+
+    lr: float | Tensor
+    momentum: float
+    dampening: float
+    weight_decay: float
+    nesterov: bool
+    maximize: bool
+    momentum_in_float32: bool
+
+    def __post_init__(self) -> None:
+        self._fast: tuple[Any, Any] | None = None  # the options of LARS that there were last, and both together
+
+    def fast_options(self, options: dict[str, Any] | None) -> Any:
+        """Return the hyper-parameters, and the options of LARS if there are any, as the fast path takes them."""
+        if self._fast is None or self._fast[0] is not options:
+            ours = {field.name: getattr(self, field.name) for field in fields(self)}
+            if options is not None:  # while lr is in the momentum, the group's own reads 1
+                ours |= {name: value for name, value in options.items() if name != "lr" or value is not None}
+            self._fast = options, ops.fast_options("SgdOptions", **ours)
+        return self._fast[1]
 
 
 @dataclass
@@ -240,20 +266,14 @@ class Bucket:
 
     group: int
     state: Any
-    lr: float | Tensor
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
-    maximize: bool
-    momentum_in_float32: bool
+    hyper: HyperParameters
     params: list[Tensor] = field(default_factory=list)
     local_params: list[Tensor] = field(default_factory=list)  # what is here of each
     grads: list[Tensor] = field(default_factory=list)  # likewise
     ratios: Tensor | None = None
 
     def _momentum_dtype(self, param: Tensor) -> torch.dtype:
-        return momentum_dtype_of(param, torch.float32 if self.momentum_in_float32 else None)
+        return momentum_dtype_of(param, torch.float32 if self.hyper.momentum_in_float32 else None)
 
     def update(self, inv_scale: Tensor | None) -> None:
         """Take the step, unless ``inv_scale`` is 0."""
@@ -261,15 +281,15 @@ class Bucket:
             self._update_by_torch()
             return
         layers = len(self.params)
-        dampenings = [self.dampening] * layers
+        dampenings = [self.hyper.dampening] * layers
         buffers = []
-        if self.momentum != 0:
+        if self.hyper.momentum != 0:
             for i, param in enumerate(self.params):
                 buffer = self.state[param].get("momentum_buffer")
                 if buffer is None:
                     dampenings[i] = 0.0  # m ← d: from zeros, undampened
                 buffers.append(momentum_like(param, buffer, self._momentum_dtype(param), self.group))
-        lr, lr_tensor = self.lr, None
+        lr, lr_tensor = self.hyper.lr, None
         if isinstance(lr, Tensor):
             lr_tensor = ops.lr_tensor(lr, self.params[0].device)
             lr = 1.0
@@ -277,17 +297,17 @@ class Bucket:
             self.local_params,
             self.grads,
             [sharding.local(buffer) for buffer in buffers],
-            maximize=self.maximize,
-            weight_decays=[self.weight_decay] * layers,
+            maximize=self.hyper.maximize,
+            weight_decays=[self.hyper.weight_decay] * layers,
             lrs=[lr] * layers,
             lr_tensor=lr_tensor,
-            momentums=[self.momentum] * layers,
+            momentums=[self.hyper.momentum] * layers,
             dampenings=dampenings,
-            nesterov=self.nesterov,
+            nesterov=self.hyper.nesterov,
             ratios=self.ratios,
             inv_scale=inv_scale,
         )
-        for param, buffer in zip(self.params, buffers, strict=self.momentum != 0):
+        for param, buffer in zip(self.params, buffers, strict=self.hyper.momentum != 0):
             self.state[param]["momentum_buffer"] = buffer
         if sharding.is_distributed(self.params[0]):
             sharding.note_writes(self.params + buffers)
@@ -295,13 +315,13 @@ class Bucket:
     def _update_by_torch(self) -> None:
         """Take the step by torch's own functions, which know sparse gradients, and subclasses and lazy parameters."""
         for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
-            weight_decay = self.weight_decay
+            weight_decay = self.hyper.weight_decay
             if self.ratios is not None:
                 if weight_decay != 0:
-                    grad = grad.add(param, alpha=-weight_decay if self.maximize else weight_decay)
+                    grad = grad.add(param, alpha=-weight_decay if self.hyper.maximize else weight_decay)
                 grad, weight_decay = self.ratios[i] * grad, 0.0
-            buffers = [self.state[param].get("momentum_buffer")] if self.momentum != 0 else [None]
-            if self.momentum != 0 and buffers[0] is None:
+            buffers = [self.state[param].get("momentum_buffer")] if self.hyper.momentum != 0 else [None]
+            if self.hyper.momentum != 0 and buffers[0] is None:
                 check_can_begin(param, self.group)
             torch_sgd(
                 [param],
@@ -310,22 +330,14 @@ class Bucket:
                 has_sparse_grad=grad.is_sparse,
                 foreach=False,
                 weight_decay=weight_decay,
-                momentum=self.momentum,
-                lr=self.lr,  # type: ignore[arg-type]
-                dampening=self.dampening,
-                nesterov=self.nesterov,
-                maximize=self.maximize,
+                momentum=self.hyper.momentum,
+                lr=self.hyper.lr,  # type: ignore[arg-type]
+                dampening=self.hyper.dampening,
+                nesterov=self.hyper.nesterov,
+                maximize=self.hyper.maximize,
             )
-            if self.momentum != 0:
+            if self.hyper.momentum != 0:
                 self.state[param]["momentum_buffer"] = buffers[0]
-
-
-def _in_one_pass(options: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what the kernel that measures by itself takes of LARS's options."""
-    if options is None:
-        return {"trust_coef": None, "eps": None, "decayed_norm": False, "clip": False, "lr_in_momentum": False}
-    # While lr is in the momentum the group's own reads 1.
-    return {name: value for name, value in options.items() if name != "lr" or value is not None}
 
 
 def _is_for_torch(param: Tensor, grad: Tensor) -> bool:
@@ -335,7 +347,7 @@ def _is_for_torch(param: Tensor, grad: Tensor) -> bool:
     return not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg())  # to ask would break a graph
 
 
-def _hyper_parameters(of_group: str, group: dict[str, Any]) -> dict[str, Any]:
+def _hyper_parameters(of_group: str, group: Group) -> HyperParameters:
     """Return hyper-parameters as an update takes them, or raise."""
     lr = learning_rate(f"lr{of_group}", group["lr"])
     if group.get("differentiable", False):
@@ -344,28 +356,28 @@ def _hyper_parameters(of_group: str, group: dict[str, Any]) -> dict[str, Any]:
     if momentum_dtype not in (None, torch.float32):
         raise ValueError(f"momentum_dtype{of_group} must be None or torch.float32 (got: {momentum_dtype!r})")
     names = f"momentum{of_group}", f"dampening{of_group}", f"weight_decay{of_group}"
-    numbers = {
-        "lr": lr,
-        "momentum": non_negative_number(names[0], number_in(names[0], group["momentum"])),
-        "dampening": finite_number(names[1], number_in(names[1], group["dampening"])),
-        "weight_decay": non_negative_number(names[2], number_in(names[2], group["weight_decay"])),
-        "nesterov": bool(group["nesterov"]),
-        "maximize": bool(group["maximize"]),
-        "momentum_in_float32": momentum_dtype is not None,
-    }
-    if numbers["nesterov"] and (numbers["momentum"] == 0 or numbers["dampening"] != 0):
+    hyper = HyperParameters(
+        lr=lr,
+        momentum=non_negative_number(names[0], number_in(names[0], group["momentum"])),
+        dampening=finite_number(names[1], number_in(names[1], group["dampening"])),
+        weight_decay=non_negative_number(names[2], number_in(names[2], group["weight_decay"])),
+        nesterov=bool(group["nesterov"]),
+        maximize=bool(group["maximize"]),
+        momentum_in_float32=momentum_dtype is not None,
+    )
+    if hyper.nesterov and (hyper.momentum == 0 or hyper.dampening != 0):
         raise ValueError(
             f"nesterov{of_group} needs momentum and no dampening "
-            f"(momentum: {numbers['momentum']}, dampening: {numbers['dampening']})"
+            f"(momentum: {hyper.momentum}, dampening: {hyper.dampening})"
         )
-    return numbers
+    return hyper
 
 
-def _gradient(group: int, position: int, param: Tensor, numbers: dict[str, Any], momentum_buffer: Any) -> Tensor:
+def _gradient(group: int, position: int, param: Tensor, hyper: HyperParameters, momentum_buffer: Any) -> Tensor:
     """Return a parameter's gradient, distributed as it is, or raise if the step cannot be taken with it."""
     grad = param.grad
     assert grad is not None
-    problem = _problem_of(param, grad, numbers, momentum_buffer)
+    problem = _problem_of(param, grad, hyper, momentum_buffer)
     if problem is not None:
         raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
     if grad.is_sparse:
@@ -376,13 +388,13 @@ def _gradient(group: int, position: int, param: Tensor, numbers: dict[str, Any],
     return placed
 
 
-def _problem_of(param: Tensor, grad: Tensor, numbers: dict[str, Any], momentum_buffer: Any) -> str | None:
+def _problem_of(param: Tensor, grad: Tensor, hyper: HyperParameters, momentum_buffer: Any) -> str | None:
     """Return why no step can be taken with a parameter, its gradient and its momentum, or None."""
-    has_momentum = numbers["momentum"] != 0
+    has_momentum = hyper.momentum != 0
     problem = problem_of_memory(param)
     if problem is None and param.dtype not in ops.DTYPES:
         problem = f"{WRONG_DTYPE} (dtype: {param.dtype})"
-    problem = problem or problem_of_gradient(param, numbers["weight_decay"])
+    problem = problem or problem_of_gradient(param, hyper.weight_decay)
     if problem is None and has_momentum and momentum_buffer is not None:
         problem = problem_of_momentum(param, "momentum_buffer", momentum_buffer)
     if problem is not None:
@@ -392,7 +404,7 @@ def _problem_of(param: Tensor, grad: Tensor, numbers: dict[str, Any], momentum_b
         if not ops.is_writable_in_place(here):
             return f"elements of a parameter must not share memory (strides: {here.stride()})"
     is_kept_apart = has_momentum and momentum_dtype_of(param, torch.float32) != param.dtype
-    if numbers["momentum_in_float32"] and is_kept_apart and _is_for_torch(param, grad):
+    if hyper.momentum_in_float32 and is_kept_apart and _is_for_torch(param, grad):
         return (
             "momentum_dtype must be None for sparse gradients, tensor subclasses and lazily negated parameters "
             f"(dtype: {param.dtype})"
