@@ -30,13 +30,13 @@ from torchlars import LARS, optim
 pytestmark = pytest.mark.usefixtures("one_thread", "checked_sparse_tensors")
 
 
-def example():
+def example(name="MySGD"):
     """The class in the documentation."""
     lines = inspect.cleandoc(optim.__doc__).splitlines()
-    begin = next(i for i, line in enumerate(lines) if line.startswith("    class "))
+    begin = next(i for i, line in enumerate(lines) if line.startswith(f"    class {name}("))
     block = list(itertools.takewhile(lambda line: not line or line.startswith("    "), lines[begin:]))
     source = textwrap.dedent("\n".join(block))
-    (name,) = [node.name for node in ast.parse(source).body if isinstance(node, ast.ClassDef)]
+    assert [type(node) for node in ast.parse(source).body] == [ast.ClassDef]
     namespace = {"torch": torch}
     exec(source, namespace)
     return namespace[name]

@@ -31,18 +31,22 @@ in the momentum, a group's ``lr`` reads 1.
 
 **Ratios of updates**::
 
-    class MyAdamW(torch.optim.Optimizer):
+    class MySignSGD(torch.optim.Optimizer):
         takes_ratios_of_updates = True
 
         @torch.no_grad()
         def step(self, closure=None, *, trust_ratios=None):
-            ...
+            loss = None
+            if closure is not None:
+                with torch.enable_grad():
+                    loss = closure()
             for index, group in enumerate(self.param_groups):
                 params = [param for param in group["params"] if param.grad is not None]
-                updates = [self.direction(param) + group["weight_decay"] * param for param in params]
+                updates = [param.grad.sign() + group["weight_decay"] * param for param in params]
                 ratios = None if trust_ratios is None else trust_ratios.measure_updates([(index, params, updates)])[0]
                 for i, param in enumerate(params):
                     param -= group["lr"] * (updates[i] if ratios is None else ratios[i] * updates[i])
+            return loss
 
 Such a base computes its updates before it writes a parameter, and LAMB keeps no copies of parameters. Updates need not
 survive the rounding of a parameter: in bfloat16 they are as precise as the base computes them.
