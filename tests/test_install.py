@@ -270,7 +270,11 @@ def package(tmp_path):
 
 
 STEP = """
-import torch, torchlars
+import sys, types, torch
+class NoCompiler(types.ModuleType):  # torch imports its compiler for an optimizer's first step, which takes seconds
+    __getattr__ = lambda self, name: lambda function=None, *args, **options: function
+sys.modules["torch._dynamo"] = torch._dynamo = NoCompiler("torch._dynamo")
+import torchlars
 w = torch.nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
 w.grad = torch.tensor([0.6, 0.8], dtype=torch.float64)
 torchlars.LARS(torch.optim.SGD([w], lr=1.0, weight_decay=0.1), eps=0.5, trust_coef=0.01).step()
