@@ -67,8 +67,8 @@ def pretend_toolkit(tmp_path):
 
 
 @pytest.mark.parametrize("value", ["2", "yes", "on"])
-def test_a_wish_that_is_neither_0_nor_1_is_refused(value):
-    result = run("setup.py", "--name", TORCHLARS_CUDA=value)
+def test_a_wish_that_is_neither_0_nor_1_is_refused(value, pretend_torch):
+    result = run("setup.py", "--name", TORCHLARS_CUDA=value, PYTHONPATH=pretend_torch("2.13.0+cpu", None))
     assert result.returncode != 0
     assert f"TORCHLARS_CUDA must be 0, 1 or unset (got: {value!r})" in result.stderr
 
