@@ -1,4 +1,4 @@
-"""Layers kept out of adaptation on purpose, and the warning to whoever forgot them."""
+"""param_groups(), which keeps layers out of adaptation, and the warning of layers whose weights are all 0."""
 
 import copy
 import gc

@@ -1,4 +1,4 @@
-"""The wrapper's story: published numbers, options, what it gathers, what it refuses."""
+"""LARS: published numbers, its options, the layers it gathers, its errors and what it shows."""
 
 import copy
 import pickle

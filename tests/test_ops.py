@@ -1,4 +1,4 @@
-"""The backends against the reference: one table of cases × dtypes × routes.
+"""The backends against the reference: cases × dtypes × routes, dialects and scaled gradients.
 
 The reference runs on the CPU, whatever the device: independent of the GPU under test, and without thousands of small
 kernels.

@@ -1,4 +1,4 @@
-"""benchmarks/scaling: its arithmetic is that of values worked by hand, it runs, and its README says what it found."""
+"""benchmarks/scaling: its arithmetic against values worked by hand, a run, and the figures in its README."""
 
 import importlib
 import json
