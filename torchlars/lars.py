@@ -71,7 +71,7 @@ class LARS(TrustRatioWrapper):
       hidden, and then w ← w_old + r · (w − w_old). Gradients stay as they were, parameters are copied for the duration
       of a step, and what :class:`torchlars.LAMB` says of precision holds here.
 
-    The README's table says which combination gives which implementation.
+    "Coming from X" in ``examples/README.md`` says which combination gives which implementation.
 
     **Sharded layers** (``DTensor``, as FSDP2 and tensor parallelism make them) have the trust ratios of whole layers.
     All ranks must take the step, with gradients of the same layers, which nobody checks: one all-reduce for each
