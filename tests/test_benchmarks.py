@@ -231,7 +231,7 @@ def test_a_package_gives_one_module_without_its_own_imports(module, monkeypatch,
 
 
 def test_host_time_writes_what_the_table_needs(module, tmp_path):
-    argv = ["--tensors", "1", "20", "--out", str(tmp_path), "--name", "run", *QUICK]
+    argv = ["--tensors", "1", "20", "--groups", "1", "4", "--out", str(tmp_path), "--name", "run", *QUICK]
     module("host_time.main").main(argv)
     report = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert report["command"].startswith("python -m benchmarks.host_time.main --tensors 1 20")
@@ -243,6 +243,10 @@ def test_host_time_writes_what_the_table_needs(module, tmp_path):
     table = (tmp_path / "run.md").read_text(encoding="utf-8")
     assert all(f"| {name} " in table for name in timed)
     assert "≤ 100" in table
+    for count in ("1", "4"):
+        timed = report["groups"][count]
+        assert {"no-op", "LARS(torchlars.optim.SGD)", part} <= timed.keys()
+    assert "a further one" in table
 
 
 # --- What the READMEs say ----------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from torchlars import ops
 HYPER = Hyper(lr=1e-6, weight_decay=1e-4)
 PART = "LARS part: LARS(no-op) − no-op"
 TARGET_NS = 100
+LAYERS_IN_GROUPS = 200
 
 Step = Callable[[], object]
 
@@ -37,13 +39,17 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
             "target_ns": TARGET_NS,
             "left_out": {},
             "tensors": {},
+            "groups": {},
         }
         for count in args.tensors:
             report["tensors"][count] = time_tensors(count, args, device, report["left_out"])
+        for count in args.groups:
+            report["groups"][count] = time_groups(count, args, device)
     finally:
         torch.set_num_threads(threads_before)
-    markdown = f"`{report['command']}`\n\n{common.describe(found)}\n\n{summary_table(report)}\n"
-    print(f"\n{summary_table(report)}\n")
+    tables = f"{summary_table(report)}\n\n{groups_table(report)}\n"
+    markdown = f"`{report['command']}`\n\n{common.describe(found)}\n\n{tables}"
+    print(f"\n{tables}")
     common.write(args.out, args.name or f"{args.device}_{found['threads']}_threads", report, markdown)
     return report
 
@@ -53,6 +59,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
     parser.add_argument("--tensors", nargs="+", type=common.positive(int), default=[100, 1000, 10_000], metavar="N")
+    help_of_groups = f"of {LAYERS_IN_GROUPS} tensors in all (default: 1 2 50 200)"
+    parser.add_argument(
+        "--groups", nargs="*", type=common.positive(int), default=[1, 2, 50, 200], metavar="N", help=help_of_groups
+    )
     common.add_arguments(parser, Path(__file__).parent / "results", rounds=15, min_time=0.05)
     args = parser.parse_args(argv)
     common.check_extension(parser)
@@ -122,6 +132,51 @@ def time_tensors(
     times[PART] = [with_lars - base for with_lars, base in zip(times["LARS(no-op)"], times["no-op"], strict=True)]
     per_tensor = {name: [time / count * 1e9 for time in rounds] for name, rounds in times.items()}
     return {name: {**common.summary(rounds), "rounds": rounds} for name, rounds in per_tensor.items()}
+
+
+def time_groups(count: int, args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, Any]]:
+    """Return microseconds of a step over the same tensors of one element in ``count`` groups."""
+    params = [Parameter(torch.full((1,), 0.5, device=device)) for _ in range(LAYERS_IN_GROUPS)]
+    for param in params:
+        param.grad = torch.full((1,), 0.1, device=device)
+
+    def in_groups() -> Any:
+        size = LAYERS_IN_GROUPS // count
+        return [{"params": params[i * size : (i + 1) * size]} for i in range(count)]
+
+    steps: dict[str, Step] = {
+        "no-op": NoOp(in_groups(), HYPER).step,
+        "LARS(no-op)": lars(NoOp(in_groups(), HYPER), HYPER),
+        "SGD fused": sgd(in_groups(), HYPER, "fused").step,
+        "LARS(SGD fused)": lars(sgd(in_groups(), HYPER, "fused"), HYPER),
+        "torchlars.optim.SGD": torchlars_sgd(in_groups(), HYPER).step,
+        "LARS(torchlars.optim.SGD)": lars(torchlars_sgd(in_groups(), HYPER), HYPER),
+    }
+    for step in steps.values():
+        step()
+    samples = {name: partial(common.seconds, step) for name, step in steps.items()}
+    times = common.interleaved(samples, args.rounds, args.min_time, args.seed)
+    times[PART] = [with_lars - base for with_lars, base in zip(times["LARS(no-op)"], times["no-op"], strict=True)]
+    return {name: common.summary([time * 1e6 for time in rounds]) for name, rounds in times.items()}
+
+
+def groups_table(report: dict[str, Any]) -> str:
+    """Return microseconds a step as a Markdown table, with what each further group adds."""
+    counts = list(report["groups"])
+    if not counts:
+        return ""
+    first, last = counts[0], counts[-1]
+    rows = []
+    for name in report["groups"][first]:
+        medians = [report["groups"][count][name]["median"] for count in counts]
+        more = (medians[-1] - medians[0]) / max(last - first, 1)
+        rows.append([name, *(f"{median:.0f}" for median in medians), f"{more:.2f}"])
+    header = [
+        f"µs a step, {LAYERS_IN_GROUPS} tensors: median",
+        *(f"{count} groups" for count in counts),
+        "a further one",
+    ]
+    return common.table(header, rows)
 
 
 def summary_table(report: dict[str, Any]) -> str:
