@@ -214,7 +214,7 @@ def test_both_sgds_and_both_ways_agree_in_other_dtypes(dtype, dialect, backend, 
         ours.step()
         theirs.step()
         with monkeypatch.context() as patched:
-            patched.setattr(ops, "plain_layers", lambda kind: ops.NoPlainLayers())
+            patched.setattr(ops, "fast_layers", lambda kind: ops.NoFastPath())
             closer.step()
         for p, q, same in zip(params_of(ours), params_of(theirs), params_of(closer), strict=True):
             torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)

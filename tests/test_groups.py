@@ -621,3 +621,15 @@ def test_a_graph_that_is_captured_is_not_disturbed(far_away, monkeypatch):
     assert far_away.asked == 0
     optimizer = LARS(SGD(layers(1), lr=16.0))
     assert optimizer._zero_layers._answers == []
+
+
+def test_groups_that_are_not_always_adapted_are_warned_of_too():
+    params = [nn.Parameter(torch.ones(3)) for _ in range(2)]
+    for param in params:
+        param.grad = torch.ones(3)
+    groups = [{"params": [param], "weight_decay": decay} for param, decay in zip(params, (0.1, 0.0), strict=True)]
+    optimizer = LARS(SGD(groups, lr=16.0), always_adapt=False)
+    message = r"a group with always_adapt=False and no weight decay takes .* \(group: 1, lr: 16\)"
+    with pytest.warns(UserWarning, match=message):
+        optimizer.step()
+    optimizer.step()

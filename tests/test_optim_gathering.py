@@ -200,13 +200,13 @@ def test_an_optimizers_plain_layers_are_all_taken_once_they_have_momentum(extens
         assert sum(len(bucket.params) for bucket in left) == others
         assert sum(len(bucket.params) for bucket in plain) == 10 - others
         ours.step()
-    assert ops.plain_layers("SgdLayers").buckets == []
+    assert ops.fast_layers("SgdLayers").buckets == []
 
 
 def test_without_extension_or_while_compiling_no_layer_is_plain(backend):
-    layers = ops.plain_layers("LarsLayers")
-    assert isinstance(layers, ops.NoPlainLayers) == (backend == "reference")
-    none = ops.NoPlainLayers()
+    layers = ops.fast_layers("LarsLayers")
+    assert isinstance(layers, ops.NoFastPath) == (backend == "reference")
+    none = ops.NoFastPath()
     assert list(add_to_sgd(none, [parameter(3)] * 3)) == [0, 1, 2]
     assert list(add_to_lars(none, (parameter(3),))) == [0]
     assert list(none.buckets) == []

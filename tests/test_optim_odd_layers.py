@@ -231,8 +231,8 @@ def test_dtensors_are_stepped_as_by_torch(process_group, options, under_lars, ba
 
     ours, theirs = build(optim.SGD), build(torch.optim.SGD)
     if backend == "extension":
-        positions = add_to_sgd(ops.plain_layers("SgdLayers"), ours.param_groups[0]["params"])
-        assert positions == add_to_lars(ops.plain_layers("LarsLayers"), ours.param_groups[0]["params"]) == [1]
+        positions = add_to_sgd(ops.fast_layers("SgdLayers"), ours.param_groups[0]["params"])
+        assert positions == add_to_lars(ops.fast_layers("LarsLayers"), ours.param_groups[0]["params"]) == [1]
     grads = [p.grad.clone() for p in params_of(theirs)]
     for _ in range(3):
         for p, grad in zip(params_of(theirs), grads, strict=True):

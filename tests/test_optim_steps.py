@@ -246,7 +246,7 @@ def test_bits_do_not_depend_on_threads_or_repetition(extension, threads, under_l
 @unders
 def test_bits_do_not_depend_on_who_gathers(extension, monkeypatch, under_lars, sgd, dtype):
     gathered = bits_of_large(dtype, under_lars, sgd, momentum=0.9)
-    monkeypatch.setattr(ops, "plain_layers", lambda kind: ops.NoPlainLayers())
+    monkeypatch.setattr(ops, "fast_layers", lambda kind: ops.NoFastPath())
     assert_bits(bits_of_large(dtype, under_lars, sgd, momentum=0.9), gathered)
 
 

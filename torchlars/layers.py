@@ -20,7 +20,7 @@ WRONG_DTYPE = "parameters must be of a real or complex floating dtype with at le
 
 @torch.no_grad()
 def copies(params: Iterable[Tensor]) -> dict[Tensor, Tensor]:
-    """Return what parameters hold now, by parameter; of sharded ones, what is here."""
+    """Return copies of parameters, by parameter; of sharded ones, of their local part."""
     distinct = list(dict.fromkeys(params))
     here = [sharding.local(param) for param in distinct]
     copied = [torch.empty_like(tensor) for tensor in here]
@@ -84,16 +84,16 @@ def problem_of_gradient(param: Tensor, weight_decay: float) -> str | None:
 
 
 def memory_of(tensor: Tensor) -> Tensor:
-    """Return what holds the numbers of a tensor that are here."""
+    """Return the strided tensor that holds the local elements of a tensor."""
     return tensor._values() if tensor.is_sparse else sharding.local(tensor)
 
 
 def writable_gradient(param: Tensor) -> Tensor:
-    """Return what of a gradient can be written in place: itself or what is here of it, or the values of a sparse one.
+    """Return the local part of a gradient, or the values of a sparse one, so that it can be written in place.
 
-    A gradient that is a view of itself (expanded, overlapping, lazily conjugated or negated) or was made in inference
-    mode is replaced by its values first, an uncoalesced sparse one by its sum, and one that is distributed otherwise
-    than its parameter by what a collective makes of it.
+    ``.grad`` is replaced first by a copy if elements share memory (expanded, overlapping), if it is lazily conjugated
+    or negated, or if it was made in inference mode; by its coalesced form if it is sparse and uncoalesced. A gradient
+    whose placements differ from its parameter's is redistributed.
     """
     assert param.grad is not None
     grad = sharding.placed_like(param, param.grad)
@@ -116,10 +116,10 @@ def writable_gradient(param: Tensor) -> Tensor:
 
 
 def own_gradients(written: Iterable[Tensor], params: Iterable[Tensor], state: Any) -> bool:
-    """Give gradients that are to be written memory of their own. Return whether any had to be replaced by a copy.
+    """Copy gradients that are to be written and share memory. Return whether there were any.
 
-    Two parameters may have the same gradient, or such that overlap: to scale it for one layer would scale it for the
-    other, too. A gradient may also be the memory of a parameter, or of what the base keeps for one, such as momentum.
+    Two parameters may have the same gradient, or overlapping ones: scaling it for one layer would scale it for the
+    other, too. A gradient may also share the memory of a parameter, or of its state, such as momentum.
 
     Args:
         written: the parameters whose gradients are to be written.
@@ -214,11 +214,11 @@ def scale_updates(params: Sequence[Tensor], old_params: Sequence[Tensor], ratios
 
 
 def readable_gradient(param: Tensor) -> Tensor:
-    """Return what is here of a gradient, distributed as its parameter is, or the values of a sparse one."""
+    """Return the local part of a gradient, with its parameter's placements, or the values of a sparse one."""
     assert param.grad is not None
     grad = sharding.placed_like(param, param.grad)
     if grad is not param.grad:
-        param.grad = grad  # for the base, so that it need not do the same again
+        param.grad = grad  # so that the base does not redistribute it again
     return grad.coalesce()._values() if grad.is_sparse else sharding.local(grad)
 
 

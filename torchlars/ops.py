@@ -49,7 +49,7 @@ if extension is not None:
         _library.impl(_name, getattr(reference, _name), "CompositeExplicitAutograd")  # type: ignore[no-untyped-call]
 
 
-class NoPlainLayers:
+class NoFastPath:
     """Takes no layer: all are left to the slow path."""
 
     buckets = ()
@@ -62,23 +62,23 @@ class NoPlainLayers:
         return range(len(params))
 
 
-def plain_layers(kind: str) -> Any:
-    """Return an object that gathers the plain layers of a step in C++, the fast path.
+def fast_layers(kind: str) -> Any:
+    """Return an object that gathers layers of a step in C++, the fast path.
 
-    Its ``add(params, ...)`` takes a group's plain layers, and returns the positions of the parameters that are left to
-    the slow path in Python. Its ``buckets`` hold the layers that it took. While compiling it takes none, as C++ cannot
-    be traced.
+    Its ``add(params, ...)`` takes the dense real layers of a group, and returns the positions of the parameters that
+    are left to the slow path in Python. Its ``buckets`` hold the layers that it took. While compiling it takes none, as
+    C++ cannot be traced.
 
     Args:
         kind: ``"LarsLayers"`` or ``"SgdLayers"``.
     """
     if torch.compiler.is_compiling() or _backend is reference:
-        return NoPlainLayers()
+        return NoFastPath()
     return getattr(extension, kind)()
 
 
 def fast_options(kind: str, **values: Any) -> Any:
-    """Return the options of a group as ``add`` of :func:`plain_layers` takes them.
+    """Return the options of a group as ``add`` of :func:`fast_layers` takes them.
 
     Args:
         kind: ``"LarsOptions"`` or ``"SgdOptions"``.

@@ -1,9 +1,8 @@
-"""The only room that knows DTensor: what is here of a layer, and sums over all who hold the rest of it.
+"""Sharded layers (DTensor): the local part of each, and sums of squared norms over the ranks that hold it.
 
-A layer that is sharded over a device mesh is a ``DTensor``: :func:`torch.distributed.fsdp.fully_shard`, tensor
-parallelism and both together make such parameters. Every rank sweeps its own shard, and the squared norm of the layer
-is the sum of those of its shards. Ranks tell each other that, and take gradients that are sums still to be taken
-(``Partial``); nothing else.
+:func:`torch.distributed.fsdp.fully_shard`, tensor parallelism and both together make parameters that are ``DTensor``.
+Each rank measures and updates its own shard, and the squared norm of a layer is the sum of those of its shards. That
+sum, and the redistribution of gradients whose placements differ from their parameter's, are the only communication.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 __all__: list[str] = []
 
 
-#: What is wrong with a tensor that has come into a group in the place of several layers.
+#: The error for a tensor that holds pieces of several layers.
 FLAT_PARTITION = (
     "parameters must be whole layers, but this tensor is no torch.nn.Parameter and came into its group after the "
     "optimizer was wrapped, as the flat partitions of DeepSpeed ZeRO do, which hold pieces of several layers; shard by "
@@ -33,7 +32,7 @@ def is_distributed(tensor: Tensor) -> bool:
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return what is here of a tensor: itself, or this rank's shard or replica, which shares its memory."""
+    """Return the local part of a tensor: itself, or this rank's shard or replica, which shares its memory."""
     if not is_distributed(tensor):
         return tensor
     dtensor: Any = tensor
@@ -58,7 +57,7 @@ def process_groups(param: Any) -> tuple[Any, ...]:
 
 
 def problem_of(param: Any) -> str | None:
-    """Return why a parameter cannot be a layer whose shards are told apart, or None."""
+    """Return why a parameter is no whole layer whose shards are known, or None."""
     if getattr(param, "_fsdp_flattened", False) or hasattr(param, "_param_numels"):  # of torch, or of fairscale
         return (
             "parameters must be whole layers, but FSDP1 flattens and splits them; use fully_shard (FSDP2) from "
@@ -85,9 +84,9 @@ def problem_of_gradient(param: Any) -> str | None:
 
 
 def placed_like(param: Tensor, tensor: Tensor) -> Tensor:
-    """Return a tensor distributed as a parameter is: itself, or what a collective makes of it.
+    """Return a tensor with its parameter's placements: itself, or redistributed by a collective.
 
-    A gradient may be ``Partial``, a sum that is still to be taken (SequenceParallel leaves such).
+    A gradient may be ``Partial``, a pending sum, as SequenceParallel leaves them.
     """
     if not is_distributed(param):
         return tensor
@@ -104,8 +103,8 @@ def complete(squared_norms: Iterable[tuple[Sequence[Any], Tensor]]) -> None:
     Every rank of a group must come here with the same layers, in the same order.
 
     Args:
-        squared_norms: vectors of squared norms of what is here, each with the process groups over which its layers are
-            split. For none of these it is left alone.
+        squared_norms: vectors of local squared norms, each with the process groups over which its layers are split. A
+            vector without groups stays as it is.
     """
     parts: dict[Any, list[Tensor]] = {}
     for groups, vector in squared_norms:
@@ -119,5 +118,5 @@ def complete(squared_norms: Iterable[tuple[Sequence[Any], Tensor]]) -> None:
 
 
 def note_writes(tensors: Iterable[Tensor]) -> None:
-    """Let autograd know that shards were written, of which their DTensors know nothing."""
+    """Increment the versions of DTensors whose local shards were written."""
     torch.autograd.graph.increment_version([tensor for tensor in tensors if is_distributed(tensor)])

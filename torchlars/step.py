@@ -356,7 +356,7 @@ class Step:
 
     def _gather_as_they_lie(self) -> tuple[Any, Sequence[Bucket]]:
         """Return all layers to adapt, in buckets, wherever their gradients lie in memory."""
-        fast_layers = ops.plain_layers("LarsLayers")
+        fast_layers = ops.fast_layers("LarsLayers")
         buckets: dict[Any, Bucket] = {}
         seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
         for index, group in enumerate(self._wrapper.param_groups):

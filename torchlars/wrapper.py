@@ -30,10 +30,10 @@ StateDict = dict[str, Any]
 
 
 class OptimizerWrapper(Optimizer):
-    """Borrows a base optimizer's groups, state and defaults; to be subclassed with a ``step`` and its options.
+    """An optimizer whose groups, state and defaults are the base optimizer's. Subclasses add ``step`` and options.
 
-    There is no ``super().__init__``, which would create groups and state of its own, and no ``__getattr__``, which
-    would send hooks to the base. Aliases of groups and state would go stale, since loading a state dict replaces them.
+    It does not call ``super().__init__``, which would create groups and state of its own, and has no ``__getattr__``,
+    which would register hooks on the base. Groups and state are properties, as loading a state dict replaces both.
 
     Args:
         optimizer: the base optimizer.
@@ -105,7 +105,7 @@ class OptimizerWrapper(Optimizer):
         checked = {name: cls.options[name](name, value) for name, value in options.items()}
         return _class_over(cls, base, checked)  # type: ignore[no-any-return]
 
-    # What is borrowed.
+    # What belongs to the base.
 
     @property
     def param_groups(self) -> list[Group]:
@@ -162,7 +162,7 @@ class OptimizerWrapper(Optimizer):
         if hasattr(self.optim, "eval"):
             self.optim.eval()
 
-    # What is owned.
+    # What belongs to the wrapper.
 
     def check_group(self, index: int, group: Group) -> None:
         """Raise if an option that the ``index``-th group holds is wrong, or does not go together with the others."""
@@ -194,7 +194,7 @@ class OptimizerWrapper(Optimizer):
         return any(name in base.defaults for base in bases(self.optim))
 
     def __getstate__(self) -> StateDict:
-        """Return what the wrapper owns. Hooks are dropped, as torch drops them.
+        """Return the base and the options. Hooks are dropped, as torch drops them.
 
         Not ``__dict__``: a scheduler leaves an attribute ``step`` there which is bound to this very object, and a copy
         that took it along would step the original.
@@ -202,7 +202,7 @@ class OptimizerWrapper(Optimizer):
         return {"optim": self.optim, **{name: getattr(self, name) for name in self.options}}
 
     def __setstate__(self, state: StateDict) -> None:
-        """Set what is given. What is the base's is given to the base: ``__setstate__({"state": ...})`` resets that."""
+        """Set what is given. Groups, state and defaults are set on the base."""
         of_base = {name: value for name, value in state.items() if name in ("param_groups", "state", "defaults")}
         self.__dict__.update((name, value) for name, value in state.items() if name not in of_base)
         if of_base:

@@ -23,13 +23,13 @@ __all__: list[str] = []
 
 
 class ZeroLayers:
-    """Layers whose weights may all be 0 at their first step: warns of those that are about to take a LARS-sized lr.
+    """The warning of layers whose weights are all 0 at their first step.
 
-    Such a layer has no norm to go by. Its trust ratio is 1, and its step the base's, at an lr that was chosen for
-    trust ratios of a thousandth. Whether it is 0 is known on the device only. On the CPU it is looked up at the step;
-    on an accelerator it is asked for when the layer comes in, and taken from the answer at the step if that has come
-    back and the layer is the same as then. The host never waits: an answer that is late goes unread. Sharded layers
-    are not looked at: that would take another collective.
+    Such a layer has no norm, and its trust ratio is 1: it takes the whole of an lr that was chosen for trust ratios of
+    about a thousandth. Training collapses if biases that start at 0 get LARS's lr. On the CPU the weights are looked up
+    at the step. On an accelerator their norms are requested when the layer is added, and read at the step if they have
+    arrived and the layer has not changed since. The host never waits; a late answer is not read. Sharded layers are not
+    checked.
     """
 
     def __init__(self) -> None:
@@ -37,13 +37,13 @@ class ZeroLayers:
         self._answers: list[tuple[dict[Tensor, tuple[int, int]], Tensor, torch.Event]] = []
 
     def watch(self, params: Iterable[Tensor]) -> None:
-        """Take in layers that have not had their first step."""
+        """Add layers that have not had their first step."""
         if torch.compiler.is_compiling():
             return
         params = [param for param in params if _is_plain(param)]
         self._watched.update(params)
         for bucket in _buckets(param for param in params if not _is_readable(param)):
-            # This is no more than a courtesy, and devices differ in what they can do.
+            # Devices differ in what they support, and a missing warning is no error.
             with suppress(RuntimeError, TypeError):
                 if not is_capturing(bucket[0].device):
                     flags = (ops.squared_norms(bucket) == 0).to("cpu", non_blocking=True)
@@ -103,7 +103,7 @@ class ZeroLayers:
 
 
 def _is_plain(param: Tensor) -> bool:
-    """Return whether a tensor is what it seems: neither sharded nor fake, and with elements to be 0."""
+    """Return whether a tensor is dense, not a subclass, on a real device, and has elements."""
     return (
         type(param) in (Tensor, nn.Parameter)
         and param.device.type != "meta"
@@ -115,24 +115,26 @@ def _is_plain(param: Tensor) -> bool:
 
 
 def _is_readable(param: Tensor) -> bool:
-    """Return whether to read a tensor's values makes nobody wait."""
+    """Return whether a tensor's values can be read without waiting for a device."""
     return param.device.type == "cpu"
 
 
 def large_lr_of_unadapted(optim: Optimizer, adapted: Sequence[int]) -> str | None:
-    """Return what to warn of if a group that opts out is about to take an lr for trust ratios, beside adapted ones.
+    """Return a warning if a group that is not adapted has an lr that is made for trust ratios, beside adapted groups.
 
-    Schedulers that set an lr, and do not multiply it, do that. An lr that is a tensor on an accelerator is not read.
+    Schedulers that set lrs instead of multiplying them cause that. A tensor on an accelerator is not read.
     """
     groups = optim.param_groups
     if len(adapted) == len(groups):
         return None
-    for index, group in enumerate(groups):
-        if index in adapted or not _is_at_least_1(group.get("lr")) or _finds_its_step(optim):
+    for index in sorted(set(range(len(groups))).difference(adapted)):
+        group = groups[index]
+        if not _is_at_least_1(group.get("lr")) or _finds_its_step(optim):
             continue
         if any(param.grad is not None for param in group["params"]) and any(groups[i]["params"] for i in adapted):
+            why = "trust_coef=None" if group.get("trust_coef", 0) is None else "always_adapt=False and no weight decay"
             return (
-                "a group with trust_coef=None takes its lr whole, without a trust ratio, and one of 1 or more is made "
+                f"a group with {why} takes its lr whole, without a trust ratio, and one of 1 or more is made "
                 f"for trust ratios (group: {index}, lr: {float(group['lr']):g}); a scheduler that sets lrs needs one "
                 "for each group, as in OneCycleLR(optimizer, max_lr=[16, 0.05], ...)"
             )
@@ -171,7 +173,7 @@ def _stamp(param: Tensor) -> tuple[int, int]:
 
 
 def _record(device: torch.device) -> torch.Event:
-    """Return an event behind what a device has been asked for until now."""
+    """Return an event that is recorded after all work that was launched on a device."""
     return torch.accelerator.current_stream(device).record_event()
 
 

@@ -80,7 +80,7 @@ def contestants(params: list[Parameter], left_out: dict[str, str]) -> dict[str, 
     )
 
     def gather() -> None:
-        layers = ops.plain_layers("LarsLayers")
+        layers = ops.fast_layers("LarsLayers")
         layers.add(params, options)
         gathered[:] = layers.buckets
 

@@ -178,7 +178,7 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
 
         Buckets are updated one after the other, which gives overlapping layers the order that they are listed in.
         """
-        fast_layers = ops.plain_layers("SgdLayers")
+        fast_layers = ops.fast_layers("SgdLayers")
         buckets: list[Bucket] = []
         seen: set[Tensor] = set()
         of_groups = self._reader.read(self.param_groups, self._read_group, self._context)
