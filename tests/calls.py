@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from torchlars import ops
@@ -47,6 +48,7 @@ def scale_updates(
 
 def sgd(*, module: Any = ops, **arguments: Any) -> Tensor:
     """Call ``sgd_``, with ``trust_coefs`` and ``eps``."""
-    ratios = ops.empty_ratios(arguments["grads"], arguments["params"])
+    layers = arguments["grads"], arguments["params"]
+    ratios = ops.empty_ratios(*layers) if all(layers) else torch.empty(0)
     module.sgd_(**arguments, ratios=ratios)
     return ratios

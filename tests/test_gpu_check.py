@@ -5,6 +5,7 @@ import os
 import re
 import shlex
 import subprocess
+from functools import wraps
 from itertools import product
 from pathlib import Path
 
@@ -32,9 +33,10 @@ def test_cases_agree_with_the_reference_on_the_cpu(module, extension, threads, c
 def test_cases_take_in_what_sanitizers_are_to_see(module):
     cases = module("gpu_check.cases")
     every = list(cases.cases())
-    scaled = filter(cases.takes_inv_scale, ops.OPS)
-    assert {(case.op, case.dtype) for case in every} == {*product(ops.OPS, cases.DTYPES)}
-    assert {(case.op, case.sizes) for case in every} > {*product(ops.OPS, (cases.MANY, cases.SMALL, cases.EMPTY))}
+    scaled = filter(cases.takes_inv_scale, cases.OPS)
+    assert {op.partition(" ")[0] for op in cases.OPS} == set(ops.OPS)
+    assert {(case.op, case.dtype) for case in every} == {*product(cases.OPS, cases.DTYPES)}
+    assert {(case.op, case.sizes) for case in every} > {*product(cases.OPS, (cases.MANY, cases.SMALL, cases.EMPTY))}
     assert {(case.op, case.inverse) for case in every} > {*product(scaled, cases.INVERSES)}
     tensors = cases.arguments(every[0])["tensors"]
     copies = cases.copied(tensors, torch.device("cpu"), {})
@@ -47,7 +49,8 @@ def test_a_case_that_disagrees_stops_everything(module, extension, monkeypatch):
     cases = module("gpu_check.cases")
     first = next(cases.cases())
     right = getattr(reference, first.op)
-    monkeypatch.setattr(reference, first.op, lambda tensors, inv_scale: 1.001 * right(tensors, inv_scale))
+    wrong = wraps(right)(lambda tensors, **more: 1.001 * right(tensors, **more))
+    monkeypatch.setattr(reference, first.op, wrong)
     with pytest.raises(AssertionError, match=f"{first.op} float32, 14 layers, inv_scale None: result differs"):
         cases.check(first, torch.device("cpu"))
 

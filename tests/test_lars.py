@@ -510,7 +510,7 @@ def test_repr_shows_the_options_and_the_base():
     _, base = make()
     assert repr(LARS(base, trust_coef=0.02, norm="decayed")) == (
         "LARS(eps=1e-08, trust_coef=0.02, clip=False, norm='decayed', lr_in_momentum=False, apply_to='gradient', "
-        f"weight_decay=None, optim={base!r})"
+        f"always_adapt=True, weight_decay=None, optim={base!r})"
     )
 
 
