@@ -35,17 +35,16 @@ def param_groups(
     - of a batch, instance, layer, group or RMS norm of torch or of a class derived from one, whatever its dimensions,
     - whose name matches a pattern of ``exclude``.
 
-    A parameter that several modules share comes once, and belongs to the second group if any of its owners or names
-    says so. Frozen parameters are there as well, so that they can be thawed. A group without parameters is left out.
-    Norms of your own whose weights have more dimensions, and magnitudes of a weight norm, are found by name only.
+    A parameter that several modules share is listed once, and is in the second group if any of its modules or names
+    puts it there. Frozen parameters are included. A group without parameters is left out. Norms of your own whose
+    weights have more dimensions, and magnitudes of a weight norm, must be excluded by name.
 
-    **Why the second lr matters.** Under LARS, lr is of another size than the base's own: trust ratios of a thousandth
-    or so stand before it. Biases that are left to the base at that lr, or that start at 0 and so have the trust ratio
-    1, take a step a hundred times too long, and training collapses. A scheduler that multiplies keeps the two lrs in
-    proportion. One that sets lrs gives the weights' lr to all groups, unless it is told one for each, in their order:
+    **Why the second lr matters.** Under LARS, lr is multiplied by trust ratios of about a thousandth, and is larger
+    accordingly. Training collapses if biases get that lr without adaptation, or start at 0 (trust ratio 1). A scheduler
+    that multiplies lrs keeps the two in proportion. One that sets lrs must be given one for each group, in order:
     ``OneCycleLR(optimizer, max_lr=[16, 0.05], ...)``, and likewise ``base_lr`` and ``max_lr`` of ``CyclicLR`` and
-    ``swa_lr`` of ``SWALR``. An ``eta_min`` is one for all groups: leave it at 0, or below ``bias_lr``. Learning rate
-    finders set one for all, too. The wrapper warns once if a group with ``trust_coef=None`` is about to take an lr ≥ 1.
+    ``swa_lr`` of ``SWALR``. ``eta_min`` is shared by all groups: leave it at 0, or below ``bias_lr``. Learning rate
+    finders set one lr for all groups, too. The wrapper warns once if a group that is not adapted has an lr ≥ 1.
 
     Args:
         model: any module. Names are those of its ``named_parameters()``.

@@ -16,8 +16,8 @@ __all__ = ["LAMB"]
 class LAMB(TrustRatioWrapper):
     r"""Layer-wise adaptive moments around a base optimizer: the trust ratio of the base's update.
 
-    The base takes its whole step, with its own weight decay and momentum. Then the step of every layer (every parameter
-    tensor *w*) gets another length:
+    The base takes its whole step, with its own weight decay and momentum. Then the update of every layer (every
+    parameter tensor *w*) is multiplied by a trust ratio:
 
     .. math::
         w \leftarrow w_\text{old} + r \cdot (w - w_\text{old}), \qquad
@@ -28,23 +28,23 @@ class LAMB(TrustRatioWrapper):
     *trust ratio*, η ``trust_coef``, ε ``eps`` and γ the group's learning rate at this step. So a layer's step has the
     length γ · η · ‖w‖, or with ``clip`` that at most.
 
-    Over AdamW that is LAMB, and the wrapper for all bases that barely notice a gradient's scale (the Adam family, Muon,
-    Adafactor), over which :class:`torchlars.LARS` does almost nothing. Over SGD with momentum it is a LARS that scales
+    Over AdamW this is LAMB. It suits all bases whose steps hardly depend on a gradient's scale (the Adam family, Muon,
+    Adafactor), over which :class:`torchlars.LARS` has almost no effect. Over SGD with momentum it is a LARS that scales
     the momentum, too.
 
-    **Gradients** stay as they were. Each parameter is copied for the duration of a step; of a sharded one
-    (``DTensor``), what is here. Norms are those of whole layers, and all ranks must have gradients of the same layers,
-    as in :class:`torchlars.LARS`.
+    **Gradients** stay as they were. Each parameter, or its local shard (``DTensor``), is copied for the duration of a
+    step, unless the base takes ratios of updates (see :mod:`torchlars.optim`). Norms are those of whole layers, and all
+    ranks must have gradients of the same layers, as in :class:`torchlars.LARS`.
 
     **Precision.** An update is the difference of two values of the parameter's dtype, each of which was rounded. So it
     must not be much smaller than the parameter: in float32 it is good to 1 % where ‖γu‖ is above 1e-5 · ‖w‖, which
     Adam's always is in practice. In bfloat16 and float16 most of a small update is lost: keep such parameters in
     float32.
 
-    Parameters, groups, state and hyper-parameters are the base's, and whatever drives a torch optimizer drives this
-    one. A group may hold ``trust_coef``, ``eps`` and ``clip`` as keys of its own, and ``trust_coef=None`` to be left to
-    the base, as biases and normalisation layers often are (see :func:`torchlars.param_groups`). Where the base itself
-    has a key ``eps``, as Adam has, that one is the base's.
+    Parameters, groups, state and hyper-parameters are the base's, and everything that works on a torch optimizer works
+    on this one. A group may hold each option as a key, and with ``trust_coef=None`` the base steps it as it is, as is
+    common for biases and normalisation layers (see :func:`torchlars.param_groups`). A key that the base itself has, as
+    Adam has ``eps``, is the base's.
 
     Args:
         optimizer: the base, any :class:`torch.optim.Optimizer` whose groups have an ``lr``. Kept as ``.optim``.

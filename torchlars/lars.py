@@ -36,59 +36,58 @@ class LARS(TrustRatioWrapper):
     with the L2 norm over the whole layer, *r* = 1 where either norm is zero, and (g − λw) in groups that maximize.
     *r* is the *trust ratio*, η ``trust_coef``, ε ``eps`` and λ the group's weight decay, if it is coupled.
 
-    **The learning rate** enters once, in the base: a step of plain SGD has the length lr · η · ‖w‖ or less, whatever
-    the gradient's. So lr is of another size here than for SGD alone, and nearly the same for all batch sizes. Momentum
-    is the base's and collects gradients that are already scaled, without lr; the paper's Algorithm 1 keeps lr inside
-    the momentum (``lr_in_momentum=True``). The two differ while lr changes.
+    **Learning rate.** The base multiplies the adapted gradient by its lr. A step of plain SGD then has at most the
+    length lr · η · ‖w‖, whatever the gradient's length. So lr is much larger than for SGD alone, and nearly the same
+    for all batch sizes. Momentum is the base's: it accumulates adapted gradients, without lr. The paper's Algorithm 1
+    accumulates lr times them (``lr_in_momentum=True``); the two differ while lr changes.
 
-    **Gradients are consumed**: after :meth:`step`, ``p.grad`` holds r · (g + λw). Clip before it, and look at gradients
-    before it. A base that takes trust ratios (see :mod:`torchlars.optim`) multiplies by them in its own update: then
-    ``p.grad`` stays as it was, and no weight decay is hidden from the base.
+    **Gradients are overwritten**: after :meth:`step`, ``p.grad`` holds r · (g + λw). Clip and inspect gradients before
+    it. Over a base that takes trust ratios (see :mod:`torchlars.optim`) ``p.grad`` stays as it was, as such a base
+    multiplies by them in its own update; its weight decay is not hidden.
 
-    **Weight decay** that the base would add to the gradient (SGD, Adam, RMSprop, ...) is taken over, and hidden from
-    the base while it steps. Decoupled weight decay (AdamW, Muon, Adafactor) stays the base's: then λ = 0. Whether it is
-    decoupled is read from a group, or from the base's defaults, as ``decoupled_weight_decay``, ``weight_decouple``,
-    ``decoupled_decay``, ``decoupled``, ``decouple``, ``use_decoupled_weight_decay``, ``stable_weight_decay``,
-    ``weight_decay_type`` or ``adam_w_mode``; the classes of timm, pytorch_optimizer and bitsandbytes that say nothing
-    are known by name. So are bases that another optimizer keeps as an attribute (Lookahead, SAM). One warning is given
-    for a base of which nothing is known, and its decay is taken for coupled. ``weight_decay="decoupled"``, or
-    ``decoupled_weight_decay`` in its groups, says which it is.
+    **Weight decay.** LARS takes over coupled weight decay, which the base would add to the gradient (SGD, Adam,
+    RMSprop, ...), and hides it from the base during its step. Decoupled weight decay (AdamW, Muon, Adafactor) stays
+    with the base, and λ is 0. LARS reads which it is from a group, or from the base's defaults, under
+    ``decoupled_weight_decay``, ``weight_decouple``, ``decoupled_decay``, ``decoupled``, ``decouple``,
+    ``use_decoupled_weight_decay``, ``stable_weight_decay``, ``weight_decay_type`` or ``adam_w_mode``. It has a list of
+    the classes of timm, pytorch_optimizer and bitsandbytes without such a key, and looks also at bases that another
+    optimizer keeps as an attribute (Lookahead, SAM). For any other base it warns once, and treats the decay as coupled.
+    ``weight_decay="decoupled"``, or ``decoupled_weight_decay`` in the groups, says which it is.
 
-    **Other bases.** The Adam family, Muon, Adafactor and Rprop barely notice a gradient's scale, so that LARS does
-    almost nothing over them: :class:`torchlars.LAMB` is their wrapper. LBFGS needs ``line_search_fn="strong_wolfe"``:
-    scaled gradients are not those of the loss, and steps of a length that is derived from them alone climb.
+    **Other bases.** The steps of the Adam family, Muon, Adafactor and Rprop hardly depend on a gradient's scale, so
+    that LARS has almost no effect over them: use :class:`torchlars.LAMB`. LBFGS needs
+    ``line_search_fn="strong_wolfe"``, as scaled gradients are not those of the loss, and step lengths that are derived
+    from them alone diverge.
 
     **Dialects.** Other implementations of LARS differ in five places, with γ for the group's lr at this step:
 
-    - ``clip=True``: *r* ← min(*r* / γ, 1), so that *r* is a layer's learning rate and γ its upper bound. Where γ is 0,
-      as in the first step of some warm-ups, that is 1: nothing moves, but momentum takes whole gradients.
-    - ``norm="decayed"``: ‖g + λw‖ in the place of ‖g‖ + λ‖w‖.
-    - ``lr_in_momentum=True``: the gradient becomes γ · r · (g + λw), and the base steps with an lr of 1, so that
-      momentum keeps the lr of the steps in which it was collected. While the base steps, its own hooks read that 1, and
-      what they make of it is lost.
-    - ``always_adapt=False``: *r* = 1 for layers without weight decay, of either kind.
-    - ``apply_to="update"``: the base takes its whole step with its own gradient, weight decay and momentum, nothing is
-      hidden, and then w ← w_old + r · (w − w_old). Gradients stay as they were, parameters are copied for the duration
-      of a step, and what :class:`torchlars.LAMB` says of precision holds here.
+    - ``clip=True``: *r* ← min(*r* / γ, 1), so that *r* is a layer's learning rate and γ its upper bound. If γ is 0, as
+      in the first step of some warm-ups, *r* is 1: parameters do not move, but momentum accumulates whole gradients.
+    - ``norm="decayed"``: ‖g + λw‖ instead of ‖g‖ + λ‖w‖.
+    - ``lr_in_momentum=True``: the gradient becomes γ · r · (g + λw), and the base steps with an lr of 1. The base's own
+      step hooks read an lr of 1, and changes that they make to it are lost.
+    - ``always_adapt=False``: *r* is 1, and not clipped, for layers without weight decay, coupled or decoupled.
+    - ``apply_to="update"``: the base takes its whole step with its own gradient, weight decay and momentum, and then w
+      ← w_old + r · (w − w_old). Gradients stay as they were, parameters are copied for the duration of a step, and the
+      precision is that of :class:`torchlars.LAMB`.
 
-    "Coming from X" in ``examples/README.md`` says which combination gives which implementation.
+    "Coming from X" in ``examples/README.md`` lists the combinations that reproduce other implementations.
 
     **Sharded layers** (``DTensor``, as FSDP2 and tensor parallelism make them) have the trust ratios of whole layers.
-    All ranks must take the step, with gradients of the same layers, which nobody checks: one all-reduce for each
-    process group over which layers are split sums their squared norms, in order. (Two, where a base that takes trust
-    ratios asks for those of some groups, and others are adapted here.) FSDP1 is refused, and so are flat partitions of
-    several layers, which DeepSpeed ZeRO puts into the groups: tensors that are no :class:`torch.nn.Parameter`, were not
-    there when the optimizer was wrapped, and do not have the shape of the layer that was.
+    All ranks must take the step with gradients of the same layers; that is not checked. One all-reduce for each process
+    group over which layers are split sums their squared norms. (Two, if a base that takes trust ratios asks for those
+    of some groups, and LARS adapts others.) FSDP1 is refused. So are flat partitions of several layers, as DeepSpeed
+    ZeRO puts them into groups: tensors that are no :class:`torch.nn.Parameter`, were added after the optimizer was
+    wrapped, and do not have the shape of the layer that was in their place.
 
     **Mixed precision.** Over a base that unscales gradients itself (``fused=True``, :class:`torchlars.optim.SGD`), a
-    :class:`torch.amp.GradScaler` leaves that to :meth:`step`, which reads neither scale nor overflow on the host.
-    Gradients are unscaled as they are adapted; where they overflowed, nothing is written.
+    :class:`torch.amp.GradScaler` leaves that to :meth:`step`, which reads neither the scale nor the overflow flag on
+    the host. Gradients are unscaled as they are adapted. If they overflowed, nothing is written.
 
-    Parameters, groups, state and hyper-parameters are the base's, and whatever drives a torch optimizer drives this
-    one. A group may hold all options but ``weight_decay`` (which is the base's there) as keys of its own, and
-    ``trust_coef=None`` to be left to the base as it is, weight decay included. (With ``lr_in_momentum=True`` beside it,
-    such a group has its lr in the momentum all the same, as biases have where everything has.) Where the base itself
-    has a key of that name, as Adam has ``eps``, that one is the base's.
+    Parameters, groups, state and hyper-parameters are the base's, and everything that works on a torch optimizer works
+    on this one. A group may hold each option but ``weight_decay`` (there it is the base's) as a key. With
+    ``trust_coef=None`` the base steps it as it is, weight decay included; with ``lr_in_momentum=True`` beside it, lr is
+    in its momentum. A key that the base itself has, as Adam has ``eps``, is the base's.
 
     Args:
         optimizer: the base, any :class:`torch.optim.Optimizer`. Kept as ``.optim``.
