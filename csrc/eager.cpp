@@ -228,7 +228,7 @@ using Lr = std::variant<double, at::Tensor>;
 
 const at::Tensor* tensor_in(const Lr& lr) { return std::get_if<at::Tensor>(&lr); }
 const c10::TensorImpl* key_of(const Lr& lr) { return tensor_in(lr) ? tensor_in(lr)->unsafeGetTensorImpl() : nullptr; }
-double number_in(const Lr& lr) { return tensor_in(lr) ? 1 : std::get<double>(lr); }
+double number_of(const Lr& lr) { return tensor_in(lr) ? 1 : std::get<double>(lr); }
 
 // A learning rate as the lr_tensor of ops; none if it is a number.
 std::optional<at::Tensor> lr_tensor_of(const std::optional<at::Tensor>& lr, c10::Device device) {
@@ -342,7 +342,7 @@ class LarsLayers {
       bucket.trust_coefs.push_back(options.trust_coef);
       bucket.eps.push_back(options.eps);
       if (options.lr.has_value()) {
-        bucket.lrs.push_back(number_in(*options.lr));
+        bucket.lrs.push_back(number_of(*options.lr));
         if (lr_key) {
           bucket.lr = *tensor_in(*options.lr);
         }
@@ -465,7 +465,7 @@ class SgdLayers {
       bucket.weight_decays.push_back(options.weight_decay);
       bucket.trust_coefs.push_back(options.trust_coef.value_or(0));
       bucket.eps.push_back(options.eps.value_or(0));
-      bucket.lrs.push_back(number_in(options.lr));
+      bucket.lrs.push_back(number_of(options.lr));
       bucket.momentums.push_back(options.momentum);
       bucket.dampenings.push_back(options.dampening);
       return true;

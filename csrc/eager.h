@@ -1,4 +1,4 @@
-// The fast path of eager steps: what torchlars._C has for torchlars/lars.py and torchlars/optim/sgd.py, besides the
+// The fast path of eager steps: what torchlars._C has for torchlars/step.py and torchlars/optim/sgd.py, besides the
 // ops.
 #pragma once
 

@@ -10,7 +10,7 @@ namespace torchlars {
 // Options of the trust ratio that all layers of a call share.
 struct RatioOptions {
   bool decayed_norm = false;  // the gradient's norm is that of g + weight_decay * w
-  bool clip = false;          // the ratio is at most lr, or 1 of updates
+  bool clip = false;          // the ratio becomes min(ratio / lr, 1); of updates min(ratio, 1)
   bool of_updates = false;    // the gradient's norm is that of an update lr * u
 };
 

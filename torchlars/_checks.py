@@ -47,7 +47,7 @@ def checked_by(
 
 
 def squared_norms(op: str, a: Arguments) -> None:
-    """Check the arguments of an op, as all functions here that have an op's name."""
+    """Check the arguments of the op of this name, as the other functions here that have an op's name."""
     tensors, others, scales = a["tensors"], a["others"], a["scales"]
     _check_tensors(op, "tensors", tensors)
     _check_needs(op, "scales", "are given", len(scales) > 0, "others", others is not None)

@@ -61,7 +61,7 @@ class GradScale:
 
     @property
     def is_given(self) -> bool:
-        """Whether there is a scaler that leaves anything to do."""
+        """Whether ``grad_scale`` or ``found_inf`` is set."""
         return self._grad_scale is not None or self._found_inf is not None
 
     def once_unscaled(self) -> GradScale:
@@ -82,6 +82,6 @@ class GradScale:
 
 
 def drop_scale(optimizer: Optimizer) -> None:
-    """Take from an optimizer what a scaler gave it, which the scaler itself does only after a step that returns."""
+    """Delete ``grad_scale`` and ``found_inf``, which a scaler itself deletes only after a step that returns."""
     vars(optimizer).pop("grad_scale", None)
     vars(optimizer).pop("found_inf", None)

@@ -14,7 +14,7 @@ from torchlars.options import Group, is_capturing
 
 __all__: list[str] = []
 
-#: What torch makes of every ``step``: a function that calls global hooks and the optimizer's own around it.
+#: The code of the function that torch wraps around every ``step``, which calls global hooks and the optimizer's own.
 _HOOKED = Optimizer.profile_hook_step(lambda self: None).__code__
 
 
@@ -73,8 +73,8 @@ def _check_tensors_of_state(optim: Optimizer, before: Iterable[tuple[Any, dict[A
 def _step_of_base(optim: Optimizer) -> Callable[..., Any]:
     """Return a base's ``step`` without torch's global hooks, which are called once a step, for the wrapper.
 
-    The base's own hooks are called. Where something else than torch's own functions, or the counter of a scheduler
-    around them, stands in the place of its step, that is returned.
+    The base's own hooks are called. If ``step`` was replaced by anything but torch's own functions and the counter of a
+    scheduler around them, the replacement is returned.
     """
     is_counted = getattr(optim.step, "_wrapped_by_lr_sched", False)
     hooked: Any = getattr(optim.step, "__wrapped__" if is_counted else "__func__", None)
@@ -109,7 +109,7 @@ def bases(optim: Any) -> list[Optimizer]:
     says so. So every attribute counts that is an optimizer. Only stored ones: reading a property runs foreign code.
     """
     found = [optim] if isinstance(optim, Optimizer) else []
-    for outer in found:  # grows meanwhile
+    for outer in found:  # grows during the iteration
         for inner in vars(outer).values():
             if isinstance(inner, Optimizer) and not any(inner is other for other in found):
                 found.append(inner)
@@ -164,10 +164,10 @@ DECOUPLED_CLASSES: dict[str, frozenset[str]] = {
     }.items()
 }
 
-#: Where the optimizers are that are themselves no wrappers, and coupled unless they say so. (Others of torch are.)
+#: The modules of optimizers that wrap no other one, and whose weight decay is coupled unless they say otherwise.
 PLAIN_BASES = ("torch.optim.", "torchlars.optim.")
 
-#: Those whose weight decay does, and whose groups do not say so, beside torch's own.
+#: Classes with coupled weight decay whose groups do not say so, besides torch's own.
 COUPLED_CLASSES: dict[str, frozenset[str]] = {
     "timm": frozenset({"NAdamLegacy"}),
     "pytorch_optimizer": frozenset({"AccSGD", "ScheduleFreeSGD"}),
@@ -217,7 +217,7 @@ def _known_of_class(cls: type[Optimizer]) -> bool | None:
 
 
 def _decays_in_its_step(cls: type[Optimizer]) -> bool:
-    """Tell whether a class that is not torch's has a step that is not torch's either, and reads the weight decay."""
+    """Tell whether a class that is not torch's defines a step of its own that reads the weight decay."""
     if torch.compiler.is_compiling() or cls.__module__.startswith(PLAIN_BASES) or "step" not in vars(cls):
         return False
     step = unwrap(vars(cls)["step"])  # torch puts the inherited one, wrapped, into every class

@@ -18,7 +18,7 @@ __all__: list[str] = []
 
 @dataclass
 class Adaptation:
-    """How one step adapts the layers of a group. The default only unscales gradients."""
+    """The options of a group at this step. The default only unscales gradients."""
 
     group: Group
     trust_coef: float | None = None  # None: no trust ratio, only lr in the momentum or gradients to be unscaled
@@ -98,8 +98,8 @@ class Bucket:
     def takes_one_pass(self) -> bool:
         """Whether one op measures, decides and applies.
 
-        Not where other ranks hold shards; nor can the values of a sparse gradient be swept beside a parameter that has
-        more of them.
+        False for sharded layers, whose norms are summed in between, and for sparse gradients, whose values have not the
+        size of the parameter.
         """
         return self.adaptation.multiplies_gradients and not self.is_sparse and not self.process_groups
 
@@ -123,11 +123,11 @@ class Bucket:
         how = self.adaptation
         assert self.squared_norms is not None
         param_squared_norms, other_squared_norms = self.squared_norms.chunk(2)
-        is_decay_beside_norm = how.ratio_of == "gradient" and how.norm == "raw"
+        adds_decay_to_norm = how.ratio_of == "gradient" and how.norm == "raw"
         self.ratios = ops.trust_ratios(
             param_squared_norms,
             other_squared_norms,
-            weight_decays=self.weight_decays if is_decay_beside_norm else [0.0] * len(self.params),
+            weight_decays=self.weight_decays if adds_decay_to_norm else [0.0] * len(self.params),
             trust_coefs=self.trust_coefs,
             eps=self.eps,
             dtype=ops.compute_dtype((self.grads or self.local_params)[0].dtype, self.local_params[0].dtype),

@@ -1,4 +1,4 @@
-"""Values that an optimizer does not see while its own step runs."""
+"""Values that are replaced while the base optimizer's own step runs."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ def check_param(group: int, position: int, param: Tensor) -> None:
 
 def problem_of_memory(param: Tensor) -> str | None:
     """Return why a parameter with its gradient has no memory that can be written, or None."""
-    if torch.compiler.is_compiling():  # to ask would break a graph
+    if torch.compiler.is_compiling():  # asking would cause a graph break
         return None
     here = sharding.local(param)
     if here.is_inference() and not torch.is_inference_mode_enabled():
@@ -98,7 +98,7 @@ def writable_gradient(param: Tensor) -> Tensor:
     assert param.grad is not None
     grad = sharding.placed_like(param, param.grad)
     here = sharding.local(grad)
-    is_inference = not torch.compiler.is_compiling() and here.is_inference()  # to ask would break a graph
+    is_inference = not torch.compiler.is_compiling() and here.is_inference()  # asking would cause a graph break
     if grad.is_sparse:
         grad = grad.coalesce()
         if not ops.is_writable_in_place(grad._values()):
@@ -170,7 +170,7 @@ def undo_adaptation(param: Tensor, factor: float, weight_decay: float, inv_scale
 def lay_out_gradients(groups: Iterable[dict[str, Any]], skipped: Collection[int] = ()) -> bool:
     """Lay out gradients in memory as their parameters are, in groups with ``fused=True``. Return whether any was not.
 
-    torch's fused optimizers sweep both side by side, whatever their strides, and update the wrong elements
+    torch's fused optimizers iterate over both in memory order, whatever their strides, and update the wrong elements
     where these differ (seen with 2.11 and 2.13).
 
     Raises:
@@ -230,7 +230,7 @@ def check_update(group: int, position: int, param: Tensor) -> None:
         problem = f"parameters must be strided (layout: {here.layout})"
     elif not ops.is_writable_in_place(here):
         problem = f"elements of a parameter must not share memory (strides: {here.stride()})"
-    elif not torch.compiler.is_compiling() and (here.is_conj() or here.is_neg()):  # to ask would break a graph
+    elif not torch.compiler.is_compiling() and (here.is_conj() or here.is_neg()):  # asking would cause a graph break
         problem = "parameters must not be lazily conjugated or negated, since no op of ours can write them"
     else:
         return

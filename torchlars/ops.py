@@ -50,7 +50,7 @@ if extension is not None:
 
 
 class NoFastPath:
-    """Takes no layer: all are left to the slow path."""
+    """The fast path where there is none: every layer is left to the slow path."""
 
     buckets = ()
     shares_memory = False

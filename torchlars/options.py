@@ -1,4 +1,4 @@
-"""Checks of options and hyper-parameters: each returns a value as it is computed with, or raises."""
+"""Checks of options and hyper-parameters, which return the normalized value or raise, and reading of groups."""
 
 from __future__ import annotations
 
@@ -118,9 +118,9 @@ def learning_rate(name: str, lr: Any) -> float | Tensor:
 class GroupReader:
     """Reads parameter groups, and again only those that have changed since the last step.
 
-    What was read from a group holds as long as the group is the same dict, with the same keys and the identical values,
-    and so are the values of the *context*, which is all else that was read. Values that can change in place, as tensors
-    do, are read every time. Nothing about parameters, which are looked at in every step, is remembered.
+    The result of a group is reused while the group is the same dict with the same keys and identical values, and while
+    the *context*, a list of all other values that were read, is identical, too. A group with values that can change in
+    place, such as tensors on the CPU, is read every time. Nothing about parameters and gradients is remembered.
     """
 
     def __init__(self) -> None:

@@ -57,7 +57,7 @@ def process_groups(param: Any) -> tuple[Any, ...]:
 
 
 def problem_of(param: Any) -> str | None:
-    """Return why a parameter is no whole layer whose shards are known, or None."""
+    """Return why a parameter is not supported (FSDP1, Partial), or None."""
     if getattr(param, "_fsdp_flattened", False) or hasattr(param, "_param_numels"):  # of torch, or of fairscale
         return (
             "parameters must be whole layers, but FSDP1 flattens and splits them; use fully_shard (FSDP2) from "
@@ -100,7 +100,7 @@ def placed_like(param: Tensor, tensor: Tensor) -> Tensor:
 def complete(squared_norms: Iterable[tuple[Sequence[Any], Tensor]]) -> None:
     """Complete: sum squared norms over all shards, in place, by one all-reduce for each process group.
 
-    Every rank of a group must come here with the same layers, in the same order.
+    Every rank of a group must call this with the same layers, in the same order.
 
     Args:
         squared_norms: vectors of local squared norms, each with the process groups over which its layers are split. A

@@ -38,7 +38,7 @@ class TrustRatioWrapper(OptimizerWrapper):
     #: Whose norm is in the ratio: ``"gradient"`` or ``"update"``. A subclass of the latter scales updates.
     ratio_of: ClassVar[str]
 
-    _zero_layers: ZeroLayers | None  # from the constructor to the first step
+    _zero_layers: ZeroLayers | None  # None after the first step
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -48,8 +48,8 @@ class TrustRatioWrapper(OptimizerWrapper):
         if "optim" not in state:
             return
         self._warns_of_large_lr = True
-        # Tensors that are no parameters, but were given by the user. The references are strong, since
-        # torch.utils.swap_tensors refuses tensors that have weak ones.
+        # Plain tensors that the user passed as parameters. The references are strong, since torch.utils.swap_tensors
+        # refuses tensors that have weak ones.
         self._given: set[Tensor] = set()
         self._shapes: dict[int, list[torch.Size | None]] = {}  # of the layers that were given, by group
         for index in range(len(self.param_groups)):
@@ -82,10 +82,10 @@ class TrustRatioWrapper(OptimizerWrapper):
             TypeError, ValueError, RuntimeError: a group, parameter or gradient cannot be adapted; the message names it.
                 Nothing has changed then.
 
-        Whatever raises, hyper-parameters are back as they were. If the base raises before it has written to any adapted
-        parameter, as far as their version counters tell, gradients are put back as they were. What is lost is their
-        rounding, in units of the larger one of g and λw, and what had become 0 or was not finite. A base's step that
-        has begun stays as far as it got.
+        Whatever raises, hyper-parameters are restored. If the base raises before it has written to any adapted
+        parameter, by their version counters, gradients are restored, too: up to a rounding error of the larger one of g
+        and λw, and but for elements that had become 0 or were not finite. A base's step that was partially completed is
+        not rolled back.
         """
         this = Step(self, closure)
         try:
@@ -191,8 +191,8 @@ class TrustRatioWrapper(OptimizerWrapper):
     def _is_whole(self, index: int, position: int, params: Sequence[Tensor]) -> bool:
         """Tell whether a tensor in a group can be taken for a whole layer.
 
-        It can if it is a parameter, if the user gave it, if it knows how it is sharded, or if it stands where a layer
-        of its shape was given, as master copies of a layer in float32 do.
+        It can if it is a parameter or a DTensor, if the user passed it, or if it is in the place of a layer of its
+        shape, as master copies of a layer in float32 are.
         """
         param = params[position]
         if sharding.is_distributed(param) or isinstance(param, torch.nn.Parameter) or param in self._given:
@@ -213,8 +213,8 @@ class TrustRatioWrapper(OptimizerWrapper):
 
         Each is a 0-dimensional tensor on its parameter's device; only reading its value waits for that device. Layers
         without a gradient and groups with ``trust_coef=None`` have none. Of a sharded layer it is that of the whole
-        one, the same on every rank. Of a step that a scaler skipped, and of one in a CUDA graph before its replay,
-        ratios mean nothing.
+        one, the same on every rank. The ratios of a step that a scaler skipped, and of one in a CUDA graph before its
+        replay, are undefined.
         """
         return {
             param: ratio
@@ -224,7 +224,7 @@ class TrustRatioWrapper(OptimizerWrapper):
 
 
 class Step:
-    """One step; to a base that takes trust ratios, its :class:`torchlars.optim.TrustRatios`."""
+    """One step. Implements :class:`torchlars.optim.TrustRatios` for bases that take trust ratios."""
 
     def __init__(self, wrapper: TrustRatioWrapper, closure: Callable[[], Any] | None) -> None:
         self._wrapper = wrapper
@@ -236,12 +236,12 @@ class Step:
         self._unscales = False
         self._adaptations: dict[int, Adaptation] = {}
         self._for_base: set[int] = set()  # the groups whose ratios the base multiplies by
-        self._written: list[tuple[Sequence[Tensor], Tensor | None]] = []  # whose gradients were, and by what ratios
+        self._written: list[tuple[Sequence[Tensor], Tensor | None]] = []  # with the ratios of gradients
         self._params: Sequence[Sequence[Tensor]] = ()  # all that are adapted, by bucket
         self._versions = 0  # of these, before the base's step
         self._updated: dict[Tensor, Adaptation] = {}  # the parameters whose updates are scaled
         self._old_params: dict[Tensor, Tensor] = {}  # these, before the base's step
-        self._scaled_later: list[Bucket] = []  # updates, by ratios that are decided already
+        self._scaled_later: list[Bucket] = []  # updates, by ratios of gradients
         self.reported: list[tuple[Sequence[Tensor], Tensor]] = []
 
     def arguments(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -355,7 +355,7 @@ class Step:
         return self._gather_as_they_lie() if replaced else (fast_layers, buckets)
 
     def _gather_as_they_lie(self) -> tuple[Any, Sequence[Bucket]]:
-        """Return all layers to adapt, in buckets, wherever their gradients lie in memory."""
+        """Return all layers to adapt, in buckets, with gradients of any memory layout."""
         fast_layers = ops.fast_layers("LarsLayers")
         buckets: dict[Any, Bucket] = {}
         seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
@@ -552,7 +552,7 @@ class Step:
 def _suits_a_base(how: Adaptation) -> bool:
     """Tell whether a base that takes trust ratios can multiply by those of a group.
 
-    It multiplies gradients together with their decay: not if that is decoupled.
+    A base multiplies g + λw by the ratio, so it cannot if λ is decoupled.
     """
     return how.ratio_of == "update" or (how.multiplies_gradients and not how.is_decoupled)
 

@@ -1,6 +1,6 @@
 """A torch.optim.Optimizer that wraps another one and forwards the protocol.
 
-Schedulers, scalers, trainers and checkpoints take a wrapper for an optimizer. Parameters, groups and state are the
+Schedulers, scalers, trainers and checkpoints accept a wrapper as an optimizer. Parameters, groups and state are the
 base optimizer's; the wrapper has options only, whose meaning is not known here.
 """
 
@@ -145,7 +145,7 @@ class OptimizerWrapper(Optimizer):
 
     def add_param_group(self, param_group: Group) -> None:
         """Add a parameter group to the base. It may hold any of the wrapper's options as keys."""
-        if isinstance(param_group, dict):  # else the base says so
+        if isinstance(param_group, dict):  # otherwise the base raises
             self._check_keys(len(self.param_groups), param_group)
             self.check_group(len(self.param_groups), param_group)
         self.optim.add_param_group(param_group)
@@ -196,8 +196,7 @@ class OptimizerWrapper(Optimizer):
     def __getstate__(self) -> StateDict:
         """Return the base and the options. Hooks are dropped, as torch drops them.
 
-        Not ``__dict__``: a scheduler leaves an attribute ``step`` there which is bound to this very object, and a copy
-        that took it along would step the original.
+        Not ``__dict__``: a scheduler leaves an attribute ``step`` there, bound to this object, which a copy would call.
         """
         return {"optim": self.optim, **{name: getattr(self, name) for name in self.options}}
 
@@ -229,7 +228,7 @@ class OptimizerWrapper(Optimizer):
     def load_state_dict(self, state_dict: StateDict) -> None:
         """Load a state dict of this wrapper, or one of the plain base.
 
-        What it says nothing of stays as it is: the wrapper's own values, and the options that the groups hold.
+        Missing entries keep their values: the wrapper's options, and those that the groups hold.
 
         Raises:
             TypeError, ValueError: the wrapper's entry, an option in a group or the state is wrong.

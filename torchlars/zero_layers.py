@@ -1,4 +1,4 @@
-"""Warnings of learning rates that are too large for layers that no trust ratio holds back."""
+"""Warnings of learning rates that are too large for layers without a trust ratio."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class ZeroLayers:
             zeros.update(param for param, is_zero in zip(bucket, flags, strict=True) if is_zero)
         elsewhere = {param for param in params if _is_plain(param) and not _is_readable(param)}
         for stamps, answer, event in self._answers:
-            # While a graph is captured, even to ask an event is forbidden.
+            # event.query() is not allowed while a graph is captured.
             if elsewhere.isdisjoint(stamps) or is_capturing(next(iter(stamps)).device) or not event.query():
                 continue
             for (param, stamp), is_zero in zip(stamps.items(), answer.tolist(), strict=True):
@@ -160,9 +160,9 @@ def _default_lr(base: type[Optimizer]) -> Any:
 
 
 def _is_lars_sized(lr: Any, optim: Optimizer) -> bool:
-    """Return whether an lr is known to be one for trust ratios: a number ≥ 1 that the base did not come with.
+    """Return whether an lr is known to be one for trust ratios: a number ≥ 1 that is not the base's default.
 
-    Bases that find their step themselves, such as Adadelta, come with an lr of 1, and do not mind.
+    Bases that choose their step length themselves, such as Adadelta, have a default lr of 1.
     """
     return isinstance(lr, Real) and float(lr) >= 1 and lr != _default_lr(type(optim))  # type: ignore[arg-type]
 

@@ -1,4 +1,4 @@
-"""Momentum buffers of a fused base: how they begin, lie in memory, and are saved and loaded."""
+"""Momentum buffers of a fused base: how they are initialized, laid out in memory, saved and loaded."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def momentum_like(param: Tensor, buffer: Tensor | None, dtype: torch.dtype, grou
 
 
 def check_can_begin(param: Tensor, group: int) -> None:
-    """Raise if every replay of a CUDA graph would begin a parameter's momentum anew."""
+    """Raise if every replay of a CUDA graph would initialize a parameter's momentum again."""
     if not torch.compiler.is_compiling() and is_capturing(param.device):
         raise RuntimeError(
             "momentum must exist before a CUDA graph is captured, in its final dtype and memory order, or replays "

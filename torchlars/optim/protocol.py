@@ -45,7 +45,7 @@ class TrustRatios(Protocol):
     def options(self, index: int) -> dict[str, Any] | None:
         """Return how a group's ratios of gradients are decided, or None for a group that has none.
 
-        For a base that measures and decides by itself, in the pass of its own update. It must heed every key:
+        For a base that measures and decides by itself, in the pass of its own update. It must support every key:
         ``trust_coef``, ``eps``, ``decayed_norm``, ``clip`` and ``lr_in_momentum``, as :class:`torchlars.LARS` defines
         them, and ``lr``, the group's real learning rate (a number or a tensor), which is None where neither of the last
         two is set. It hands the ratios to :meth:`report`.
@@ -70,8 +70,8 @@ class TrustRatios(Protocol):
     def update_options(self, index: int) -> dict[str, Any] | None:
         """Return how a group's ratios of updates are decided, or None for a group that has none.
 
-        For a base that measures and decides by itself. It must heed every key: ``trust_coef``, ``eps`` and ``clip``, as
-        :class:`torchlars.LAMB` defines them. It hands the ratios to :meth:`report`.
+        For a base that measures and decides by itself. It must support every key: ``trust_coef``, ``eps`` and ``clip``,
+        as :class:`torchlars.LAMB` defines them. It hands the ratios to :meth:`report`.
         """
 
     def report(self, params: Sequence[Tensor], ratios: Tensor) -> None:

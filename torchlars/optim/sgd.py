@@ -53,7 +53,7 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
         momentum: μ ≥ 0.
         dampening: τ.
         weight_decay: λ ≥ 0, coupled: part of the gradient.
-        nesterov: whether to look ahead; needs momentum and no dampening.
+        nesterov: whether to use Nesterov momentum; needs momentum and no dampening.
         maximize: whether to ascend.
         momentum_dtype: ``torch.float32`` keeps the momentum *m* of bfloat16 and float16 parameters in float32. None
             keeps it in the parameter's dtype, as :class:`torch.optim.SGD` does. Also a group's key, if given.
@@ -111,8 +111,8 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
         """Whether a GradScaler leaves it to :meth:`step` to unscale gradients and to skip it.
 
-        If the first step is skipped, the momentum begins with zeros, as good as none. But not one that is dampened, as
-        its first step is not; and not where torch's own functions take the step.
+        If the first step is skipped, the momentum is initialized with zeros, which equals none. Not supported with
+        dampening, as a first step is undampened, nor for layers whose step torch's own functions take.
         """
         dampened = [group for group in self.param_groups if group["dampening"] != 0]
         return not amp.begins_momentum(self, dampened) and not any(
@@ -148,7 +148,7 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
 
     @torch.no_grad()
     def _step(self, trust_ratios: TrustRatios | None) -> None:
-        """Gather, then update: what there is to raise is raised before anything changes."""
+        """Gather, then update. Errors are raised while gathering, but for momentum that cannot begin in a capture."""
         grad_scale = GradScale.of(self)
         fast_buckets, other_buckets = self._gather(trust_ratios)
         for fast_bucket in fast_buckets:
@@ -313,7 +313,7 @@ class Bucket:
             sharding.note_writes(self.params + buffers)
 
     def _update_by_torch(self) -> None:
-        """Take the step by torch's own functions, which know sparse gradients, and subclasses and lazy parameters."""
+        """Take the step by torch's own functions, which support sparse gradients, subclasses and lazy parameters."""
         for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
             weight_decay = self.hyper.weight_decay
             if self.ratios is not None:
@@ -344,7 +344,7 @@ def _is_for_torch(param: Tensor, grad: Tensor) -> bool:
     """Tell whether no op of ours can update a layer: torch lets none write a list of lazily conjugated tensors."""
     if grad.is_sparse or (is_traceable_wrapper_subclass(param) and not sharding.is_distributed(param)):
         return True
-    return not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg())  # to ask would break a graph
+    return not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg())  # asking would cause a graph break
 
 
 def _hyper_parameters(of_group: str, group: Group) -> HyperParameters:
@@ -384,7 +384,7 @@ def _gradient(group: int, position: int, param: Tensor, hyper: HyperParameters, 
         return grad.coalesce()
     placed = sharding.placed_like(param, grad)
     if placed is not grad:
-        param.grad = placed  # for whoever looks at it next
+        param.grad = placed  # so that it is redistributed once
     return placed
 
 
