@@ -36,10 +36,10 @@ class LARS(TrustRatioWrapper):
     with the L2 norm over the whole layer, *r* = 1 where either norm is zero, and (g − λw) in groups that maximize.
     *r* is the *trust ratio*, η ``trust_coef``, ε ``eps`` and λ the group's weight decay, if it is coupled.
 
-    **Learning rate.** The base multiplies the adapted gradient by its lr. Where *r* is not 1, a step of
-    plain SGD then has at most the length lr · η · ‖w‖, whatever the gradient's. So lr is much larger than for SGD alone, and
-    depends less on the batch size. Momentum is the base's: it accumulates adapted gradients, without lr. The paper's Algorithm 1
-    accumulates lr times them (``lr_in_momentum=True``); the two differ while lr changes.
+    **Learning rate.** The base multiplies the adapted gradient by its lr. Where *r* is not 1, a step of plain SGD then
+    has at most the length lr · η · ‖w‖, whatever the gradient's. So lr is much larger than for SGD alone, and depends
+    less on the batch size. Momentum is the base's: it accumulates adapted gradients, without lr. The paper's Algorithm
+    1 accumulates lr times them (``lr_in_momentum=True``); the two differ while lr changes.
 
     **Gradients are overwritten**: after :meth:`step`, ``p.grad`` holds r · (g + λw). Clip and inspect gradients before
     it. Over a base that takes trust ratios (see :mod:`torchlars.optim`) ``p.grad`` stays as it was, as such a base
