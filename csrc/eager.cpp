@@ -365,12 +365,12 @@ struct SgdBucket {
   struct Key {
     c10::Device device;
     c10::ScalarType dtype;
-    std::optional<c10::ScalarType> momentum_dtype;  // none: no momentum
-    const c10::TensorImpl* lr;                      // null: a number
-    bool nesterov;
-    bool maximize;
-    bool is_adapted;
-    Dialect dialect;
+    std::optional<c10::ScalarType> momentum_dtype = std::nullopt;  // none: no momentum
+    const c10::TensorImpl* lr = nullptr;                           // null: a number
+    bool nesterov = false;
+    bool maximize = false;
+    bool is_adapted = false;
+    Dialect dialect = {};
 
     bool operator==(const Key& other) const {
       return device == other.device && dtype == other.dtype && momentum_dtype == other.momentum_dtype &&
@@ -427,14 +427,12 @@ class SgdLayers {
   std::vector<int64_t> add(const py::sequence& params, const py::dict& state, const SgdOptions& options) {
     static PyObject* const momentum_buffer = PyUnicode_InternFromString("momentum_buffer");
     return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
-      SgdBucket::Key key{param.device(),
-                         param.scalar_type(),
-                         std::nullopt,
-                         key_of(options.lr),
-                         options.nesterov,
-                         options.maximize,
-                         options.trust_coef.has_value(),
-                         options};
+      SgdBucket::Key key{param.device(), param.scalar_type()};
+      key.lr = key_of(options.lr);
+      key.nesterov = options.nesterov;
+      key.maximize = options.maximize;
+      key.is_adapted = options.trust_coef.has_value();
+      key.dialect = options;
       py::object found;
       if (options.momentum != 0) {
         const py::object own_state = item_of(state, object);

@@ -191,3 +191,20 @@ def test_inductor_compiles_the_op(wrap, backend, graphs):
         for one in (optimizer, expected):
             one.param_groups[0]["lr"] *= 0.5
     assert any(OP_OF[str(wrap)] in graph for graph in graphs)
+
+
+@compiles
+@compiled_for(("LARS", "extension"), ("LAMB", "extension"), ("LARS-update", "extension"))
+def test_many_layers_do_not_reach_the_limit_of_recompilations(wrap, backend, graphs):
+    """The frame of ``step`` was skipped, and functions that it calls for each layer were compiled one by one."""
+    torch.manual_seed(5)
+    params = [torch.nn.Parameter(torch.randn(3, i + 1)) for i in range(12)]
+    optimizer = wrap(torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1))
+    torch._dynamo.reset()
+    step = torch.compile(optimizer.step, backend=compiler(graphs))
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.randn_like(param)
+            step()
+    assert len(optimizer.trust_ratios()) == 12

@@ -1,13 +1,17 @@
 """State dicts and distributed checkpoints of wrappers."""
 
 import copy
+import gc
 import math
+import weakref
 
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from by_hand import EPS, TRUST_COEF
+from torch import nn
 from torch.distributed.checkpoint import state_dict as dcp_state_dict
+from torch.optim import SGD
 from wrapped_networks import (
     BASES,
     adam,
@@ -269,3 +273,38 @@ def test_distributed_checkpoint_takes_the_optimizer_itself_with_its_options(wrap
     train(model, optimizer, range(3, 6))
     train(other, resumed, range(3, 6))
     assert_same(model, other)
+
+
+def test_a_pickle_without_an_option_of_today_steps(wrap):
+    """Those of versions before ``always_adapt`` have none."""
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = wrap(SGD([param], lr=0.1))
+    state = optimizer.__getstate__()
+    del state["always_adapt"]
+    old = type(optimizer).__new__(type(optimizer))
+    old.__setstate__(state)
+    old.step()
+    assert old.state_dict()[type(optimizer).state_key]["always_adapt"] is True
+
+
+def test_parameters_that_left_a_group_are_not_kept_alive(wrap):
+    optimizer = wrap(SGD([nn.Parameter(torch.ones(3))], lr=0.1))
+    optimizer.param_groups[0]["params"][0].grad = torch.ones(3)
+    optimizer.step()
+    optimizer._last_step.clear()
+    optimizer._zero_layers = None
+    left = weakref.ref(optimizer.param_groups[0]["params"][0])
+    optimizer.param_groups[0]["params"] = [nn.Parameter(torch.zeros(2))]
+    optimizer.state.clear()
+    gc.collect()
+    assert left() is None
+
+
+def test_an_option_that_every_group_overrides_is_not_read():
+    param = nn.Parameter(torch.ones(3))
+    param.grad = torch.ones(3)
+    optimizer = LARS(SGD([{"params": [param], "trust_coef": 0.5}], lr=0.1))
+    optimizer.trust_coef = None
+    optimizer.step()
+    assert len(optimizer.trust_ratios()) == 1

@@ -107,7 +107,9 @@ class Bucket:
         """Measure the local part of each layer. Return the squared norms, to be completed in place."""
         how = self.adaptation
         params = self.local_params
-        if how.ratio_of == "update" and not self.grads:  # else these are the updates, as the base handed them over
+        if (
+            how.ratio_of == "update" and len(self.grads) == 0
+        ):  # else these are the updates, as the base handed them over
             params = self.old_params
             others = ops.squared_norms(self.local_params, others=params, scales=[-1.0] * len(params))
         elif how.norm == "decayed":
@@ -130,7 +132,7 @@ class Bucket:
             weight_decays=self.weight_decays if adds_decay_to_norm else [0.0] * len(self.params),
             trust_coefs=self.trust_coefs,
             eps=self.eps,
-            dtype=ops.compute_dtype((self.grads or self.local_params)[0].dtype, self.local_params[0].dtype),
+            dtype=self._dtype(),
             clip=how.clip,
             lrs=self.lrs,
             of_updates=how.ratio_of == "update",
@@ -182,6 +184,10 @@ class Bucket:
             self.measure()
         ratios = self.decide() if self.ratios is None else self.ratios
         scale_updates(self.params, self.old_params, ratios)
+
+    def _dtype(self) -> torch.dtype:
+        dtype = self.local_params[0].dtype
+        return ops.compute_dtype(self.grads[0].dtype if len(self.grads) > 0 else dtype, dtype)
 
     def _lr_tensor(self) -> Tensor | None:
         lr = self.adaptation.lr

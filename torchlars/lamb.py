@@ -80,7 +80,7 @@ class LAMB(TrustRatioWrapper):
     trust_coef: float
     eps: float
     clip: bool
-    always_adapt: bool
+    always_adapt: bool = True  # pickles of older versions have none
 
     def __init__(
         self,

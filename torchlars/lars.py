@@ -138,7 +138,7 @@ class LARS(TrustRatioWrapper):
     norm: str
     lr_in_momentum: bool
     apply_to: str
-    always_adapt: bool
+    always_adapt: bool = True  # pickles of older versions have none
     weight_decay: str | None
 
     def __init__(

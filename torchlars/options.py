@@ -139,6 +139,8 @@ class GroupReader:
         last, readings = iter(self._last), []
         for index, group in enumerate(groups):
             keys, values = list(group), list(group.values())
+            if "params" in group:  # not read, and not to be kept alive
+                values[keys.index("params")] = None
             reading = next(last, None)
             if (
                 reading is None

@@ -87,7 +87,8 @@ class TrustRatioWrapper(OptimizerWrapper):
         and λw, and but for elements that had become 0 or were not finite. A base's step that was partially completed is
         not rolled back.
         """
-        this = Step(self, closure)
+        # Dynamo skips a frame that does not name torch, and compiles what it calls one by one.
+        this = Step(self, closure, torch.compiler.is_compiling())
         try:
             self._hidden.restore_after_interrupt()
             args, kwargs = this.arguments(*args, **kwargs)
@@ -136,7 +137,9 @@ class TrustRatioWrapper(OptimizerWrapper):
             if not (is_left and key == "trust_coef"):
                 own[key] = self.options[key](f"{key} {name}", value)
         if not is_left:
-            options = {**self._own_values(), **own}
+            options = {
+                key: own[key] if key in own else check(key, getattr(self, key)) for key, check in self.options.items()
+            }
         elif own.get("lr_in_momentum", False):
             options = {"trust_coef": None, "lr_in_momentum": True, "apply_to": own.get("apply_to", "gradient")}
         else:
@@ -212,7 +215,7 @@ class TrustRatioWrapper(OptimizerWrapper):
         """Return the trust ratio of every layer that the last step adapted, by parameter.
 
         Each is a 0-dimensional tensor on its parameter's device; only reading its value waits for that device. Layers
-        without a gradient and groups with ``trust_coef=None`` have none. Of a sharded layer it is that of the whole
+        without a gradient and groups that are not adapted have none. Of a sharded layer it is that of the whole
         one, the same on every rank. The ratios of a step that a scaler skipped, and of one in a CUDA graph before its
         replay, are undefined.
         """
@@ -226,8 +229,9 @@ class TrustRatioWrapper(OptimizerWrapper):
 class Step:
     """One step. Implements :class:`torchlars.optim.TrustRatios` for bases that take trust ratios."""
 
-    def __init__(self, wrapper: TrustRatioWrapper, closure: Callable[[], Any] | None) -> None:
+    def __init__(self, wrapper: TrustRatioWrapper, closure: Callable[[], Any] | None, is_compiling: bool) -> None:
         self._wrapper = wrapper
+        self._is_compiling = is_compiling
         self._hidden = wrapper._hidden
         self._closure = closure
         takes = "takes_trust_ratios" if wrapper.ratio_of == "gradient" else "takes_ratios_of_updates"
@@ -320,7 +324,7 @@ class Step:
                 ratios = fast_bucket.adapt(self._grad_scale.inv_scale(params[0].device))
                 self._written.append((params, ratios))
                 self.report(params, ratios)
-            measure([bucket for bucket in buckets if bucket.trust_coefs and not bucket.takes_one_pass])
+            measure([bucket for bucket in buckets if len(bucket.trust_coefs) > 0 and not bucket.takes_one_pass])
             for bucket in buckets:
                 bucket.scale_gradients()
                 scales_updates = bucket.adaptation.apply_to == "update"
@@ -334,7 +338,7 @@ class Step:
 
     def _warn_of_zero_layers(self) -> None:
         zero_layers = self._wrapper._zero_layers
-        if zero_layers is not None and not torch.compiler.is_compiling():
+        if zero_layers is not None and not self._is_compiling:
             self._wrapper._zero_layers = None
             zero_layers.warn(self._wrapper.optim, self._adaptations)
 
@@ -427,7 +431,7 @@ class Step:
         """Put back what was hidden, and gradients if the base has not written any adapted parameter since."""
         self._hidden.restore()
         written, self._written = self._written, []
-        if not written or torch.compiler.is_compiling() or _versions(self._params) != self._versions:
+        if not written or self._is_compiling or _versions(self._params) != self._versions:
             return
         if any(is_capturing(params[0].device) for params, _ in written):  # into a CUDA graph: nothing has run yet
             return
@@ -451,7 +455,7 @@ class Step:
     def options(self, index: int) -> dict[str, Any] | None:
         """Return how to measure the gradients of a group, or None if they are to be taken as they are."""
         how = self._adaptation_for_base(index, "gradient")
-        return None if how is None else how.kernel_options
+        return None if how is None else dict(how.kernel_options)
 
     def update_options(self, index: int) -> dict[str, Any] | None:
         """Return how to measure the updates of a group, or None if they are to be taken as they are."""
@@ -528,6 +532,11 @@ class Step:
                     raise ValueError(
                         f"updates must have their parameter's shape (group: {index}, parameter: {position}, "
                         f"shape: {tuple(param.shape)}, update: {tuple(updates[i].shape)})"
+                    )
+                if (updates[i].device, updates[i].dtype) != (param.device, updates[0].dtype):
+                    raise ValueError(
+                        f"updates must be on their parameter's device and of one dtype (group: {index}, parameter: "
+                        f"{position}, {updates[i].dtype} on {updates[i].device})"
                     )
                 bucket.add(param, how, sharding.local(sharding.placed_like(param, updates[i])))
         return bucket

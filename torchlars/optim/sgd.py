@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, field, fields
+from operator import is_
 from typing import Any
 
 import torch
@@ -248,15 +249,16 @@ class HyperParameters:
     momentum_in_float32: bool
 
     def __post_init__(self) -> None:
-        self._fast: tuple[Any, Any] | None = None  # the options of LARS that there were last, and both together
+        self._fast: tuple[list[Any] | None, Any] | None = None  # the last options of LARS, and both together
 
     def fast_options(self, options: dict[str, Any] | None) -> Any:
         """Return the hyper-parameters, and the options of LARS if there are any, as the fast path takes them."""
-        if self._fast is None or self._fast[0] is not options:
+        values = None if options is None else list(options.values())
+        if self._fast is None or not _are_identical(self._fast[0], values):
             ours = {field.name: getattr(self, field.name) for field in fields(self)}
             if options is not None:  # while lr is in the momentum, the group's own reads 1
                 ours |= {name: value for name, value in options.items() if name != "lr" or value is not None}
-            self._fast = options, ops.fast_options("SgdOptions", **ours)
+            self._fast = values, ops.fast_options("SgdOptions", **ours)
         return self._fast[1]
 
 
@@ -338,6 +340,12 @@ class Bucket:
             )
             if self.hyper.momentum != 0:
                 self.state[param]["momentum_buffer"] = buffers[0]
+
+
+def _are_identical(values: list[Any] | None, others: list[Any] | None) -> bool:
+    if values is None or others is None:
+        return values is others
+    return all(map(is_, values, others))
 
 
 def _is_for_torch(param: Tensor, grad: Tensor) -> bool:
