@@ -24,20 +24,13 @@ class Hidden:
         """Put back the identical objects."""
         while self._replaced:
             items, name, before, _ = self._replaced[-1]
-            self._put_back(items, name, before)
+            if before is _ABSENT:
+                items.pop(name, None)
+            else:
+                items[name] = before
             self._replaced.pop()  # last, so that nothing is lost if this is interrupted
 
     def restore_after_interrupt(self) -> None:
         """Put back what an interrupted step left, unless the user has set it since."""
-        while self._replaced:
-            items, name, before, value = self._replaced[-1]
-            if items.get(name) is value:
-                self._put_back(items, name, before)
-            self._replaced.pop()
-
-    @staticmethod
-    def _put_back(items: dict[str, Any], name: str, before: Any) -> None:
-        if before is _ABSENT:
-            items.pop(name, None)
-        else:
-            items[name] = before
+        self._replaced = [entry for entry in self._replaced if entry[0].get(entry[1]) is entry[3]]
+        self.restore()

@@ -178,7 +178,7 @@ def lay_out_gradients(groups: Iterable[dict[str, Any]], skipped: Collection[int]
     """
     replaced = False
     for index, group in enumerate(groups):
-        if index in skipped or not group.get("fused", False):
+        if not group.get("fused", False) or index in skipped:
             continue
         params = group["params"]
         for position in ops.positions_of_other_layout(params):

@@ -311,7 +311,7 @@ class Step:
         self._scaled_later.clear()
         self._written.clear()
         written = self._written_groups()
-        lay_out_gradients(self._wrapper.param_groups, skipped=written)  # those are looked at as they are gathered
+        lay_out_gradients(self._wrapper.param_groups, skipped=set(written))  # those are looked at as they are gathered
         if self._wrapper.ratio_of == "update" or len(self._for_base) == len(self._adaptations):
             return
         with torch.no_grad():
