@@ -155,7 +155,7 @@ def _check_numbers(
     _check_length(op, name, numbers, than, layers)
     for i, number in enumerate(numbers):
         in_range = number > 0 if kind == "positive" else kind == "finite" or number >= 0
-        _check(math.isfinite(number) and in_range, f"{op}: expected {kind} numbers ({name}[{i}]: {number})")
+        _check(-math.inf < number < math.inf and in_range, f"{op}: expected {kind} numbers ({name}[{i}]: {number})")
 
 
 def _check_tensors(op: str, name: str, tensors: Sequence[Tensor]) -> None:
