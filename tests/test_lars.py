@@ -342,6 +342,22 @@ def test_gradients_with_a_graph_are_adapted_without_it(backend):
     assert not params[1].grad.requires_grad
 
 
+@pytest.mark.parametrize("kind", ["shared", "of another layout"])
+def test_copies_of_gradients_with_a_graph_have_none(backend, kind):
+    params, base = make([(3, 4), (3, 4)], fused=True)
+    graph = torch.ones((), dtype=torch.float64, requires_grad=True)
+    for param in params:
+        param.grad = {"shared": param.grad, "of another layout": param.grad.t().contiguous().t()}[kind] * graph
+    if kind == "shared":
+        params[1].grad = params[0].grad
+    with torch.no_grad():
+        expected = [adapted(param) for param in params]
+    LARS(base).step()
+    for param, gradient in zip(params, expected, strict=True):
+        torch.testing.assert_close(param.grad.detach(), gradient, rtol=1e-13, atol=0)
+    assert not params[1].grad.requires_grad
+
+
 def test_step_in_inference_mode(backend):
     params, base = make()
     expected = [adapted(param) for param in params]

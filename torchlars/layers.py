@@ -145,7 +145,7 @@ def own_gradients(written: Iterable[Tensor], params: Iterable[Tensor], state: An
     written = set(written)
     copied = [layers[i] for i in shared if i < len(layers) and layers[i][0] in written]
     for param, grad in copied:
-        param.grad = grad.clone()
+        param.grad = grad.detach().clone()  # gradients may have a graph, too
     return len(copied) > 0
 
 
@@ -192,7 +192,7 @@ def lay_out_gradients(groups: Iterable[dict[str, Any]], skipped: Collection[int]
                     f"{position}, shape: {tuple(param.shape)}, strides: {param.stride()}); use fused=False"
                 )
             if grad.shape == param.shape and _strides(grad) != _strides(param):
-                param.grad = torch.empty_like(param, dtype=grad.dtype, requires_grad=False).copy_(grad)
+                param.grad = torch.empty_like(param, dtype=grad.dtype, requires_grad=False).copy_(grad.detach())
                 replaced = True
     return replaced
 
