@@ -52,17 +52,14 @@ class GradScale:
     def __init__(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         self._grad_scale = grad_scale
         self._found_inf = found_inf
+        #: Whether ``grad_scale`` or ``found_inf`` is set.
+        self.is_given = grad_scale is not None or found_inf is not None
         self._inv_scales: dict[torch.device, Tensor] = {}
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> GradScale:
         """Return what the scaler has handed to an optimizer."""
         return cls(getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None))
-
-    @property
-    def is_given(self) -> bool:
-        """Whether ``grad_scale`` or ``found_inf`` is set."""
-        return self._grad_scale is not None or self._found_inf is not None
 
     def once_unscaled(self) -> GradScale:
         """Return what is left to do once gradients are unscaled."""
@@ -78,7 +75,7 @@ class GradScale:
 
     def attributes(self) -> dict[str, Tensor | None]:
         """Return the attributes by which a base is told."""
-        return {"grad_scale": self._grad_scale, "found_inf": self._found_inf} if self.is_given else {}
+        return {"grad_scale": self._grad_scale, "found_inf": self._found_inf}
 
 
 def drop_scale(optimizer: Optimizer) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from inspect import unwrap
+from itertools import compress, repeat
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ def step_of_base(optim: Optimizer) -> Callable[..., Any]:
     Such a graph creates them anew at every replay. The bases of torch do not check that. If the step raises, for this
     or any other reason, all state is put back, also that of optimizers that the base is wrapped around.
     """
+    if torch.compiler.is_compiling():
+        return optim.step
     step = _step_of_base(optim)
-    if torch.compiler.is_compiling() or not is_capturing():
+    if not is_capturing():
         return step
 
     def step_in_capture(*args: Any, **kwargs: Any) -> Any:
@@ -78,7 +81,7 @@ def _step_of_base(optim: Optimizer) -> Callable[..., Any]:
     """
     is_counted = getattr(optim.step, "_wrapped_by_lr_sched", False)
     hooked: Any = getattr(optim.step, "__wrapped__" if is_counted else "__func__", None)
-    if torch.compiler.is_compiling() or getattr(hooked, "__code__", None) is not _HOOKED:
+    if getattr(hooked, "__code__", None) is not _HOOKED:
         return optim.step
 
     def step(*args: Any, **kwargs: Any) -> Any:
@@ -110,8 +113,9 @@ def bases(optim: Any) -> list[Optimizer]:
     """
     found = [optim] if isinstance(optim, Optimizer) else []
     for outer in found:  # grows during the iteration
-        for inner in vars(outer).values():
-            if isinstance(inner, Optimizer) and not any(inner is other for other in found):
+        values = vars(outer).values()
+        for inner in compress(values, map(isinstance, values, repeat(Optimizer))):
+            if not any(inner is other for other in found):
                 found.append(inner)
     return found
 
