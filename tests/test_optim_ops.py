@@ -1,4 +1,4 @@
-"""The ops of SGD, sgd_ and lars_sgd_, against the reference."""
+"""The op sgd_, with trust ratios and without, against the reference."""
 
 import itertools
 import math
@@ -128,7 +128,7 @@ def test_sgd_gives_the_bits_of_the_reference(extension, device, case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @named(CASES)
-def test_lars_sgd_equals_the_reference_and_has_the_bits_of_measure_decide_and_update(extension, device, case, dtype):
+def test_sgd_with_ratios_equals_the_reference_and_has_the_bits_of_measure_decide_and_update(extension, device, case, dtype):
     is_wide = dtype in (torch.float64, torch.complex128)
     for kind in steps_of(case, dtype, device)[::2]:
         on_cpu = arguments_of(case, dtype, kind)
@@ -148,7 +148,7 @@ def test_lars_sgd_equals_the_reference_and_has_the_bits_of_measure_decide_and_up
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @named(CASES)
-def test_dialects_of_lars_sgd_have_the_bits_of_measure_decide_and_update(extension, case, dtype):
+def test_dialects_of_sgd_with_ratios_have_the_bits_of_measure_decide_and_update(extension, case, dtype):
     kind = STEPS[5] if dtype.itemsize > 2 else STEPS[6]
     dialects = [(True, False, False), (False, True, False), (False, False, True), (True, True, True)]
     is_long = case.name in ("many", "large_norms", "chunk_borders")
@@ -200,7 +200,7 @@ def test_sgd_of_scaled_gradients_gives_the_bits_of_the_reference_and_of_unscaled
 @inverses
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @named(CASES)
-def test_lars_sgd_of_scaled_gradients_has_the_bits_of_measure_decide_and_update(extension, case, dtype, inverse):
+def test_sgd_with_ratios_of_scaled_gradients_has_the_bits_of_measure_decide_and_update(extension, case, dtype, inverse):
     is_wide, inv_scale = dtype in (torch.float64, torch.complex128), torch.tensor(inverse)
     for i, kind in enumerate(steps_of(case, dtype)[::2]):
         arguments = arguments_of(case, dtype, kind)
