@@ -18,6 +18,7 @@ from torchlars import ops
 HYPER = Hyper(lr=1e-6, weight_decay=1e-4)
 PART = "LARS part: LARS(no-op) − no-op"
 TARGET_NS = 100
+FROM_TENSORS = 100  # a step of fewer costs what any step costs
 LAYERS_IN_GROUPS = 200
 
 Step = Callable[[], object]
@@ -58,7 +59,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--tensors", nargs="+", type=common.positive(int), default=[100, 1000, 10_000], metavar="N")
+    parser.add_argument("--tensors", nargs="+", type=common.positive(int), default=[1, 100, 1000, 10_000], metavar="N")
     help_of_groups = f"of {LAYERS_IN_GROUPS} tensors in all (default: 1 2 50 200)"
     parser.add_argument(
         "--groups", nargs="*", type=common.positive(int), default=[1, 2, 50, 200], metavar="N", help=help_of_groups
@@ -81,7 +82,7 @@ def contestants(params: list[Parameter], left_out: dict[str, str]) -> dict[str, 
 
     def gather() -> None:
         layers = ops.fast_layers("LarsLayers")
-        layers.add(params, options)
+        layers.add([({"params": params}, options)])
         gathered[:] = layers.buckets
 
     gather()
@@ -173,7 +174,7 @@ def groups_table(report: dict[str, Any]) -> str:
         rows.append([name, *(f"{median:.0f}" for median in medians), f"{more:.2f}"])
     header = [
         f"µs a step, {LAYERS_IN_GROUPS} tensors: median",
-        *(f"{count} groups" for count in counts),
+        *(f"{count} group{'s' * (count > 1)}" for count in counts),
         "a further one",
     ]
     return common.table(header, rows)
@@ -188,11 +189,11 @@ def summary_table(report: dict[str, Any]) -> str:
         for count in counts:
             times = report["tensors"][count][name]
             row.append(f"{times['median']:.0f} ({times['q1']:.0f}–{times['q3']:.0f})")
-        most = max(report["tensors"][count][name]["median"] for count in counts)
-        is_part = name == PART
-        row += [f"≤ {TARGET_NS}", "met" if most <= TARGET_NS else "missed"] if is_part else ["", ""]
+        of_many = [report["tensors"][count][name]["median"] for count in counts if count >= FROM_TENSORS]
+        has_target = name == PART and len(of_many) > 0
+        row += [f"≤ {TARGET_NS}", "met" if max(of_many) <= TARGET_NS else "missed"] if has_target else ["", ""]
         rows.append(row)
-    header = ["ns per tensor: median (quartiles)", *(f"{count} tensors" for count in counts), "target", "verdict"]
+    header = ["ns per tensor: median (quartiles)", *(f"{count} tensor{'s' * (count > 1)}" for count in counts), "target", "verdict"]
     return common.table(header, rows)
 
 
