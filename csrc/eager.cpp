@@ -173,6 +173,56 @@ std::vector<int64_t> for_plain_layers(const py::sequence& params, Seen& seen, co
   return others;
 }
 
+// Whether a parameter group is the dict of a snapshot, a tuple of the dict and its keys and values in turn, and still
+// has identical keys and values. An ellipsis stands for any value. No Python code runs here.
+bool is_as_in(PyObject* group, PyObject* snapshot) {
+  if (!PyDict_Check(group) || !PyTuple_CheckExact(snapshot) || PyTuple_GET_SIZE(snapshot) == 0 ||
+      PyTuple_GET_ITEM(snapshot, 0) != group || PyTuple_GET_SIZE(snapshot) != 1 + 2 * PyDict_GET_SIZE(group)) {
+    return false;
+  }
+  PyObject* key = nullptr;
+  PyObject* value = nullptr;
+  Py_ssize_t i = 1;
+  for (Py_ssize_t at = 0; PyDict_Next(group, &at, &key, &value); i += 2) {
+    PyObject* const expected = PyTuple_GET_ITEM(snapshot, i + 1);
+    if (PyTuple_GET_ITEM(snapshot, i) != key || (expected != Py_Ellipsis && expected != value)) {
+      return false;
+    }
+  }
+  return true;
+}
+
+std::vector<int64_t> changed_groups(const py::list& groups, const py::list& snapshots) {
+  std::vector<int64_t> positions;
+  for (size_t i = 0; i < groups.size(); ++i) {
+    const auto at = static_cast<Py_ssize_t>(i);
+    if (i >= snapshots.size() || !is_as_in(PyList_GET_ITEM(groups.ptr(), at), PyList_GET_ITEM(snapshots.ptr(), at))) {
+      positions.push_back(static_cast<int64_t>(i));
+    }
+  }
+  return positions;
+}
+
+// Pairs of a parameter group, a dict, and its options.
+template <typename Options>
+using Groups = std::vector<std::pair<py::dict, Options*>>;
+
+// Pairs of a position in such a list and one in the group's parameters.
+using Positions = std::vector<std::pair<int64_t, int64_t>>;
+
+// Calls take(params, options) for every group, and returns the positions that it returns.
+template <typename Options, typename Take>
+Positions for_groups(const Groups<Options>& groups, const Take& take) {
+  static PyObject* const name = PyUnicode_InternFromString("params");
+  Positions others;
+  for (size_t group = 0; group < groups.size(); ++group) {
+    for (const int64_t position : take(item_of(groups[group].first, name), *groups[group].second)) {
+      others.emplace_back(static_cast<int64_t>(group), position);
+    }
+  }
+  return others;
+}
+
 // The positions of all items for which something does not hold. No Python code runs while the list is walked.
 template <typename Holds>
 std::vector<int64_t> positions_without(const py::list& params, const Holds& holds) {
@@ -328,7 +378,18 @@ struct LarsBucket {
 
 class LarsLayers {
  public:
-  std::vector<int64_t> add(const py::sequence& params, const LarsOptions& options) {
+  Positions add(const Groups<LarsOptions>& groups) {
+    return for_groups(
+        groups, [&](const py::sequence& params, const LarsOptions& options) { return add_group(params, options); });
+  }
+
+  std::vector<std::shared_ptr<LarsBucket>> buckets;
+  bool shares_memory = false;  // whether any gradient may share its memory
+  bool same_layout = true;     // whether all gradients lie in memory as their parameters do
+  int64_t versions = 0;        // the sum of those of all parameters
+
+ private:
+  std::vector<int64_t> add_group(const py::sequence& params, const LarsOptions& options) {
     const c10::TensorImpl* const lr_key = options.lr.has_value() ? key_of(*options.lr) : nullptr;
     return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
       shares_memory = shares_memory || may_be_shared(grad);
@@ -351,12 +412,6 @@ class LarsLayers {
     });
   }
 
-  std::vector<std::shared_ptr<LarsBucket>> buckets;
-  bool shares_memory = false;  // whether any gradient may share its memory
-  bool same_layout = true;     // whether all gradients lie in memory as their parameters do
-  int64_t versions = 0;        // the sum of those of all parameters
-
- private:
   Seen seen_;
 };
 
@@ -424,7 +479,17 @@ class SgdLayers {
  public:
   // state: the optimizer's. A layer without a momentum buffer, or with one that a kernel cannot take, is left to the
   // slow path, which makes one.
-  std::vector<int64_t> add(const py::sequence& params, const py::dict& state, const SgdOptions& options) {
+  Positions add(const Groups<SgdOptions>& groups, const py::dict& state) {
+    return for_groups(groups, [&](const py::sequence& params, const SgdOptions& options) {
+      return add_group(params, state, options);
+    });
+  }
+
+  std::vector<std::shared_ptr<SgdBucket>> buckets;
+  bool shares_memory = false;  // whether any parameter or momentum buffer may share its memory
+
+ private:
+  std::vector<int64_t> add_group(const py::sequence& params, const py::dict& state, const SgdOptions& options) {
     static PyObject* const momentum_buffer = PyUnicode_InternFromString("momentum_buffer");
     return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
       SgdBucket::Key key{param.device(), param.scalar_type()};
@@ -470,10 +535,6 @@ class SgdLayers {
     });
   }
 
-  std::vector<std::shared_ptr<SgdBucket>> buckets;
-  bool shares_memory = false;  // whether any parameter or momentum buffer may share its memory
-
- private:
   Seen seen_;
 };
 
@@ -540,6 +601,8 @@ void bind_fast_path(py::module_& m) {
         return positions;
       },
       py::arg("groups"), "Return the group and position of all items whose type is not exactly nn.Parameter.");
+  m.def("changed_groups", &changed_groups, py::arg("groups"), py::arg("snapshots"),
+        "Return the positions of the parameter groups that are not as in their snapshots.");
   py::class_<LarsOptions>(m, "LarsOptions", "The options of a group under LARS.")
       .def(py::init<>())
       .def_readwrite("weight_decay", &LarsOptions::weight_decay)
@@ -571,8 +634,10 @@ void bind_fast_path(py::module_& m) {
            "Scale the gradients, and return the trust ratios.");
   py::class_<LarsLayers>(m, "LarsLayers", "The layers of one step on the fast path, in buckets.")
       .def(py::init<>())
-      .def("add", &LarsLayers::add, py::arg("params"), py::arg("options"),
-           "Take a group's plain layers. Return the positions of those that are left to the slow path.")
+      .def(
+          "add", &LarsLayers::add, py::arg("groups"),
+          "Take the plain layers of pairs of a group and its options. Return the position of the pair and the position "
+          "in the group of those that are left to the slow path.")
       .def_readonly("buckets", &LarsLayers::buckets)
       .def_readonly("shares_memory", &LarsLayers::shares_memory, "Whether any gradient may share its memory.")
       .def_readonly("same_layout", &LarsLayers::same_layout, "Whether all gradients lie in memory as parameters do.")
@@ -583,8 +648,10 @@ void bind_fast_path(py::module_& m) {
            "Take the step. Return the trust ratios, or None if there are none.");
   py::class_<SgdLayers>(m, "SgdLayers", "The layers of one step of SGD on the fast path, in buckets.")
       .def(py::init<>())
-      .def("add", &SgdLayers::add, py::arg("params"), py::arg("state"), py::arg("options"),
-           "Take a group's plain layers. Return the positions of those that are left to the slow path.")
+      .def(
+          "add", &SgdLayers::add, py::arg("groups"), py::arg("state"),
+          "Take the plain layers of pairs of a group and its options. Return the position of the pair and the position "
+          "in the group of those that are left to the slow path.")
       .def_readonly("buckets", &SgdLayers::buckets)
       .def_readonly("shares_memory", &SgdLayers::shares_memory,
                     "Whether any parameter or momentum buffer may share its memory.");

@@ -230,12 +230,14 @@ ADD_SGD = {**ADD, "lr": 0.5, "momentum": 0.0, "dampening": 0.0, "nesterov": Fals
 
 
 def add_to_lars(layers, params, **different):
-    return layers.add(params, ops.fast_options("LarsOptions", **{**ADD, **different}))
+    options = ops.fast_options("LarsOptions", **{**ADD, **different})
+    return [position for _, position in layers.add([({"params": params}, options)])]
 
 
 def add_to_sgd(layers, params, state=None, **different):
     options = ops.fast_options("SgdOptions", **{**ADD_SGD, **different})
-    return layers.add(params, {} if state is None else state, options)
+    left = layers.add([({"params": params}, options)], {} if state is None else state)
+    return [position for _, position in left]
 
 
 def raises_and_changes_nothing(optimizer, error, message):

@@ -170,11 +170,11 @@ def test_what_two_interrupts_left_is_put_back_by_the_next_step():
     """The first one comes before hyper-parameters are put back, the second one while they are."""
     param = layer()
     optimizer = LARS(SGD([param], lr=0.5, weight_decay=0.1))
-    optimizer._hidden.replace(optimizer.param_groups[0], "weight_decay", 0.0)  # what a step leaves that ends there
+    optimizer._hidden.replace([(optimizer.param_groups[0], "weight_decay", 0.0)])  # what a step leaves that ends there
     optimizer.step()
     assert optimizer.param_groups[0]["weight_decay"] == 0.1
     assert_close(param.grad, trust_ratio(weight_decay=0.1) * float64([-0.4 + 0.3, 0.3 + 0.4]))
-    optimizer._hidden.replace(optimizer.param_groups[0], "weight_decay", 0.0)
+    optimizer._hidden.replace([(optimizer.param_groups[0], "weight_decay", 0.0)])
     optimizer.param_groups[0]["weight_decay"] = 0.7  # by the user, who found 0
     optimizer.step()
     assert optimizer.param_groups[0]["weight_decay"] == 0.7
@@ -219,5 +219,5 @@ def test_a_group_that_changes_while_it_is_walked(extension):
     options = ops.fast_options("SgdOptions", lr=0.1, momentum=0.9)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Tensor, "__hash__", shrinks)
-        left = layers.add(base.param_groups[0]["params"], base.state, options)
+        left = layers.add([(base.param_groups[0], options)], base.state)
     assert sum(len(bucket.params) for bucket in layers.buckets) + len(left) == 100

@@ -137,12 +137,13 @@ def test_what_is_shared_is_looked_for_only_where_it_may_be(extension):
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 10))
     params = list(model.parameters())
     base = SGD(params, lr=0.1, momentum=0.9)
+    group = base.param_groups[0]
     how = {"weight_decay": 0.1, "trust_coef": 0.001, "eps": 0.0}
 
     def shares_memory():
         lars, sgd = extension.LarsLayers(), extension.SgdLayers()
-        lars.add(params, ops.fast_options("LarsOptions", **how))
-        left = sgd.add(params, base.state, ops.fast_options("SgdOptions", **how, lr=0.1, momentum=0.9))
+        lars.add([(group, ops.fast_options("LarsOptions", **how))])
+        left = sgd.add([(group, ops.fast_options("SgdOptions", **how, lr=0.1, momentum=0.9))], base.state)
         assert left == []
         return lars.shares_memory, sgd.shares_memory
 

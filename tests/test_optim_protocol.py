@@ -275,18 +275,21 @@ def test_a_base_that_asks_for_what_cannot_be_measured_is_told_so(which, message,
         optimizer.step()
 
 
-class EditsOptions(torch.optim.SGD):
+class KeepsOptions(torch.optim.SGD):
     takes_trust_ratios = True
 
     def step(self, closure=None, *, trust_ratios=None):
         self.options = trust_ratios.options(0)
-        self.options.pop("lr")
-        self.options["eps"] = 7.0
 
 
-def test_a_base_may_edit_the_options_that_it_is_given(backend):
-    optimizer = LARS(EditsOptions([with_gradient(parameter(3))], lr=0.5), eps=EPS)
-    for _ in range(3):
-        optimizer.step()
-    assert optimizer.optim.options["eps"] == 7.0
-    assert optimizer.adaptations()[0].eps == EPS
+def test_options_are_read_only_and_another_object_once_they_have_changed(extension):
+    optimizer = LARS(KeepsOptions([with_gradient(parameter(3))], lr=0.5), eps=EPS)
+    optimizer.step()
+    options = optimizer.optim.options
+    with pytest.raises(TypeError):
+        options["eps"] = 7.0
+    optimizer.step()
+    assert optimizer.optim.options is options
+    optimizer.param_groups[0]["eps"] = 0.25
+    optimizer.step()
+    assert (optimizer.optim.options["eps"], options["eps"]) == (0.25, EPS)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -36,6 +37,9 @@ class Adaptation:
     def __post_init__(self) -> None:
         #: Whether gradients are multiplied by trust ratios.
         self.multiplies_gradients = self.trust_coef is not None and self.apply_to == "gradient"
+        #: Whether a base that takes trust ratios can multiply by them: of gradients it multiplies g + λw.
+        self.suits_a_base = self.ratio_of == "update" or (self.multiplies_gradients and not self.is_decoupled)
+        self.hides_lr = self.lr_in_momentum and self.apply_to == "gradient"
         #: The arguments of a pass that measures, decides and applies.
         self.kernel_options: dict[str, Any] = {
             "trust_coef": self.trust_coef,
@@ -45,6 +49,7 @@ class Adaptation:
             "lr_in_momentum": self.lr_in_momentum,
             "lr": self.lr,
         }
+        self.options_for_base = MappingProxyType(self.kernel_options)
         self._fast_options: Any = None
         #: What all layers of a bucket have in common.
         self.kind = (
@@ -59,6 +64,40 @@ class Adaptation:
             how = {"weight_decay": self.weight_decay, "maximize": self.maximize}
             self._fast_options = ops.fast_options("LarsOptions", **how, **self.kernel_options)
         return self._fast_options
+
+
+@dataclass
+class Plan:
+    """What a step derives from the options of all groups, as long as these stay the same."""
+
+    read: list[Adaptation | None]  # by group; None: left to the base
+    base_takes: bool  # whether the base takes ratios
+
+    def __post_init__(self) -> None:
+        self.adaptations = {index: how for index, how in enumerate(self.read) if how is not None}
+        #: The groups with trust ratios.
+        self.adapted = [index for index, how in self.adaptations.items() if how.trust_coef is not None]
+        #: The groups whose ratios the base multiplies by.
+        self.for_base = {index for index, how in self.adaptations.items() if self.base_takes and how.suits_a_base}
+        ours = {index: how for index, how in self.adaptations.items() if index not in self.for_base}
+        #: The groups whose updates are scaled here, and those whose gradients are multiplied by ratios, or only by lr.
+        self.updated = [index for index, how in ours.items() if how.apply_to == "update"]
+        self.written = {index for index, how in ours.items() if how.apply_to == "gradient"}
+        #: The groups whose layers may take the fast path, and whether all of ours may.
+        self.fast = [index for index, how in ours.items() if how.multiplies_gradients]
+        self.is_all_fast = len(self.fast) == len(ours)
+        self._fast_groups: list[tuple[Group, Any]] | None = None
+        #: What the base must not see, as gradients hold it already: a group, a key, and the value to show.
+        decaying = (how for index, how in ours.items() if index in self.written and how.weight_decay != 0)
+        self.hidden: list[tuple[Group, str, Any]] = [(how.group, "weight_decay", 0.0) for how in decaying]
+        self.hidden += [(how.group, "lr", 1.0) for how in self.adaptations.values() if how.hides_lr]
+
+    def fast_groups(self) -> list[tuple[Group, Any]]:
+        """Return the groups of :attr:`fast` with their options, as the fast path takes them."""
+        if self._fast_groups is None:
+            ours = [self.adaptations[index] for index in self.fast]
+            self._fast_groups = [(how.group, how.fast_options()) for how in ours]
+        return self._fast_groups
 
 
 @dataclass(eq=False)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -57,17 +56,18 @@ class NoFastPath:
     same_layout = True
     versions = 0
 
-    def add(self, params: Sequence[Tensor], *args: Any, **kwargs: Any) -> range:
+    def add(self, groups: Sequence[tuple[dict[str, Any], Any]], *args: Any) -> list[tuple[int, int]]:
         """Return all positions."""
-        return range(len(params))
+        return [(i, position) for i, (group, _) in enumerate(groups) for position in range(len(group["params"]))]
 
 
 def fast_layers(kind: str) -> Any:
     """Return an object that gathers layers of a step in C++, the fast path.
 
-    Its ``add(params, ...)`` takes the dense real layers of a group, and returns the positions of the parameters that
-    are left to the slow path in Python. Its ``buckets`` hold the layers that it took. While compiling it takes none, as
-    C++ cannot be traced.
+    Its ``add(groups, ...)`` takes the dense real layers of groups, given as pairs of a group and its
+    :func:`fast_options`. It returns the parameters that are left to the slow path in Python, as pairs of a position in
+    ``groups`` and one in the group. Its ``buckets`` hold the layers that it took. While compiling it takes none, as C++
+    cannot be traced.
 
     Args:
         kind: ``"LarsLayers"`` or ``"SgdLayers"``.
@@ -117,15 +117,28 @@ def overlapping(tensors: Sequence[Tensor]) -> list[int]:
 
 def positions_of_non_parameters(groups: Sequence[Sequence[Tensor]]) -> Sequence[tuple[int, int]]:
     """Return the group and position of every tensor whose type is not exactly :class:`torch.nn.Parameter`."""
-    if not torch.compiler.is_compiling() and extension is not None and _backend is not reference:
-        with suppress(TypeError):  # a group that is no list
+    if extension is not None and _backend is not reference and not torch.compiler.is_compiling():
+        try:
             return extension.positions_of_non_parameters(groups)  # type: ignore[no-any-return]
+        except TypeError:  # a group that is no list
+            pass
     return [
         (group, position)
         for group, params in enumerate(groups)
         for position, param in enumerate(params)
         if type(param) is not torch.nn.Parameter
     ]
+
+
+def changed_groups(groups: Sequence[dict[str, Any]], snapshots: Sequence[Any]) -> Sequence[int]:
+    """Return the positions of the groups that are not as in their snapshots, or all of them without the extension.
+
+    A snapshot is a tuple of the group's dict and its keys and values in turn, which are compared by identity; ``...``
+    stands for any value.
+    """
+    if extension is None or _backend is reference or type(groups) is not list:
+        return range(len(groups))
+    return extension.changed_groups(groups, snapshots)  # type: ignore[no-any-return]
 
 
 def lr_tensor(lr: Tensor, device: torch.device) -> Tensor:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from torchlars import ops
+
 __all__: list[str] = []
 
 #: A parameter group of an optimizer.
@@ -125,38 +127,38 @@ class GroupReader:
 
     def __init__(self) -> None:
         self._context: list[Any] = []
-        self._last: list[_Reading] = []
+        self._results: list[Any] = []
+        self._snapshots: list[Any] = []  # None: not to be used again
 
     def read(
         self, groups: Sequence[Group], read: Callable[[int, Group], Any], context_of: Callable[[], list[Any]]
     ) -> list[Any]:
-        """Return ``read(index, group)`` of every group."""
+        """Return ``read(index, group)`` of every group. If nothing has changed, that is the same list as last time."""
         if torch.compiler.is_compiling():
             return [read(index, group) for index, group in enumerate(groups)]
         context = context_of()
         if len(self._context) != len(context) or not all(map(is_, self._context, context)):
-            self._context, self._last = context, []
-        last, readings = iter(self._last), []
-        for index, group in enumerate(groups):
-            keys, values = list(group), list(group.values())
-            if "params" in group:  # not read, and not to be kept alive
-                values[keys.index("params")] = None
-            reading = next(last, None)
-            if (
-                reading is None
-                or reading[0] is not group
-                or reading[1] != keys
-                or not all(map(is_, values, reading[2]))
-            ):
-                cannot_change = all(map(_cannot_change, keys, values))
-                reading = (group, keys if cannot_change else None, values, read(index, group))
-            readings.append(reading)
-        self._last = readings
-        return [reading[3] for reading in readings]
+            self._context, self._results, self._snapshots = context, [], []
+        changed = ops.changed_groups(groups, self._snapshots)
+        if len(changed) == 0 and len(self._results) == len(groups):
+            return self._results
+        new = [None] * (len(groups) - len(self._results))
+        results, snapshots = [*self._results[: len(groups)], *new], [*self._snapshots[: len(groups)], *new]
+        for index in changed:
+            results[index] = read(index, groups[index])
+            snapshots[index] = _snapshot(groups[index])
+        self._results, self._snapshots = results, snapshots  # together, and only if no group has raised
+        return results
 
 
-#: A group, its keys (None: not to be used again), its values, and what was read.
-_Reading = tuple[Group, list[str] | None, list[Any], Any]
+def _snapshot(group: Group) -> tuple[Any, ...] | None:
+    """Return a group as :func:`torchlars.ops.changed_groups` takes it, or None if its values can change in place."""
+    if not all(map(_cannot_change, group, group.values())):
+        return None
+    # The list of parameters is not read, and not to be kept alive.
+    return group, *(item for key, value in group.items() for item in (key, ... if key == "params" else value))
+
+
 _CONSTANTS = frozenset({float, int, bool, str, tuple, NoneType, torch.dtype})
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
+from itertools import repeat
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torchlars import amp, ops, sharding
 from torchlars.amp import GradScale
 from torchlars.bases import bases, check_line_search, decouples, step_of_base
-from torchlars.bucket import Adaptation, Bucket, measure
+from torchlars.bucket import Adaptation, Bucket, Plan, measure
 from torchlars.layers import (
     check_layer,
     check_update,
@@ -31,6 +32,9 @@ from torchlars.zero_layers import ZeroLayers, large_lr_of_unadapted
 
 __all__: list[str] = []
 
+#: The attribute by which a base says that it multiplies by trust ratios itself, by whose norm is in them.
+TAKES_RATIOS_OF = {"gradient": "takes_trust_ratios", "update": "takes_ratios_of_updates"}
+
 
 class TrustRatioWrapper(OptimizerWrapper):
     """A wrapper that multiplies gradients or updates by trust ratios. Subclasses say which, and add options."""
@@ -44,6 +48,7 @@ class TrustRatioWrapper(OptimizerWrapper):
         super().__setstate__(state)
         self.__dict__.setdefault("_zero_layers", None)
         self._reader = GroupReader()
+        self._plan: Plan | None = None
         self._last_step: list[tuple[Sequence[Tensor], Tensor]] = []  # changed in place, which torch 2.11 can trace
         if "optim" not in state:
             return
@@ -91,8 +96,8 @@ class TrustRatioWrapper(OptimizerWrapper):
         this = Step(self, closure, torch.compiler.is_compiling())
         try:
             self._hidden.restore_after_interrupt()
-            args, kwargs = this.arguments(*args, **kwargs)
             this.read_groups()
+            args, kwargs = this.arguments(*args, **kwargs)
             if closure is None:
                 this.adapt()
             this.hide()
@@ -108,15 +113,20 @@ class TrustRatioWrapper(OptimizerWrapper):
         self._last_step[:] = this.reported
         return loss
 
-    def adaptations(self) -> list[Adaptation | None]:
-        """Return how the layers of each group are adapted now; None for a group that is left to the base."""
-        return self._reader.read(self.param_groups, self._adaptation, self._context)
+    def plan(self) -> Plan:
+        """Return what a step derives from the options of the groups now."""
+        read = self._reader.read(self.param_groups, self._adaptation, self._context)
+        plan = self._plan
+        if plan is None or plan.read is not read:
+            self._plan = plan = Plan(read, base_takes=bool(getattr(self.optim, TAKES_RATIOS_OF[self.ratio_of], False)))
+        return plan
 
     def _context(self) -> list[Any]:
         """Return all but the groups themselves that adaptations are read from."""
-        context = [getattr(self, name) for name in self.options]
+        context = list(map(getattr, repeat(self), self.options))
         for base in bases(self.optim):
-            context += [base, getattr(base, "takes_trust_ratios", None), *base.defaults, *base.defaults.values()]
+            takes_ratios = getattr(base, TAKES_RATIOS_OF[self.ratio_of], None)
+            context += [base, takes_ratios, *base.defaults, *base.defaults.values()]
         return context
 
     def check_group(self, index: int, group: Group) -> None:
@@ -183,7 +193,8 @@ class TrustRatioWrapper(OptimizerWrapper):
 
     def check_layers(self, adapted: Sequence[int]) -> None:
         """Raise if a group that is adapted holds what may be a flat partition of several layers."""
-        lists = [self.param_groups[index]["params"] for index in adapted]
+        groups = self.param_groups
+        lists = [groups[index]["params"] for index in adapted]
         for i, position in ops.positions_of_non_parameters(lists):
             if not self._is_whole(adapted[i], position, lists[i]) and lists[i][position].grad is not None:
                 raise RuntimeError(
@@ -205,7 +216,8 @@ class TrustRatioWrapper(OptimizerWrapper):
 
     def warn_of_large_lr(self, adapted: Sequence[int]) -> None:
         """Warn, once, if a group that is not adapted is about to take an lr that is made for trust ratios."""
-        if self._warns_of_large_lr and not torch.compiler.is_compiling():
+        some_are_left = len(adapted) < len(self.param_groups)
+        if some_are_left and self._warns_of_large_lr and not torch.compiler.is_compiling():
             found = large_lr_of_unadapted(self.optim, adapted)
             if found is not None:
                 self._warns_of_large_lr = False
@@ -234,12 +246,9 @@ class Step:
         self._is_compiling = is_compiling
         self._hidden = wrapper._hidden
         self._closure = closure
-        takes = "takes_trust_ratios" if wrapper.ratio_of == "gradient" else "takes_ratios_of_updates"
-        self._base_takes = bool(getattr(wrapper.optim, takes, False))
         self._grad_scale = self._scale_for_base = GradScale.of(wrapper)
         self._unscales = False
-        self._adaptations: dict[int, Adaptation] = {}
-        self._for_base: set[int] = set()  # the groups whose ratios the base multiplies by
+        self._plan: Plan  # once groups have been read
         self._written: list[tuple[Sequence[Tensor], Tensor | None]] = []  # with the ratios of gradients
         self._params: Sequence[Sequence[Tensor]] = ()  # all that are adapted, by bucket
         self._versions = 0  # of these, before the base's step
@@ -254,7 +263,7 @@ class Step:
             args = (self._evaluate, *args)
         elif args:  # they keep their places
             args = (None, *args)
-        if self._base_takes:
+        if self._plan.base_takes:
             kwargs["trust_ratios"] = self
         return args, kwargs
 
@@ -263,6 +272,9 @@ class Step:
         self._hidden.restore()
         with torch.enable_grad():
             loss = self._closure()  # type: ignore[misc]
+        self.reported.clear()
+        self._scaled_later.clear()
+        self._written.clear()
         self.read_groups()
         self.adapt()
         self.hide()
@@ -271,59 +283,49 @@ class Step:
     def read_groups(self) -> None:
         """Read how groups are adapted, and copy the parameters whose updates are scaled."""
         wrapper = self._wrapper
-        self._adaptations = {index: how for index, how in enumerate(wrapper.adaptations()) if how is not None}
-        if self._base_takes:
-            self._for_base = {index for index, how in self._adaptations.items() if _suits_a_base(how)}
-        adapted = [index for index, how in self._adaptations.items() if how.trust_coef is not None]
-        wrapper.check_layers(adapted)
-        wrapper.warn_of_large_lr(adapted)
-        self._updated = self._to_be_updated()
-        new_params = [param for param in self._updated if param not in self._old_params]
-        if len(new_params) > 0:
-            self._old_params.update(copies(new_params))
+        self._plan = plan = wrapper.plan()
+        wrapper.check_layers(plan.adapted)
+        wrapper.warn_of_large_lr(plan.adapted)
+        self._updated = self._to_be_updated() if plan.updated else {}
+        if self._updated:
+            self._old_params.update(copies(param for param in self._updated if param not in self._old_params))
         # If gradients are unscaled here, all are: the base has one scale for all groups.
-        self._unscales = self._grad_scale.is_given and len(self._written_groups()) > 0
+        self._unscales = self._grad_scale.is_given and len(plan.written) > 0
         self._scale_for_base = self._grad_scale.once_unscaled() if self._unscales else self._grad_scale
 
     def _to_be_updated(self) -> dict[Tensor, Adaptation]:
         """Return all parameters whose updates may have to be scaled here. The closure may give gradients to more."""
         params: dict[Tensor, Adaptation] = {}
-        for index, how in self._adaptations.items():
-            if how.apply_to == "update" and index not in self._for_base:
-                for position, param in enumerate(how.group["params"]):
-                    if param.grad is not None or (self._closure is not None and param.requires_grad):
-                        check_update(index, position, param)
-                        params.setdefault(param, how)
+        for index in self._plan.updated:
+            how = self._plan.adaptations[index]
+            for position, param in enumerate(how.group["params"]):
+                if param.grad is not None or (self._closure is not None and param.requires_grad):
+                    check_update(index, position, param)
+                    params.setdefault(param, how)
         return params
-
-    def _written_groups(self) -> list[int]:
-        """Return the groups whose gradients are multiplied by ratios, or only by lr, here."""
-        return [
-            index
-            for index, how in self._adaptations.items()
-            if how.apply_to == "gradient" and index not in self._for_base
-        ]
 
     def adapt(self) -> None:
         """Gather, measure, complete, decide and apply, as far as ratios are of gradients and not for the base."""
         self._warn_of_zero_layers()
-        self.reported.clear()
-        self._scaled_later.clear()
-        self._written.clear()
-        written = self._written_groups()
-        lay_out_gradients(self._wrapper.param_groups, skipped=set(written))  # those are looked at as they are gathered
-        if self._wrapper.ratio_of == "update" or len(self._for_base) == len(self._adaptations):
+        plan = self._plan
+        lay_out_gradients(self._wrapper.param_groups, skipped=plan.written)  # those are looked at as they are gathered
+        if self._wrapper.ratio_of == "update" or len(plan.for_base) == len(plan.adaptations):
             return
+        fast_layers, buckets = self._gather()
+        # Not the buckets: while something else refers to gradients, the base takes longer to read .grad.
+        self._params = [bucket.params for bucket in [*fast_layers.buckets, *buckets]]
+        self._versions = fast_layers.versions + (_versions(bucket.params for bucket in buckets) if buckets else 0)
+        for fast_bucket in fast_layers.buckets:
+            params = fast_bucket.params
+            ratios = fast_bucket.adapt(self._grad_scale.inv_scale(params[0].device))
+            self._written.append((params, ratios))
+            self.report(params, ratios)
+        if len(buckets) > 0:
+            self._adapt(buckets)
+
+    def _adapt(self, buckets: Sequence[Bucket]) -> None:
+        """Do so for layers that do not take the fast path."""
         with torch.no_grad():
-            fast_layers, buckets = self._gather()
-            # Not the buckets: while something else refers to gradients, the base takes longer to read .grad.
-            self._params = [bucket.params for bucket in [*fast_layers.buckets, *buckets]]
-            self._versions = fast_layers.versions + _versions(bucket.params for bucket in buckets)
-            for fast_bucket in fast_layers.buckets:
-                params = fast_bucket.params
-                ratios = fast_bucket.adapt(self._grad_scale.inv_scale(params[0].device))
-                self._written.append((params, ratios))
-                self.report(params, ratios)
             measure([bucket for bucket in buckets if len(bucket.trust_coefs) > 0 and not bucket.takes_one_pass])
             for bucket in buckets:
                 bucket.scale_gradients()
@@ -340,7 +342,7 @@ class Step:
         zero_layers = self._wrapper._zero_layers
         if zero_layers is not None and not self._is_compiling:
             self._wrapper._zero_layers = None
-            zero_layers.warn(self._wrapper.optim, self._adaptations)
+            zero_layers.warn(self._wrapper.optim, self._plan.adaptations)
 
     def _gather(self) -> tuple[Any, Sequence[Bucket]]:
         """Return all layers to adapt, in buckets: those of the fast path, and the others.
@@ -361,24 +363,20 @@ class Step:
     def _gather_as_they_lie(self) -> tuple[Any, Sequence[Bucket]]:
         """Return all layers to adapt, in buckets, with gradients of any memory layout."""
         fast_layers = ops.fast_layers("LarsLayers")
+        others = self._slow_layers(fast_layers)
+        return fast_layers, self._buckets_of(others) if len(others) > 0 else []
+
+    def _buckets_of(self, layers: Iterable[tuple[int, int, Adaptation]]) -> list[Bucket]:
+        """Return layers that do not take the fast path, in buckets."""
         buckets: dict[Any, Bucket] = {}
         seen: set[Tensor] = set()  # a tied parameter is one layer, however often it is listed
-        for index, group in enumerate(self._wrapper.param_groups):
-            how = self._adaptations.get(index)
-            if how is None or index in self._for_base:
-                if not self._unscales:
-                    continue
-                how = Adaptation(group)  # only unscaled
-            params = group["params"]
-            positions: Iterable[int] = range(len(params))
-            if how.multiplies_gradients:
-                positions = fast_layers.add(params, how.fast_options())
-            for position in positions:
-                param = params[position]
+        with torch.no_grad():
+            for index, position, how in layers:
+                param = self._wrapper.param_groups[index]["params"][position]
                 if param.grad is None or param in seen:
                     continue
                 seen.add(param)
-                if index in self._adaptations:
+                if index in self._plan.adaptations:
                     check_layer(index, position, param, how.weight_decay, self._wrapper.optim)
                 groups = sharding.process_groups(param)
                 key = (param.device, param.dtype, param.grad.dtype, param.grad.is_sparse, groups, how.kind)
@@ -388,19 +386,36 @@ class Step:
                     buckets[key] = Bucket(how, groups, inv_scale, is_written, param.grad.is_sparse)
                 bucket = buckets[key]
                 bucket.add(param, how, writable_gradient(param) if bucket.is_written else readable_gradient(param))
-        return fast_layers, list(buckets.values())
+        return list(buckets.values())
+
+    def _slow_layers(self, fast_layers: Any) -> list[tuple[int, int, Adaptation]]:
+        """Add layers to the fast path. Return the others: group, position and options, in the order of the groups."""
+        plan = self._plan
+        left: dict[int, list[int]] = {}
+        for i, position in fast_layers.add(plan.fast_groups()):
+            left.setdefault(plan.fast[i], []).append(position)
+        layers: list[tuple[int, int, Adaptation]] = []
+        if len(left) == 0 and plan.is_all_fast and not self._unscales:
+            return layers
+        for index, group in enumerate(self._wrapper.param_groups):
+            how = plan.adaptations.get(index)
+            positions: Iterable[int] = range(len(group["params"]))
+            if how is None or index in plan.for_base:
+                if not self._unscales:
+                    continue
+                how = Adaptation(group)  # only unscaled
+            elif how.multiplies_gradients:
+                positions = left.get(index, [])
+            layers += [(index, position, how) for position in positions]
+        return layers
 
     def hide(self) -> None:
         """Hide from the base what gradients hold already: weight decay, lr in the momentum, and the loss's scale."""
-        for name, value in self._scale_for_base.attributes().items():
-            self._hidden.replace(vars(self._wrapper.optim), name, value)
-        for index, how in self._adaptations.items():
-            if how.apply_to == "update":
-                continue
-            if how.weight_decay != 0 and index not in self._for_base:
-                self._hidden.replace(how.group, "weight_decay", 0.0)
-            if how.lr_in_momentum:
-                self._hidden.replace(how.group, "lr", 1.0)
+        if self._scale_for_base.is_given:
+            attributes = vars(self._wrapper.optim)
+            scale = self._scale_for_base.attributes()
+            self._hidden.replace((attributes, name, value) for name, value in scale.items())
+        self._hidden.replace(self._plan.hidden)
 
     def scale_updates(self) -> None:
         """Multiply updates by trust ratios. Where these are of updates, measure, complete and decide them first."""
@@ -435,7 +450,7 @@ class Step:
             return
         if any(is_capturing(params[0].device) for params, _ in written):  # into a CUDA graph: nothing has run yet
             return
-        adapted = [self._adaptations[index] for index in self._written_groups()]  # all others were only unscaled
+        adapted = [self._plan.adaptations[index] for index in self._plan.written]  # all others were only unscaled
         hows = {param: how for how in adapted for param in how.group["params"]}
         with torch.no_grad():
             for params, ratios in written:
@@ -452,10 +467,10 @@ class Step:
 
     # The protocol of torchlars.optim.TrustRatios.
 
-    def options(self, index: int) -> dict[str, Any] | None:
+    def options(self, index: int) -> Mapping[str, Any] | None:
         """Return how to measure the gradients of a group, or None if they are to be taken as they are."""
         how = self._adaptation_for_base(index, "gradient")
-        return None if how is None else dict(how.kernel_options)
+        return None if how is None else how.options_for_base
 
     def update_options(self, index: int) -> dict[str, Any] | None:
         """Return how to measure the updates of a group, or None if they are to be taken as they are."""
@@ -483,8 +498,8 @@ class Step:
         self.reported.append((params, ratios))
 
     def _adaptation_for_base(self, index: int, ratio_of: str) -> Adaptation | None:
-        how = self._adaptations.get(index)
-        return how if how is not None and how.ratio_of == ratio_of and index in self._for_base else None
+        how = self._plan.adaptations.get(index)
+        return how if how is not None and how.ratio_of == ratio_of and index in self._plan.for_base else None
 
     def _bucket_for_base(
         self, ratio_of: str, index: int, params: Sequence[Tensor], updates: Sequence[Tensor] | None = None
@@ -556,14 +571,6 @@ class Step:
                 in_momentum = how.lr_in_momentum and how.lr is not None
                 factors.append(ops.times_lr(ratios, how.lr) if in_momentum else ratios)  # type: ignore[arg-type]
         return factors
-
-
-def _suits_a_base(how: Adaptation) -> bool:
-    """Tell whether a base that takes trust ratios can multiply by those of a group.
-
-    A base multiplies g + λw by the ratio, so it cannot if λ is decoupled.
-    """
-    return how.ratio_of == "update" or (how.multiplies_gradients and not how.is_decoupled)
 
 
 def _versions(params: Iterable[Sequence[Tensor]]) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -42,8 +42,10 @@ class TrustRatios(Protocol):
         Layers that are sharded over several ranks then take one collective, instead of one a call.
         """
 
-    def options(self, index: int) -> dict[str, Any] | None:
+    def options(self, index: int) -> Mapping[str, Any] | None:
         """Return how a group's ratios of gradients are decided, or None for a group that has none.
+
+        The mapping is read-only, and another object once anything has changed.
 
         For a base that measures and decides by itself, in the pass of its own update. It must support every key:
         ``trust_coef``, ``eps``, ``decayed_norm``, ``clip`` and ``lr_in_momentum``, as :class:`torchlars.LARS` defines

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
-from operator import is_
 from typing import Any
 
 import torch
@@ -179,23 +178,21 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
 
         Buckets are updated one after the other, which gives overlapping layers the order that they are listed in.
         """
-        fast_layers = ops.fast_layers("SgdLayers")
-        buckets: list[Bucket] = []
+        fast_layers = ops.NoFastPath() if overlapping else ops.fast_layers("SgdLayers")
+        groups = self.param_groups
+        hypers = self._reader.read(groups, self._read_group, self._context)
+        options = [None if trust_ratios is None else trust_ratios.options(index) for index in range(len(groups))]
+        fast_options = [hyper.fast_options(how) for hyper, how in zip(hypers, options, strict=True)]
+        others: dict[int, list[tuple[int, Tensor]]] = {}
         seen: set[Tensor] = set()
-        of_groups = self._reader.read(self.param_groups, self._read_group, self._context)
-        for index, (group, hyper) in enumerate(zip(self.param_groups, of_groups, strict=True)):
-            options = None if trust_ratios is None else trust_ratios.options(index)
-            others = []
-            positions: Iterable[int] = range(len(group["params"]))
-            if not overlapping:
-                positions = fast_layers.add(group["params"], self.state, hyper.fast_options(options))
-            for position in positions:
-                param = group["params"][position]
-                if param.grad is not None and param not in seen:
-                    seen.add(param)
-                    others.append((position, param))
-            if others:
-                buckets += self._slow_path(index, others, hyper, overlapping)
+        for index, position in fast_layers.add(list(zip(groups, fast_options, strict=True)), self.state):
+            param = groups[index]["params"][position]
+            if param.grad is not None and param not in seen:
+                seen.add(param)
+                others.setdefault(index, []).append((position, param))
+        buckets: list[Bucket] = []
+        for index, layers in others.items():
+            buckets += self._slow_path(index, layers, hypers[index], overlapping)
         return fast_layers, buckets
 
     def _context(self) -> list[Any]:
@@ -249,16 +246,15 @@ class HyperParameters:
     momentum_in_float32: bool
 
     def __post_init__(self) -> None:
-        self._fast: tuple[list[Any] | None, Any] | None = None  # the last options of LARS, and both together
+        self._fast: tuple[Mapping[str, Any] | None, Any] | None = None  # the last options of LARS, and both together
 
-    def fast_options(self, options: dict[str, Any] | None) -> Any:
+    def fast_options(self, options: Mapping[str, Any] | None) -> Any:
         """Return the hyper-parameters, and the options of LARS if there are any, as the fast path takes them."""
-        values = None if options is None else list(options.values())
-        if self._fast is None or not _are_identical(self._fast[0], values):
+        if self._fast is None or self._fast[0] is not options:
             ours = {field.name: getattr(self, field.name) for field in fields(self)}
             if options is not None:  # while lr is in the momentum, the group's own reads 1
                 ours |= {name: value for name, value in options.items() if name != "lr" or value is not None}
-            self._fast = values, ops.fast_options("SgdOptions", **ours)
+            self._fast = options, ops.fast_options("SgdOptions", **ours)
         return self._fast[1]
 
 
@@ -340,12 +336,6 @@ class Bucket:
             )
             if self.hyper.momentum != 0:
                 self.state[param]["momentum_buffer"] = buffers[0]
-
-
-def _are_identical(values: list[Any] | None, others: list[Any] | None) -> bool:
-    if values is None or others is None:
-        return values is others
-    return all(map(is_, values, others))
 
 
 def _is_for_torch(param: Tensor, grad: Tensor) -> bool:

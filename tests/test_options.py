@@ -1,0 +1,107 @@
+"""Reading parameter groups, and again only those that have changed."""
+
+import pytest
+import torch
+
+from torchlars.options import GroupReader
+
+
+class Reads:
+    """A reader of groups that counts."""
+
+    def __init__(self):
+        self.reader, self.context, self.read_groups = GroupReader(), [0.5], []
+
+    def __call__(self, groups):
+        self.read_groups.clear()
+        results = self.reader.read(groups, self.read, lambda: list(self.context))
+        return results, list(self.read_groups)
+
+    def read(self, index, group):
+        self.read_groups.append(index)
+        if group.get("lr") == "bad":
+            raise ValueError("bad")
+        return index, dict(group)
+
+
+def groups_of(count=3):
+    return [{"params": [torch.nn.Parameter(torch.ones(2))], "lr": 0.5 + i, "nesterov": False} for i in range(count)]
+
+
+def test_groups_that_have_not_changed_are_not_read_again(extension):
+    reads, groups = Reads(), groups_of()
+    first, read = reads(groups)
+    assert read == [0, 1, 2]
+    again, read = reads(groups)
+    assert (again is first, read) == (True, [])
+    groups[1]["params"] = []  # is not what is read
+    assert reads(groups) == (first, [])
+
+
+CHANGES = {
+    "a value": lambda group: group.update(lr=0.75),
+    "an equal value of another type": lambda group: group.update(nesterov=0),
+    "a new key": lambda group: group.update(momentum=0.9),
+    "a key less": lambda group: group.pop("nesterov"),
+    "the order": lambda group: group.update(lr=group.pop("lr")),
+    "another key for the same value": lambda group: group.update(clip=group.pop("nesterov")),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
+def test_a_group_that_has_changed_is_read_again(extension, change):
+    reads, groups = Reads(), groups_of()
+    reads(groups)
+    change(groups[1])
+    results, read = reads(groups)
+    assert results[1] == (1, groups[1])
+    assert read == [1]
+    assert reads(groups)[1] == []
+
+
+def test_another_dict_with_the_same_values_is_read_again(extension):
+    reads, groups = Reads(), groups_of()
+    reads(groups)
+    groups[2] = dict(groups[2])
+    assert reads(groups)[1] == [2]
+    assert reads(groups[::-1])[1] == [0, 2]
+    results, read = reads([*groups[::-1], *groups_of(1)])
+    assert (len(results), read) == (4, [3])
+    results, read = reads(groups[::-1][:1])
+    assert (results, read) == ([(0, groups[2])], [])
+
+
+def test_another_context_has_all_read_again(extension):
+    reads, groups = Reads(), groups_of()
+    reads(groups)
+    reads.context = [0.25]
+    assert reads(groups)[1] == [0, 1, 2]
+    reads.context = [0.25, None]
+    assert reads(groups)[1] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("value", [torch.tensor(0.5), [0.9, 0.999], {"a": 1}], ids=str)
+def test_values_that_can_change_in_place_are_read_every_time(extension, value):
+    reads, groups = Reads(), groups_of()
+    groups[1]["lr" if isinstance(value, torch.Tensor) else "betas"] = value
+    reads(groups)
+    assert reads(groups)[1] == [1]
+
+
+def test_groups_that_could_not_all_be_read_are_read_again(extension):
+    reads, groups = Reads(), groups_of()
+    reads(groups)
+    groups[0]["lr"], groups[1]["lr"] = 0.25, "bad"
+    for _ in range(2):
+        with pytest.raises(ValueError, match="bad"):
+            reads(groups)
+    groups[1]["lr"] = 1.5
+    results, read = reads(groups)
+    assert read == [0, 1]
+    assert results == [(i, group) for i, group in enumerate(groups)]
+
+
+def test_groups_that_are_no_list_are_read_every_time():
+    reads, groups = Reads(), tuple(groups_of())
+    reads(groups)
+    assert reads(groups)[1] == [0, 1, 2]
