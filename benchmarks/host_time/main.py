@@ -161,6 +161,11 @@ def time_groups(count: int, args: argparse.Namespace, device: torch.device) -> d
     return {name: common.summary([time * 1e6 for time in rounds]) for name, rounds in times.items()}
 
 
+def numbered(count: int, noun: str) -> str:
+    """Return a number of things."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 def groups_table(report: dict[str, Any]) -> str:
     """Return microseconds a step as a Markdown table, with what each further group adds."""
     counts = list(report["groups"])
@@ -174,7 +179,7 @@ def groups_table(report: dict[str, Any]) -> str:
         rows.append([name, *(f"{median:.0f}" for median in medians), f"{more:.2f}"])
     header = [
         f"µs a step, {LAYERS_IN_GROUPS} tensors: median",
-        *(f"{count} group{'s' * (count > 1)}" for count in counts),
+        *(numbered(count, "group") for count in counts),
         "a further one",
     ]
     return common.table(header, rows)
@@ -193,7 +198,7 @@ def summary_table(report: dict[str, Any]) -> str:
         has_target = name == PART and len(of_many) > 0
         row += [f"≤ {TARGET_NS}", "met" if max(of_many) <= TARGET_NS else "missed"] if has_target else ["", ""]
         rows.append(row)
-    header = ["ns per tensor: median (quartiles)", *(f"{count} tensor{'s' * (count > 1)}" for count in counts), "target", "verdict"]
+    header = ["ns per tensor: median (quartiles)", *(numbered(count, "tensor") for count in counts), "target", "verdict"]
     return common.table(header, rows)
 
 
