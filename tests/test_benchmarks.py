@@ -231,12 +231,12 @@ def test_a_package_gives_one_module_without_its_own_imports(module, monkeypatch,
 
 
 def test_host_time_writes_what_the_table_needs(module, tmp_path):
-    argv = ["--tensors", "1", "20", "--groups", "1", "4", "--out", str(tmp_path), "--name", "run", *QUICK]
+    argv = ["--tensors", "1", "100", "--groups", "1", "4", "--out", str(tmp_path), "--name", "run", *QUICK]
     module("host_time.main").main(argv)
     report = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
-    assert report["command"].startswith("python -m benchmarks.host_time.main --tensors 1 20")
+    assert report["command"].startswith("python -m benchmarks.host_time.main --tensors 1 100")
     part = "LARS part: LARS(no-op) − no-op"
-    for count in ("1", "20"):
+    for count in ("1", "100"):
         timed = report["tensors"][count]
         assert {"SGD fused", "SGD foreach", "ops.scale_gradients_, lists ready", part} <= timed.keys()
         assert all(len(times["rounds"]) == 2 for times in timed.values())

@@ -128,7 +128,9 @@ def test_sgd_gives_the_bits_of_the_reference(extension, device, case, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @named(CASES)
-def test_sgd_with_ratios_equals_the_reference_and_has_the_bits_of_measure_decide_and_update(extension, device, case, dtype):
+def test_sgd_with_ratios_equals_the_reference_and_has_the_bits_of_measure_decide_and_update(
+    extension, device, case, dtype
+):
     is_wide = dtype in (torch.float64, torch.complex128)
     for kind in steps_of(case, dtype, device)[::2]:
         on_cpu = arguments_of(case, dtype, kind)

@@ -198,7 +198,8 @@ def summary_table(report: dict[str, Any]) -> str:
         has_target = name == PART and len(of_many) > 0
         row += [f"≤ {TARGET_NS}", "met" if max(of_many) <= TARGET_NS else "missed"] if has_target else ["", ""]
         rows.append(row)
-    header = ["ns per tensor: median (quartiles)", *(numbered(count, "tensor") for count in counts), "target", "verdict"]
+    tensors = [numbered(count, "tensor") for count in counts]
+    header = ["ns per tensor: median (quartiles)", *tensors, "target", "verdict"]
     return common.table(header, rows)
 
 
