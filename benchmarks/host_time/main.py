@@ -72,9 +72,22 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def new_params(count: int, device: torch.device) -> list[Parameter]:
+    """Return parameters of one element, with gradients."""
+    params = [Parameter(torch.full((1,), 0.5, device=device)) for _ in range(count)]
+    for param in params:
+        param.grad = torch.full((1,), 0.1, device=device)
+    return params
+
+
 def contestants(params: list[Parameter], left_out: dict[str, str]) -> dict[str, Step]:
-    """Return what is timed, by name."""
-    grads, count = grads_of(params), len(params)
+    """Return what is timed, by name.
+
+    Pieces of a step keep gradients in lists, and have their own: a step looks for shared memory where others keep them.
+    """
+    count = len(params)
+    apart = new_params(count, params[0].device)
+    grads = grads_of(apart)
     gathered: list[Any] = []
     options = ops.fast_options(
         "LarsOptions", weight_decay=HYPER.weight_decay, trust_coef=HYPER.trust_coef, eps=HYPER.eps
@@ -82,16 +95,16 @@ def contestants(params: list[Parameter], left_out: dict[str, str]) -> dict[str, 
 
     def gather() -> None:
         layers = ops.fast_layers("LarsLayers")
-        layers.add([({"params": params}, options)])
+        layers.add([({"params": apart}, options)])
         gathered[:] = layers.buckets
 
     gather()
     decays, coefs, eps = ([value] * count for value in (HYPER.weight_decay, HYPER.trust_coef, HYPER.eps))
     how = {"maximize": False, "weight_decays": decays, "trust_coefs": coefs, "eps": eps}
-    ratios = ops.empty_ratios(grads, params)
+    ratios = ops.empty_ratios(grads, apart)
     steps: dict[str, Step] = {
         "reading p.grad in a Python loop": lambda: [param.grad for param in params],
-        "ops.scale_gradients_, lists ready": lambda: ops.scale_gradients_(grads, params, ratios=ratios, **how),
+        "ops.scale_gradients_, lists ready": lambda: ops.scale_gradients_(grads, apart, ratios=ratios, **how),
         "of the LARS part: gathering in C++": gather,
         "of the LARS part: the op, called from C++": lambda: [bucket.adapt() for bucket in gathered],
         "no-op": NoOp(params, HYPER).step,
@@ -113,9 +126,7 @@ def time_tensors(
     count: int, args: argparse.Namespace, device: torch.device, left_out: dict[str, str]
 ) -> dict[str, dict[str, Any]]:
     """Return nanoseconds per tensor of every contestant for ``count`` tensors of one element."""
-    params = [Parameter(torch.full((1,), 0.5, device=device)) for _ in range(count)]
-    for param in params:
-        param.grad = torch.full((1,), 0.1, device=device)
+    params = new_params(count, device)
 
     def clock(step: Step) -> Callable[[], float]:
         def sample() -> float:
@@ -137,9 +148,7 @@ def time_tensors(
 
 def time_groups(count: int, args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, Any]]:
     """Return microseconds of a step over the same tensors of one element in ``count`` groups."""
-    params = [Parameter(torch.full((1,), 0.5, device=device)) for _ in range(LAYERS_IN_GROUPS)]
-    for param in params:
-        param.grad = torch.full((1,), 0.1, device=device)
+    params = new_params(LAYERS_IN_GROUPS, device)
 
     def in_groups() -> Any:
         size = LAYERS_IN_GROUPS // count
