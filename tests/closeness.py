@@ -60,4 +60,7 @@ def _where(differs: Tensor, tensors: Sequence[Tensor]) -> str:
 def close(a: Tensor, b: Tensor, tolerance: float, message: str) -> None:
     """Assert that two tensors are close, of which either may be sparse."""
     a, b = (x.to_dense() if x.is_sparse else x for x in (a, b))
+    alike = a.dtype == b.dtype and a.shape == b.shape and a.device == b.device
+    if alike and torch.allclose(a, b, rtol=tolerance, atol=tolerance):
+        return  # five times faster than the function that can say what differs
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance, msg=lambda text: f"{message}: {text}")

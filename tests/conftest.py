@@ -114,7 +114,9 @@ def build_once(tmp_path_factory):
 
 @pytest.fixture(autouse=True)
 def _seed():
-    torch.manual_seed(20170813)
+    # torch.manual_seed formats the stack for every kind of device that is not initialized yet: 4 ms a test.
+    seed = torch.manual_seed if torch.cuda.is_available() else torch.default_generator.manual_seed
+    seed(20170813)
 
 
 NO_GLOO = not dist.is_available() or not dist.is_gloo_available()
