@@ -174,9 +174,10 @@ std::vector<int64_t> for_plain_layers(const py::sequence& params, Seen& seen, co
 }
 
 // Whether a parameter group is the dict of a snapshot, a tuple of the dict and its keys and values in turn, and still
-// has identical keys and values. An ellipsis stands for any value. No Python code runs here.
+// has identical keys and values. An ellipsis stands for any value. False of subclasses of dict, which may compute
+// theirs. No Python code runs here.
 bool is_as_in(PyObject* group, PyObject* snapshot) {
-  if (!PyDict_Check(group) || !PyTuple_CheckExact(snapshot) || PyTuple_GET_SIZE(snapshot) == 0 ||
+  if (!PyDict_CheckExact(group) || !PyTuple_CheckExact(snapshot) || PyTuple_GET_SIZE(snapshot) == 0 ||
       PyTuple_GET_ITEM(snapshot, 0) != group || PyTuple_GET_SIZE(snapshot) != 1 + 2 * PyDict_GET_SIZE(group)) {
     return false;
   }
@@ -216,7 +217,15 @@ Positions for_groups(const Groups<Options>& groups, const Take& take) {
   static PyObject* const name = PyUnicode_InternFromString("params");
   Positions others;
   for (size_t group = 0; group < groups.size(); ++group) {
-    for (const int64_t position : take(item_of(groups[group].first, name), *groups[group].second)) {
+    const auto& [dict, options] = groups[group];
+    const py::object params = item_of(dict, name);
+    if (!params) {
+      throw py::key_error("params");
+    }
+    if (!options) {
+      throw py::type_error("expected the options of each group (got: None)");
+    }
+    for (const int64_t position : take(params, *options)) {
       others.emplace_back(static_cast<int64_t>(group), position);
     }
   }

@@ -166,6 +166,19 @@ def test_an_interrupt_leaves_no_hidden_hyper_parameter(at, is_written):
     assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(0.5, 0.1)] * 2
 
 
+@pytest.mark.parametrize("first", range(9))
+def test_the_gradient_of_a_tied_layer_is_put_back_as_its_first_group_adapted_it(first):
+    """The last group's weight decay was taken off, or with many groups that of any."""
+    groups = [{"params": [layer()], "weight_decay": 0.1} for _ in range(9)]
+    base = Refuses([*groups, {"params": [layer()], "weight_decay": 0.3}], lr=0.5)
+    tied = base.param_groups[first]["params"][0]
+    base.param_groups[-1]["params"] = [tied]
+    before = tied.grad.clone()
+    with pytest.raises(RuntimeError, match="no memory"):
+        LARS(base).step()
+    assert_close(tied.grad, before)
+
+
 def test_what_two_interrupts_left_is_put_back_by_the_next_step():
     """The first one comes before hyper-parameters are put back, the second one while they are."""
     param = layer()

@@ -293,3 +293,21 @@ def test_options_are_read_only_and_another_object_once_they_have_changed(extensi
     optimizer.param_groups[0]["eps"] = 0.25
     optimizer.step()
     assert (optimizer.optim.options["eps"], options["eps"]) == (0.25, EPS)
+
+
+def test_whether_a_base_takes_ratios_is_asked_once_a_step(backend):
+    """Groups were left to a base that had been called without ratios: it took a step of plain SGD."""
+
+    class TakesThemOnceThereAreGradients(torch.optim.SGD):
+        @property
+        def takes_trust_ratios(self):
+            return self.param_groups[0]["params"][0].grad is not None
+
+    def closure():
+        param.grad = torch.tensor([0.3, 0.4], dtype=torch.float64)
+        return param.sum()
+
+    param = torch.nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
+    LARS(TakesThemOnceThereAreGradients([param], lr=0.5, weight_decay=0.1), eps=0.5, trust_coef=0.2).step(closure)
+    # r = 0.2 · 5 / (0.5 + 0.1 · 5 + 0.5) = 2/3, g + λw = (0.6, 0.8)
+    torch.testing.assert_close(param.detach(), torch.tensor([2.8, 4 - 0.8 / 3], dtype=torch.float64))

@@ -101,6 +101,42 @@ def test_groups_that_could_not_all_be_read_are_read_again(extension):
     assert results == [(i, group) for i, group in enumerate(groups)]
 
 
+def test_a_group_that_changes_while_it_is_read_is_read_again(extension):
+    reads, groups = Reads(), groups_of()
+    read = reads.read
+
+    def is_interrupted(index, group):
+        result = read(index, group)
+        group["lr"] = 7.0  # by a signal handler
+        return result
+
+    reads.read = is_interrupted
+    reads(groups[:1])
+    reads.read = read
+    assert reads(groups[:1]) == ([(0, groups[0])], [0])
+
+
+def test_a_subclass_of_dict_is_read_every_time(extension):
+    class Computes(dict):
+        def __getitem__(self, key):
+            return 2 * super().__getitem__(key) if key == "lr" else super().__getitem__(key)
+
+    reads, groups = Reads(), groups_of(2)
+    groups[1] = Computes(groups[1])
+    reads(groups)
+    assert reads(groups)[1] == [1]
+
+
+@pytest.mark.parametrize("kind", ["LarsLayers", "SgdLayers"])
+def test_the_fast_path_refuses_groups_without_parameters_or_options(extension, kind):
+    layers, state = getattr(extension, kind)(), [{}] * (kind == "SgdLayers")
+    options = getattr(extension, kind.replace("Layers", "Options"))()
+    with pytest.raises(TypeError, match="expected the options of each group"):
+        layers.add([({"params": []}, None)], *state)
+    with pytest.raises(KeyError, match="params"):
+        layers.add([({}, options)], *state)
+
+
 def test_groups_that_are_no_list_are_read_every_time():
     reads, groups = Reads(), tuple(groups_of())
     reads(groups)

@@ -189,8 +189,7 @@ def decouples(optim: Optimizer, group: Group) -> bool | None:
     if says:
         return True
     known = None
-    wraps_nothing = type(optim).__module__.startswith(PLAIN_BASES)  # and this runs in every step
-    for base in [optim] if wraps_nothing else bases(optim):
+    for base in bases(optim):
         of_class = _known_of_class(type(base))
         if of_class:
             return True
@@ -212,7 +211,7 @@ _known_of_classes: dict[type[Optimizer], bool | None] = {}
 
 
 def _known_of_class(cls: type[Optimizer]) -> bool | None:
-    """Return :func:`_class_decouples` of a class, which is asked for in every step."""
+    """Return :func:`_class_decouples` of a class, which is asked for whenever a group is read."""
     if torch.compiler.is_compiling():
         return _class_decouples(cls)
     if cls not in _known_of_classes:

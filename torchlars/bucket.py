@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
@@ -19,7 +19,7 @@ __all__: list[str] = []
 
 @dataclass
 class Adaptation:
-    """The options of a group at this step. The default only unscales gradients."""
+    """The options of a group, as long as they stay the same. The default only unscales gradients."""
 
     group: Group
     trust_coef: float | None = None  # None: no trust ratio, only lr in the momentum or gradients to be unscaled
@@ -49,7 +49,7 @@ class Adaptation:
             "lr_in_momentum": self.lr_in_momentum,
             "lr": self.lr,
         }
-        self.options_for_base = MappingProxyType(self.kernel_options)
+        self._options_for_base: Mapping[str, Any] | None = None
         self._fast_options: Any = None
         #: What all layers of a bucket have in common.
         self.kind = (
@@ -57,6 +57,13 @@ class Adaptation:
             self.trust_coef is not None,
             self.lr if isinstance(self.lr, Tensor) else None,
         )
+
+    def options_for_base(self) -> Mapping[str, Any]:
+        """Return the options as a base that takes trust ratios is given them."""
+        if self._options_for_base is None:
+            names = self.kernel_options if self.ratio_of == "gradient" else ("trust_coef", "eps", "clip")
+            self._options_for_base = MappingProxyType({name: self.kernel_options[name] for name in names})
+        return self._options_for_base
 
     def fast_options(self) -> Any:
         """Return the options as the fast path takes them."""
@@ -70,11 +77,11 @@ class Adaptation:
 class Plan:
     """What a step derives from the options of all groups, as long as these stay the same."""
 
-    read: list[Adaptation | None]  # by group; None: left to the base
+    of_groups: list[Adaptation | None]  # None: left to the base
     base_takes: bool  # whether the base takes ratios
 
     def __post_init__(self) -> None:
-        self.adaptations = {index: how for index, how in enumerate(self.read) if how is not None}
+        self.adaptations = {index: how for index, how in enumerate(self.of_groups) if how is not None}
         #: The groups with trust ratios.
         self.adapted = [index for index, how in self.adaptations.items() if how.trust_coef is not None]
         #: The groups whose ratios the base multiplies by.

@@ -131,7 +131,9 @@ def positions_of_non_parameters(groups: Sequence[Sequence[Tensor]]) -> Sequence[
 
 
 def changed_groups(groups: Sequence[dict[str, Any]], snapshots: Sequence[Any]) -> Sequence[int]:
-    """Return the positions of the groups that are not as in their snapshots, or all of them without the extension.
+    """Return the positions of the groups that are not as in their snapshots.
+
+    That is all of them without the extension, or if ``groups`` is no list.
 
     A snapshot is a tuple of the group's dict and its keys and values in turn, which are compared by identity; ``...``
     stands for any value.

@@ -118,7 +118,7 @@ def learning_rate(name: str, lr: Any) -> float | Tensor:
 
 
 class GroupReader:
-    """Reads parameter groups, and again only those that have changed since the last step.
+    """Reads parameter groups, and with the extension again only those that have changed since the last step.
 
     The result of a group is reused while the group is the same dict with the same keys and identical values, and while
     the *context*, a list of all other values that were read, is identical, too. A group with values that can change in
@@ -145,8 +145,8 @@ class GroupReader:
         new = [None] * (len(groups) - len(self._results))
         results, snapshots = [*self._results[: len(groups)], *new], [*self._snapshots[: len(groups)], *new]
         for index in changed:
+            snapshots[index] = _snapshot(groups[index])  # first: a signal handler may change the group meanwhile
             results[index] = read(index, groups[index])
-            snapshots[index] = _snapshot(groups[index])
         self._results, self._snapshots = results, snapshots  # together, and only if no group has raised
         return results
 

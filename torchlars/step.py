@@ -33,7 +33,7 @@ from torchlars.zero_layers import ZeroLayers, large_lr_of_unadapted
 __all__: list[str] = []
 
 #: The attribute by which a base says that it multiplies by trust ratios itself, by whose norm is in them.
-TAKES_RATIOS_OF = {"gradient": "takes_trust_ratios", "update": "takes_ratios_of_updates"}
+_TAKES_RATIOS_OF = {"gradient": "takes_trust_ratios", "update": "takes_ratios_of_updates"}
 
 
 class TrustRatioWrapper(OptimizerWrapper):
@@ -113,20 +113,23 @@ class TrustRatioWrapper(OptimizerWrapper):
         self._last_step[:] = this.reported
         return loss
 
-    def plan(self) -> Plan:
+    def base_takes_ratios(self) -> bool:
+        """Tell whether the base multiplies by trust ratios of this kind itself."""
+        return bool(getattr(self.optim, _TAKES_RATIOS_OF[self.ratio_of], False))
+
+    def plan(self, base_takes: bool) -> Plan:
         """Return what a step derives from the options of the groups now."""
-        read = self._reader.read(self.param_groups, self._adaptation, self._context)
+        of_groups = self._reader.read(self.param_groups, self._adaptation, self._context)
         plan = self._plan
-        if plan is None or plan.read is not read:
-            self._plan = plan = Plan(read, base_takes=bool(getattr(self.optim, TAKES_RATIOS_OF[self.ratio_of], False)))
+        if plan is None or plan.of_groups is not of_groups or plan.base_takes != base_takes:
+            self._plan = plan = Plan(of_groups, base_takes)
         return plan
 
     def _context(self) -> list[Any]:
         """Return all but the groups themselves that adaptations are read from."""
         context = list(map(getattr, repeat(self), self.options))
         for base in bases(self.optim):
-            takes_ratios = getattr(base, TAKES_RATIOS_OF[self.ratio_of], None)
-            context += [base, takes_ratios, *base.defaults, *base.defaults.values()]
+            context += [base, getattr(base, "takes_trust_ratios", None), *base.defaults, *base.defaults.values()]
         return context
 
     def check_group(self, index: int, group: Group) -> None:
@@ -246,6 +249,7 @@ class Step:
         self._is_compiling = is_compiling
         self._hidden = wrapper._hidden
         self._closure = closure
+        self._base_takes = wrapper.base_takes_ratios()  # once a step, whatever its closure changes
         self._grad_scale = self._scale_for_base = GradScale.of(wrapper)
         self._unscales = False
         self._plan: Plan  # once groups have been read
@@ -263,7 +267,7 @@ class Step:
             args = (self._evaluate, *args)
         elif args:  # they keep their places
             args = (None, *args)
-        if self._plan.base_takes:
+        if self._base_takes:
             kwargs["trust_ratios"] = self
         return args, kwargs
 
@@ -283,7 +287,7 @@ class Step:
     def read_groups(self) -> None:
         """Read how groups are adapted, and copy the parameters whose updates are scaled."""
         wrapper = self._wrapper
-        self._plan = plan = wrapper.plan()
+        self._plan = plan = wrapper.plan(self._base_takes)
         wrapper.check_layers(plan.adapted)
         wrapper.warn_of_large_lr(plan.adapted)
         self._updated = self._to_be_updated() if plan.updated else {}
@@ -321,9 +325,9 @@ class Step:
             self._written.append((params, ratios))
             self.report(params, ratios)
         if len(buckets) > 0:
-            self._adapt(buckets)
+            self._adapt_others(buckets)
 
-    def _adapt(self, buckets: Sequence[Bucket]) -> None:
+    def _adapt_others(self, buckets: Sequence[Bucket]) -> None:
         """Do so for layers that do not take the fast path."""
         with torch.no_grad():
             measure([bucket for bucket in buckets if len(bucket.trust_coefs) > 0 and not bucket.takes_one_pass])
@@ -363,7 +367,7 @@ class Step:
     def _gather_as_they_lie(self) -> tuple[Any, Sequence[Bucket]]:
         """Return all layers to adapt, in buckets, with gradients of any memory layout."""
         fast_layers = ops.fast_layers("LarsLayers")
-        others = self._slow_layers(fast_layers)
+        others = self._add_to(fast_layers)
         return fast_layers, self._buckets_of(others) if len(others) > 0 else []
 
     def _buckets_of(self, layers: Iterable[tuple[int, int, Adaptation]]) -> list[Bucket]:
@@ -388,7 +392,7 @@ class Step:
                 bucket.add(param, how, writable_gradient(param) if bucket.is_written else readable_gradient(param))
         return list(buckets.values())
 
-    def _slow_layers(self, fast_layers: Any) -> list[tuple[int, int, Adaptation]]:
+    def _add_to(self, fast_layers: Any) -> list[tuple[int, int, Adaptation]]:
         """Add layers to the fast path. Return the others: group, position and options, in the order of the groups."""
         plan = self._plan
         left: dict[int, list[int]] = {}
@@ -450,8 +454,9 @@ class Step:
             return
         if any(is_capturing(params[0].device) for params, _ in written):  # into a CUDA graph: nothing has run yet
             return
-        adapted = [self._plan.adaptations[index] for index in self._plan.written]  # all others were only unscaled
-        hows = {param: how for how in adapted for param in how.group["params"]}
+        # All others were only unscaled. A tied layer is adapted as the first group that lists it says.
+        adapted = [how for index, how in self._plan.adaptations.items() if index in self._plan.written]
+        hows = {param: how for how in reversed(adapted) for param in how.group["params"]}
         with torch.no_grad():
             for params, ratios in written:
                 factors = [1.0] * len(params) if ratios is None else ratios.tolist()
@@ -470,12 +475,12 @@ class Step:
     def options(self, index: int) -> Mapping[str, Any] | None:
         """Return how to measure the gradients of a group, or None if they are to be taken as they are."""
         how = self._adaptation_for_base(index, "gradient")
-        return None if how is None else how.options_for_base
+        return None if how is None else how.options_for_base()
 
-    def update_options(self, index: int) -> dict[str, Any] | None:
+    def update_options(self, index: int) -> Mapping[str, Any] | None:
         """Return how to measure the updates of a group, or None if they are to be taken as they are."""
         how = self._adaptation_for_base(index, "update")
-        return None if how is None else {"trust_coef": how.trust_coef, "eps": how.eps, "clip": how.clip}
+        return None if how is None else how.options_for_base()
 
     def measure(self, index: int, params: Sequence[Tensor]) -> Tensor | None:
         """Return what the gradients of some parameters of a group are to be multiplied by, or None for nothing."""

@@ -125,8 +125,6 @@ def large_lr_of_unadapted(optim: Optimizer, adapted: Sequence[int]) -> str | Non
     Schedulers that set lrs instead of multiplying them cause that. A tensor on an accelerator is not read.
     """
     groups = optim.param_groups
-    if len(adapted) == len(groups):
-        return None
     for index in sorted(set(range(len(groups))).difference(adapted)):
         group = groups[index]
         if not _is_at_least_1(group.get("lr")) or _finds_its_step(optim):

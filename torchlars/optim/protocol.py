@@ -69,8 +69,10 @@ class TrustRatios(Protocol):
             TypeError, ValueError, RuntimeError: a parameter or update does not allow it; the message names it.
         """
 
-    def update_options(self, index: int) -> dict[str, Any] | None:
+    def update_options(self, index: int) -> Mapping[str, Any] | None:
         """Return how a group's ratios of updates are decided, or None for a group that has none.
+
+        The mapping is read-only, and another object once anything has changed.
 
         For a base that measures and decides by itself. It must support every key: ``trust_coef``, ``eps`` and ``clip``,
         as :class:`torchlars.LAMB` defines them. It hands the ratios to :meth:`report`.
