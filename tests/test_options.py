@@ -9,8 +9,9 @@ from torchlars.options import GroupReader
 class Reads:
     """A reader of groups that counts."""
 
-    def __init__(self):
-        self.reader, self.context, self.read_groups = GroupReader(), [0.5], []
+    def __init__(self, needs_lr=True):
+        self.reader = GroupReader(lambda result: needs_lr)
+        self.context, self.read_groups = [0.5], []
 
     def __call__(self, groups):
         self.read_groups.clear()
@@ -86,6 +87,17 @@ def test_values_that_can_change_in_place_are_read_every_time(extension, value):
     groups[1]["lr" if isinstance(value, torch.Tensor) else "betas"] = value
     reads(groups)
     assert reads(groups)[1] == [1]
+
+
+@pytest.mark.parametrize("lr", [0.75, torch.tensor(0.5)], ids=str)
+def test_an_lr_that_is_not_needed_may_change(extension, lr):
+    reads, groups = Reads(needs_lr=False), groups_of()
+    first, _ = reads(groups)
+    groups[1]["lr"] = lr
+    assert reads(groups) == (first, [])
+    groups[1]["nesterov"] = True
+    assert reads(groups)[1] == [1]
+    assert reads(groups)[1] == []
 
 
 def test_groups_that_could_not_all_be_read_are_read_again(extension):

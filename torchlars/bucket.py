@@ -73,6 +73,11 @@ class Adaptation:
         return self._fast_options
 
 
+def needs_lr(how: Adaptation | None) -> bool:
+    """Tell whether how a group is adapted depends on its lr."""
+    return how is not None and how.lr is not None
+
+
 @dataclass
 class Plan:
     """What a step derives from the options of all groups, as long as these stay the same."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import chain
 from numbers import Real
 from operator import is_
-from types import NoneType
+from types import EllipsisType, NoneType
 from typing import Any
 
 import torch
@@ -123,9 +124,13 @@ class GroupReader:
     The result of a group is reused while the group is the same dict with the same keys and identical values, and while
     the *context*, a list of all other values that were read, is identical, too. A group with values that can change in
     place, such as tensors on the CPU, is read every time. Nothing about parameters and gradients is remembered.
+
+    Args:
+        needs_lr: tells of a result whether it depends on the group's lr, which schedulers may change at every step.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, needs_lr: Callable[[Any], bool]) -> None:
+        self._needs_lr = needs_lr
         self._context: list[Any] = []
         self._results: list[Any] = []
         self._snapshots: list[Any] = []  # None: not to be used again
@@ -145,24 +150,26 @@ class GroupReader:
         new = [None] * (len(groups) - len(self._results))
         results, snapshots = [*self._results[: len(groups)], *new], [*self._snapshots[: len(groups)], *new]
         for index in changed:
-            snapshots[index] = _snapshot(groups[index])  # first: a signal handler may change the group meanwhile
+            items = dict(groups[index])  # first: a signal handler may change the group meanwhile
             results[index] = read(index, groups[index])
+            snapshots[index] = _snapshot(groups[index], items, self._needs_lr(results[index]))
         self._results, self._snapshots = results, snapshots  # together, and only if no group has raised
         return results
 
 
-def _snapshot(group: Group) -> tuple[Any, ...] | None:
-    """Return a group as :func:`torchlars.ops.changed_groups` takes it, or None if its values can change in place."""
-    if not all(map(_cannot_change, group, group.values())):
-        return None
-    # The list of parameters is not read, and not to be kept alive.
-    return group, *(item for key, value in group.items() for item in (key, ... if key == "params" else value))
+_CONSTANTS = frozenset({float, int, bool, str, tuple, NoneType, EllipsisType, torch.dtype})
 
 
-_CONSTANTS = frozenset({float, int, bool, str, tuple, NoneType, torch.dtype})
+def _snapshot(group: Group, items: Group, has_lr: bool) -> tuple[Any, ...] | None:
+    """Return items of a group as :func:`torchlars.ops.changed_groups` takes them, or None if they can change in place.
 
-
-def _cannot_change(key: str, value: Any) -> bool:
-    """Return whether a value of a group stays what it is. An lr on an accelerator is not read, whatever its value."""
-    is_lr_on_device = key == "lr" and isinstance(value, Tensor) and value.device.type != "cpu"
-    return type(value) in _CONSTANTS or key in ("params", "param_names") or is_lr_on_device
+    An lr on an accelerator is not read, whatever its value. What does not count is not to be kept alive either.
+    """
+    not_read = ("params", "param_names") if has_lr else ("params", "param_names", "lr")
+    items.update((key, ...) for key in not_read if key in items)
+    lr = items.get("lr")
+    if not _CONSTANTS.issuperset(map(type, items.values())):
+        is_on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
+        if not is_on_device or not _CONSTANTS.issuperset(type(items[key]) for key in items if key != "lr"):
+            return None
+    return group, *chain.from_iterable(items.items())

@@ -15,7 +15,7 @@ from torch.nn.parameter import is_lazy
 from torchlars import amp, ops, sharding
 from torchlars.amp import GradScale
 from torchlars.bases import bases, check_line_search, decouples, step_of_base
-from torchlars.bucket import Adaptation, Bucket, Plan, measure
+from torchlars.bucket import Adaptation, Bucket, Plan, measure, needs_lr
 from torchlars.layers import (
     check_layer,
     check_update,
@@ -47,7 +47,7 @@ class TrustRatioWrapper(OptimizerWrapper):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_zero_layers", None)
-        self._reader = GroupReader()
+        self._reader = GroupReader(needs_lr)
         self._plan: Plan | None = None
         self._last_step: list[tuple[Sequence[Tensor], Tensor]] = []  # changed in place, which torch 2.11 can trace
         if "optim" not in state:

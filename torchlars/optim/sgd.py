@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -86,7 +86,7 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
     ) -> None:
         given = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
         self.check_group("", {**given, "nesterov": nesterov, "maximize": maximize, "momentum_dtype": momentum_dtype})
-        self._reader = GroupReader()
+        self._reader = GroupReader(needs_lr=lambda hyper: True)
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
         if momentum_dtype is not None:  # else groups hold the keys of torch's SGD, and no other
             self.defaults["momentum_dtype"] = momentum_dtype
@@ -105,7 +105,7 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._reader = GroupReader()
+        self._reader = GroupReader(needs_lr=lambda hyper: True)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
@@ -251,7 +251,7 @@ class HyperParameters:
     def fast_options(self, options: Mapping[str, Any] | None) -> Any:
         """Return the hyper-parameters, and the options of LARS if there are any, as the fast path takes them."""
         if self._fast is None or self._fast[0] is not options:
-            ours = {field.name: getattr(self, field.name) for field in fields(self)}
+            ours = {name: value for name, value in vars(self).items() if name != "_fast"}
             if options is not None:  # while lr is in the momentum, the group's own reads 1
                 ours |= {name: value for name, value in options.items() if name != "lr" or value is not None}
             self._fast = options, ops.fast_options("SgdOptions", **ours)
