@@ -1,8 +1,11 @@
 """Reading parameter groups, and again only those that have changed."""
 
+from functools import partial
+
 import pytest
 import torch
 
+from torchlars import LAMB, LARS
 from torchlars.options import GroupReader
 
 
@@ -153,3 +156,23 @@ def test_groups_that_are_no_list_are_read_every_time():
     reads, groups = Reads(), tuple(groups_of())
     reads(groups)
     assert reads(groups)[1] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("wrap", "is_needed"),
+    [
+        (LARS, False),
+        (partial(LARS, apply_to="update"), False),
+        (partial(LARS, clip=True), True),
+        (partial(LARS, lr_in_momentum=True), True),
+        (LAMB, True),
+    ],
+    ids=["LARS", "LARS-update", "clip", "lr_in_momentum", "LAMB"],
+)
+def test_a_schedulers_lr_is_read_where_it_is_needed(extension, wrap, is_needed):
+    optimizer = wrap(torch.optim.SGD(groups_of(), lr=0.5, momentum=0.9))
+    plan = optimizer.plan(False)
+    assert optimizer.plan(False) is plan
+    optimizer.param_groups[1]["lr"] = 0.25
+    assert (optimizer.plan(False) is not plan) == is_needed
+    assert not is_needed or optimizer.plan(False).adaptations[1].lr == 0.25
