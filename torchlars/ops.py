@@ -110,7 +110,7 @@ def overlapping(tensors: Sequence[Tensor]) -> list[int]:
 
     The memory of a tensor reaches from its first element to its last one, gaps included.
     """
-    if extension is None or _backend is reference:
+    if extension is None or _backend is reference or torch.compiler.is_compiling():
         return _checks.overlapping(tensors)
     return extension.overlapping(tensors)  # type: ignore[no-any-return]
 
@@ -138,7 +138,7 @@ def changed_groups(groups: Sequence[dict[str, Any]], snapshots: Sequence[Any]) -
     A snapshot is a tuple of the group's dict and its keys and values in turn, which are compared by identity; ``...``
     stands for any value.
     """
-    if extension is None or _backend is reference or type(groups) is not list:
+    if torch.compiler.is_compiling() or _backend is reference or extension is None or type(groups) is not list:
         return range(len(groups))
     return extension.changed_groups(groups, snapshots)  # type: ignore[no-any-return]
 
