@@ -131,9 +131,8 @@ class GroupReader:
 
     def __init__(self, needs_lr: Callable[[Any], bool]) -> None:
         self._needs_lr = needs_lr
-        self._context: list[Any] = []
-        self._results: list[Any] = []
-        self._snapshots: list[Any] = []  # None: not to be used again
+        # The context, results and snapshots (None: not to be used again) of the last call.
+        self._last: tuple[list[Any], list[Any], list[Any]] = ([], [], [])
 
     def read(
         self, groups: Sequence[Group], read: Callable[[int, Group], Any], context_of: Callable[[], list[Any]]
@@ -142,18 +141,19 @@ class GroupReader:
         if torch.compiler.is_compiling():
             return [read(index, group) for index, group in enumerate(groups)]
         context = context_of()
-        if len(self._context) != len(context) or not all(map(is_, self._context, context)):
-            self._context, self._results, self._snapshots = context, [], []
-        changed = ops.changed_groups(groups, self._snapshots)
-        if len(changed) == 0 and len(self._results) == len(groups):
-            return self._results
-        new = [None] * (len(groups) - len(self._results))
-        results, snapshots = [*self._results[: len(groups)], *new], [*self._snapshots[: len(groups)], *new]
+        last_context, results, snapshots = self._last
+        if len(last_context) != len(context) or not all(map(is_, last_context, context)):
+            results, snapshots = [], []
+        changed = ops.changed_groups(groups, snapshots)
+        if len(changed) == 0 and len(results) == len(groups):
+            return results
+        new = [None] * (len(groups) - len(results))
+        results, snapshots = [*results[: len(groups)], *new], [*snapshots[: len(groups)], *new]
         for index in changed:
             items = dict(groups[index])  # first: a signal handler may change the group meanwhile
             results[index] = read(index, groups[index])
             snapshots[index] = _snapshot(groups[index], items, self._needs_lr(results[index]))
-        self._results, self._snapshots = results, snapshots  # together, and only if no group has raised
+        self._last = context, results, snapshots  # at once, and only if no group has raised
         return results
 
 
