@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 import traceback
@@ -14,6 +15,9 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
+# For all tests and the processes that they start: a collection of garbage looks at all that torch has imported, and by
+# default these take a tenth of the time.
+gc.set_threshold(100_000, 20, 100)
 TIMEOUT = 60  # seconds, for whatever one call does
 
 
