@@ -127,7 +127,7 @@ CASES = [
     Case("tails", "every length around the widths of vectors and packs", sizes(*range(1, 70))),
     Case("chunk_borders", "one element less and more than whole chunks", sizes(16383, 16384, 16385, 3 * 16384 + 5)),
     Case("blocks", "around what 256 threads take at once", sizes(255, 256, 257, 1023, 1024, 1025, 2047, 2049, 4099)),
-    Case("many", "more layers than one launch takes", sizes(*[1 + i % 5 for i in range(1300)])),
+    Case("many", "two launches for measuring, three to scale, four for SGD", sizes(*[1 + i % 5 for i in range(1250)])),
     Case("shapes", "dimensions from none to five", [Layer(s) for s in [(), (1,), (2, 3), (2, 1, 4), (3, 2, 2, 3, 1)]]),
     Case("empty", "layers without elements, alone and among others", [Layer(s) for s in [(0,), (3,), (2, 0), (0, 4)]]),
     Case("only_empty", "nothing to sweep at all", [Layer((0,)), Layer((0, 3))]),
@@ -199,6 +199,8 @@ inverses = pytest.mark.parametrize("inverse", [0.25, 1 / 3], ids=["quarter", "th
 
 def copied(tensor):
     """The same, in memory of its own, with what lies around it."""
+    if tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes and not tensor.is_conj():
+        return tensor.clone()  # three times as fast
     storage = tensor.untyped_storage().clone()
     copy = tensor.new_empty(0).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
     return copy.conj() if tensor.is_conj() else copy
