@@ -68,6 +68,25 @@ def test_a_step_that_the_base_refuses(backend, options, fill, maximize, scaled):
     assert optimizer.param_groups[0]["lr"] == 0.5
 
 
+@pytest.mark.parametrize("scale", [None, 4.0, 2.0**100])
+def test_a_refused_step_with_a_ratio_that_cannot_be_inverted(backend, scale):
+    """1 / r overflowed float32, and in place of the base's error came one of torch's; what followed was not put back."""
+    params = [nn.Parameter(torch.full((4,), size)) for size in (1.0, 1e-20, 1.0)]
+    optimizer = LARS(Refuses(params, lr=0.1, weight_decay=0.1))
+    for param, size in zip(params, (1.0, 1e20, 1.0), strict=True):
+        param.grad = torch.full((4,), size) if scale is None else torch.full((4,), size).clamp(max=1e8) * scale
+    if scale is not None:
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(scale), torch.tensor(0.0)
+    before = [param.grad.clone() for param in params]
+    with pytest.raises(torch.OutOfMemoryError, match="no memory for the state"):
+        optimizer.step()
+    for index in (0, 2):
+        torch.testing.assert_close(params[index].grad, before[index])
+    assert "grad_scale" not in vars(optimizer)
+    assert "found_inf" not in vars(optimizer)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+
+
 def test_a_closure_and_a_base_that_refuses_the_step(backend):
     """What the closure left in the gradients is put back."""
     param = layer()

@@ -154,17 +154,21 @@ def undo_adaptation(param: Tensor, factor: float, weight_decay: float, inv_scale
 
     Args:
         param: w, with its gradient.
-        factor: that of the gradient. Where it is 0 or not finite, nothing can be undone.
+        factor: that of the gradient.
         weight_decay: λ, negative where the group maximizes.
         inv_scale: 0 if nothing was done.
+
+    Where the product of factor and inv_scale has no finite inverse in the dtype of the arithmetic, nothing can be undone.
     """
-    if factor == 0 or not math.isfinite(factor) or inv_scale == 0 or param.grad is None:
+    if param.grad is None or not math.isfinite(factor) or factor * inv_scale == 0:
         return
     grad, here = memory_of(param.grad), sharding.local(param)
-    dtype = ops.compute_dtype(grad.dtype, here.dtype)
-    inverse = torch.full((1,), 1 / (factor * inv_scale), dtype=dtype, device=grad.device)
+    dtype, inverse = ops.compute_dtype(grad.dtype, here.dtype), 1 / (factor * inv_scale)
+    if abs(inverse) > torch.finfo(dtype).max:
+        return
+    ratios = torch.full((1,), inverse, dtype=dtype, device=grad.device)
     decays = [abs(weight_decay) * factor]
-    ops.scale_gradients_([grad], [here], maximize=weight_decay > 0, weight_decays=decays, ratios=inverse)
+    ops.scale_gradients_([grad], [here], maximize=weight_decay > 0, weight_decays=decays, ratios=ratios)
 
 
 def lay_out_gradients(groups: Iterable[dict[str, Any]], skipped: Collection[int] = ()) -> bool:
