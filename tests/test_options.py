@@ -5,6 +5,7 @@ from functools import partial
 import pytest
 import torch
 
+import torchlars
 from torchlars import LAMB, LARS
 from torchlars.options import GroupReader
 
@@ -90,6 +91,28 @@ def test_values_that_can_change_in_place_are_read_every_time(extension, value):
     groups[1]["lr" if isinstance(value, torch.Tensor) else "betas"] = value
     reads(groups)
     assert reads(groups)[1] == [1]
+
+
+def test_an_ellipsis_is_a_value_like_others(extension):
+    reads, groups = Reads(), groups_of()
+    groups[1]["nesterov"] = ...
+    reads(groups)
+    groups[1]["nesterov"] = False
+    results, read = reads(groups)
+    assert (results[1], read) == ((1, groups[1]), [1])
+
+
+def test_a_tensor_in_the_defaults_is_read_every_time():
+    """A group without a key takes the base's default, which may be a tensor that changes in place."""
+    momentum = torch.tensor(0.5)
+    optimizer = torchlars.optim.SGD(groups_of(1), lr=0.1, momentum=momentum)
+    (param,) = optimizer.param_groups[0]["params"]
+    del optimizer.param_groups[0]["momentum"]
+    for value, expected in ((0.5, 1.0), (0.5, 1.5), (0.25, 1.375)):
+        momentum.fill_(value)
+        param.grad = torch.ones(2)
+        optimizer.step()
+        assert optimizer.state[param]["momentum_buffer"].tolist() == [expected] * 2
 
 
 @pytest.mark.parametrize("lr", [0.75, torch.tensor(0.5)], ids=str)

@@ -153,6 +153,8 @@ class GroupReader:
             items = dict(groups[index])  # first: a signal handler may change the group meanwhile
             results[index] = read(index, groups[index])
             snapshots[index] = _snapshot(groups[index], items, self._needs_lr(results[index]))
+        if any(isinstance(value, Tensor) and value.device.type == "cpu" for value in context):
+            context = []  # they can change in place
         self._last = context, results, snapshots  # at once, and only if no group has raised
         return results
 
@@ -163,8 +165,11 @@ _CONSTANTS = frozenset({float, int, bool, str, tuple, NoneType, EllipsisType, to
 def _snapshot(group: Group, items: Group, has_lr: bool) -> tuple[Any, ...] | None:
     """Return items of a group as :func:`torchlars.ops.changed_groups` takes them, or None if they can change in place.
 
-    An lr on an accelerator is not read, whatever its value. What does not count is not to be kept alive either.
+    An lr on an accelerator is not read, whatever its value. Values that are not read are replaced by ``...``, so that they
+    are not kept alive.
     """
+    if any(value is ... for value in items.values()):
+        return None
     not_read = ("params", "param_names") if has_lr else ("params", "param_names", "lr")
     items.update((key, ...) for key in not_read if key in items)
     lr = items.get("lr")
