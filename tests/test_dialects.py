@@ -442,7 +442,9 @@ def saved(state_dict):
 
 def test_options_travel_in_state_dicts(backend):
     dialect = {"clip": True, "norm": "decayed", "apply_to": "update", "weight_decay": "decoupled"}
-    optimizer = LARS(torch.optim.SGD(groups(), lr=0.5), EPS, TRUST_COEF, **dialect)
+    # Decoupled weight decay does not go with lr in the momentum.
+    kept = [group for group in groups() if "lr_in_momentum" not in group]
+    optimizer = LARS(torch.optim.SGD(kept, lr=0.5), EPS, TRUST_COEF, **dialect)
     state_dict = saved(optimizer.state_dict())
     assert state_dict["lars"] == {
         "eps": EPS,
@@ -451,7 +453,7 @@ def test_options_travel_in_state_dicts(backend):
         "always_adapt": True,
         **dialect,
     }
-    other = LARS(torch.optim.SGD([{"params": group["params"]} for group in groups()], lr=0.1))
+    other = LARS(torch.optim.SGD([{"params": group["params"]} for group in kept], lr=0.1))
     other.load_state_dict(state_dict)
     assert hyper_parameters(other) == hyper_parameters(optimizer)
     assert other.state_dict()["lars"] == state_dict["lars"]

@@ -93,6 +93,15 @@ def test_lr_in_momentum_needs_a_base_that_is_linear_in_lr(base):
     assert optimizer.lr_in_momentum is False
 
 
+@pytest.mark.parametrize("group", [{}, {"trust_coef": None}], ids=str)
+def test_lr_in_momentum_of_a_group_needs_coupled_decay(group):
+    """A group that is not adapted was stepped with coupled weight decay, whatever the wrapper was told."""
+    optimizer = LARS(torch.optim.SGD(layers(0), lr=0.1, weight_decay=0.5), weight_decay="decoupled")
+    message = r"^lr_in_momentum=True of parameter group 1 hides lr from the base, .* \(got: weight_decay='decoupled'\)"
+    with pytest.raises(ValueError, match=message):
+        optimizer.add_param_group({"params": layers(1), "lr_in_momentum": True, **group})
+
+
 class WithoutLr(torch.optim.Optimizer):
     def __init__(self, params, **defaults):
         super().__init__(params, defaults)

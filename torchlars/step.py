@@ -154,7 +154,8 @@ class TrustRatioWrapper(OptimizerWrapper):
                 key: own[key] if key in own else check(key, getattr(self, key)) for key, check in self.options.items()
             }
         elif own.get("lr_in_momentum", False):
-            options = {"trust_coef": None, "lr_in_momentum": True, "apply_to": own.get("apply_to", "gradient")}
+            options = {key: self.options[key](key, getattr(self, key)) for key in self.wrapper_only}
+            options |= {"trust_coef": None, "lr_in_momentum": True, "apply_to": own.get("apply_to", "gradient")}
         else:
             return None
         self.check_options(f" {name}", options)
