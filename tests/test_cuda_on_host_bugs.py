@@ -419,6 +419,20 @@ def plant(bug: Bug, folder: Path, headers: Path) -> Path:
     return compile_driver(folder, csrc, *BUILDS[bug.build], *COMPILES_FAST, "-include", headers, *needed)
 
 
+@pytest.mark.parametrize("sgd", [False, True], ids=["scale", "sgd"])
+@pytest.mark.parametrize("build", BUILDS)
+def test_without_a_bug_nothing_is_caught(
+    build: str, sgd: bool, headers: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What else is changed to plant a bug is none."""
+    skip_without_sanitizers(build)
+    none = Bug("namespace torchlars", "namespace torchlars", "nothing", build=build, sgd=sgd)
+    case, driver = new_case(none.case, none.dtype), plant(none, tmp_path, headers(build))
+    for ways in SGD_WAYS.values() if sgd else WAYS.values():
+        ways = ways(none.dtype) if sgd else ways
+        (check_sgd if sgd else check)(case, ways[-2:], execute(driver, case, ways[-2:]))
+
+
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught(name: str, headers: Callable[[str], Path], tmp_path: Path) -> None:
     bug = BUGS[name]
