@@ -297,14 +297,6 @@ std::optional<at::Tensor> lr_tensor_of(const std::optional<at::Tensor>& lr, c10:
   return lr->to(at::TensorOptions(device).dtype(c10::kDouble), /*non_blocking=*/!device.is_cpu());
 }
 
-// An inv_scale on the device of the layers, if there is one.
-std::optional<at::Tensor> inv_scale_on(c10::Device device, const std::optional<at::Tensor>& inv_scale) {
-  if (!inv_scale.has_value()) {
-    return std::nullopt;
-  }
-  return inv_scale->to(device, inv_scale->scalar_type(), /*non_blocking=*/!device.is_cpu());
-}
-
 // The options of LARS that all layers of a call share.
 struct Dialect {
   bool decayed_norm = false;
@@ -379,7 +371,7 @@ struct LarsBucket {
     arguments.lrs = lrs;
     arguments.lr_in_momentum = key.dialect.lr_in_momentum;
     arguments.lr_tensor = lr_tensor_of(lr, key.device);
-    arguments.inv_scale = inv_scale_on(key.device, inv_scale);
+    arguments.inv_scale = inv_scale;
     call(arguments);
     return *arguments.ratios;
   }
@@ -470,7 +462,7 @@ struct SgdBucket {
     arguments.momentums = momentums;
     arguments.dampenings = dampenings;
     arguments.nesterov = key.nesterov;
-    arguments.inv_scale = inv_scale_on(key.device, inv_scale);
+    arguments.inv_scale = inv_scale;
     if (key.is_adapted) {
       arguments.decayed_norm = key.dialect.decayed_norm;
       arguments.lr_in_momentum = key.dialect.lr_in_momentum;
