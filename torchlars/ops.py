@@ -19,8 +19,11 @@ from torchlars._extension import extension
 
 __all__ = [
     "DTYPES",
+    "changed_groups",
     "compute_dtype",
     "empty_ratios",
+    "fast_layers",
+    "fast_options",
     "has_memory",
     "inv_scale",
     "is_writable_in_place",

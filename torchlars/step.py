@@ -388,7 +388,8 @@ class Step:
                 if key not in buckets:
                     is_written = how.apply_to == "gradient" or self._unscales
                     inv_scale = self._grad_scale.inv_scale(param.device)
-                    buckets[key] = Bucket(how, groups, inv_scale, is_written, param.grad.is_sparse)
+                    is_sparse = param.grad.is_sparse
+                    buckets[key] = Bucket(how, groups, inv_scale, is_written=is_written, is_sparse=is_sparse)
                 bucket = buckets[key]
                 bucket.add(param, how, writable_gradient(param) if bucket.is_written else readable_gradient(param))
         return list(buckets.values())
