@@ -281,11 +281,11 @@ def layers(*zero, dtype=torch.float32):
 
 
 def warned(optimizer, closure=None):
-    """The warnings of one step."""
+    """The warnings of one step, which name a line here."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer.step(*[closure] if closure else [])
-    assert all(one.category is UserWarning for one in caught)
+    assert all((one.category, one.filename) == (UserWarning, __file__) for one in caught)
     return [str(one.message) for one in caught]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import repeat
@@ -28,7 +27,7 @@ from torchlars.layers import (
 )
 from torchlars.options import Group, GroupReader, is_capturing, learning_rate, weight_decay_of
 from torchlars.wrapper import OptimizerWrapper
-from torchlars.zero_layers import ZeroLayers, large_lr_of_unadapted
+from torchlars.zero_layers import ZeroLayers, large_lr_of_unadapted, warn_of_caller
 
 __all__: list[str] = []
 
@@ -225,7 +224,7 @@ class TrustRatioWrapper(OptimizerWrapper):
             found = large_lr_of_unadapted(self.optim, adapted)
             if found is not None:
                 self._warns_of_large_lr = False
-                warnings.warn(found, stacklevel=5)
+                warn_of_caller(found)
 
     def trust_ratios(self) -> dict[Tensor, Tensor]:
         """Return the trust ratio of every layer that the last step adapted, by parameter.

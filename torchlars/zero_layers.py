@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -20,6 +21,14 @@ from torchlars.bucket import Adaptation
 from torchlars.options import is_capturing
 
 __all__: list[str] = []
+
+
+def warn_of_caller(message: str) -> None:
+    """Warn of the line that called torch or torchlars, from however deep inside: a base may call closures in its step."""
+    frame, level = sys._getframe().f_back, 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "torchlars"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 class ZeroLayers:
@@ -61,11 +70,10 @@ class ZeroLayers:
         found = [place for param, place in places.items() if param in zeros]
         if found:
             more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
-            warnings.warn(
+            warn_of_caller(
                 "a layer whose weights are all 0 has the trust ratio 1, so that its first step takes the whole lr "
                 f"({found[0]}{more}); give biases and norms an lr of their own, as torchlars.param_groups(model, "
-                "lr=..., weight_decay=..., bias_lr=...) does, or warm lr up from one that the base could take alone",
-                stacklevel=6,
+                "lr=..., weight_decay=..., bias_lr=...) does, or warm lr up from one that the base could take alone"
             )
 
     def _places(self, optim: Optimizer, adaptations: Mapping[int, Adaptation]) -> dict[Tensor, str]:
