@@ -74,7 +74,7 @@ bool is_plain(const at::Tensor& tensor) {
          tensor.has_storage() && has_memory(tensor);
 }
 
-// Whether there are more references than the known ones and that of the Python object, if there is one.
+// Whether there are more references than the known ones and the one that the Python object holds, if it exists.
 template <typename Impl>
 bool has_more_uses(const Impl* impl, size_t uses, size_t known) {
   return uses > known && uses > known + (impl->pyobj_slot()->load_pyobj() != nullptr ? 1 : 0);

@@ -128,7 +128,8 @@ def is_base(optim: Optimizer, *kinds: type[Optimizer]) -> bool:
 def steps_as(optim: Any, kind: type[Optimizer]) -> bool:
     """Tell whether a base optimizer is of a kind, or hands its step on to one that is, as ZeroRedundancyOptimizer does.
 
-    What keeps its base under another name than ``optim`` may use the lr itself, as ScheduleFreeWrapper does.
+    A wrapper that keeps its base under another name than ``optim`` is not looked into: it may use lr itself, as
+    ScheduleFreeWrapper does.
     """
     seen: list[Optimizer] = []
     while isinstance(optim, Optimizer) and optim not in seen:

@@ -93,7 +93,7 @@ class LARS(TrustRatioWrapper):
         optimizer: the base, any :class:`torch.optim.Optimizer`. Kept as ``.optim``.
         eps: ε ≥ 0, in units of a gradient's norm.
         trust_coef: η > 0, the length of a step relative to the weights', per unit of lr.
-        clip: whether no layer's learning rate is to be above the group's, of which the trust ratio is then a share.
+        clip: whether to limit each layer's learning rate to the group's, by *r* ← min(*r* / γ, 1).
         norm: ``"raw"`` or ``"decayed"``, the norms in the denominator of *r*.
         lr_in_momentum: whether lr multiplies gradients instead of steps. Needs a base whose step is linear in lr:
             :class:`torch.optim.SGD` or a subclass.

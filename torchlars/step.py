@@ -31,7 +31,7 @@ from torchlars.zero_layers import ZeroLayers, large_lr_of_unadapted, warn_of_cal
 
 __all__: list[str] = []
 
-#: The attribute by which a base says that it multiplies by trust ratios itself, by whose norm is in them.
+#: The attributes by which a base declares that it multiplies by trust ratios itself: of gradients, of updates.
 _TAKES_RATIOS_OF = {"gradient": "takes_trust_ratios", "update": "takes_ratios_of_updates"}
 
 
@@ -125,7 +125,7 @@ class TrustRatioWrapper(OptimizerWrapper):
         return plan
 
     def _context(self) -> list[Any]:
-        """Return all but the groups themselves that adaptations are read from."""
+        """Return every value outside of the groups that adaptations depend on."""
         context = list(map(getattr, repeat(self), self.options))
         for base in bases(self.optim):
             context += [base, getattr(base, "takes_trust_ratios", None), *base.defaults, *base.defaults.values()]
@@ -218,7 +218,7 @@ class TrustRatioWrapper(OptimizerWrapper):
         return len(shapes) == len(params) and shapes[position] == param.shape
 
     def warn_of_large_lr(self, adapted: Sequence[int]) -> None:
-        """Warn, once, if a group that is not adapted is about to take an lr that is made for trust ratios."""
+        """Warn, once, if a group that is not adapted has an lr that is meant for trust ratios."""
         some_are_left = len(adapted) < len(self.param_groups)
         if some_are_left and self._warns_of_large_lr and not torch.compiler.is_compiling():
             found = large_lr_of_unadapted(self.optim, adapted)
@@ -262,7 +262,7 @@ class Step:
         self.reported: list[tuple[Sequence[Tensor], Tensor]] = []
 
     def arguments(self, *args: Any, **kwargs: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        """Return what the base's step is called with, given what the wrapper's was called with beside its closure."""
+        """Return the arguments of the base's step, given those of the wrapper's step except its closure."""
         if self._closure is not None:
             args = (self._evaluate, *args)
         elif args:  # they keep their places
@@ -309,7 +309,7 @@ class Step:
         return params
 
     def adapt(self) -> None:
-        """Gather, measure, complete, decide and apply, as far as ratios are of gradients and not for the base."""
+        """Adapt the gradients of all layers, except those that the base adapts itself."""
         self._warn_of_zero_layers()
         plan = self._plan
         lay_out_gradients(self._wrapper.param_groups, skipped=plan.written)  # those are looked at as they are gathered
@@ -328,7 +328,7 @@ class Step:
             self._adapt_others(buckets)
 
     def _adapt_others(self, buckets: Sequence[Bucket]) -> None:
-        """Do so for layers that do not take the fast path."""
+        """Adapt the gradients of layers that do not take the fast path."""
         with torch.no_grad():
             measure([bucket for bucket in buckets if len(bucket.trust_coefs) > 0 and not bucket.takes_one_pass])
             for bucket in buckets:

@@ -262,7 +262,7 @@ class OptimizerWrapper(Optimizer):
             post_hook(self)
 
     def _check_state_of_base(self, state_dict: StateDict) -> None:
-        """Raise if what a base is to load would be loaded in part, or be found to be wrong in a later step only."""
+        """Raise if a base would load a state dict in part only, or without noticing that it is wrong."""
         groups, state = state_dict.get("param_groups", ()), state_dict.get("state", {})
         if not isinstance(state, dict):
             raise TypeError(f"state_dict['state'] must be a dict (got: {type(state).__name__})")

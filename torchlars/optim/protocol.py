@@ -20,7 +20,7 @@ class TrustRatios(Protocol):
     # Ratios of gradients.
 
     def measure(self, index: int, params: Sequence[Tensor]) -> Tensor | None:
-        """Return the vector of what to multiply g + λw of some parameters of a group by.
+        """Return the factors by which to multiply g + λw, one for each of some parameters of a group.
 
         That is the trust ratio r, or γr where lr is in the momentum; the group's ``lr`` reads 1 then.
 
