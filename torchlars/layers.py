@@ -158,7 +158,7 @@ def undo_adaptation(param: Tensor, factor: float, weight_decay: float, inv_scale
         weight_decay: λ, negative where the group maximizes.
         inv_scale: 0 if nothing was done.
 
-    Where the product of factor and inv_scale has no finite inverse in the dtype of the arithmetic, nothing can be undone.
+    Nothing can be undone where factor times inv_scale has no finite inverse in the dtype of the arithmetic.
     """
     if param.grad is None or not math.isfinite(factor) or factor * inv_scale == 0:
         return

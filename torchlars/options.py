@@ -165,8 +165,8 @@ _CONSTANTS = frozenset({float, int, bool, str, tuple, NoneType, EllipsisType, to
 def _snapshot(group: Group, items: Group, has_lr: bool) -> tuple[Any, ...] | None:
     """Return items of a group as :func:`torchlars.ops.changed_groups` takes them, or None if they can change in place.
 
-    An lr on an accelerator is not read, whatever its value. Values that are not read are replaced by ``...``, so that they
-    are not kept alive.
+    An lr on an accelerator is not read, whatever its value. Values that are not read are replaced by ``...``, so that
+    they are not kept alive.
     """
     if any(value is ... for value in items.values()):
         return None

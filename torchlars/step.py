@@ -88,8 +88,8 @@ class TrustRatioWrapper(OptimizerWrapper):
 
         Whatever raises, hyper-parameters are restored. If the base raises before it has written to any adapted
         parameter, by their version counters, gradients are restored, too: up to a rounding error of the larger one of g
-        and λw, and but for elements that had become 0 or were not finite, and layers whose ratio has no finite inverse in
-        their dtype. A base's step that was partially completed is not rolled back.
+        and λw, and but for elements that had become 0 or were not finite, and layers whose ratio has no finite inverse
+        in their dtype. A base's step that was partially completed is not rolled back.
         """
         # Dynamo skips a frame that does not name torch, and compiles what it calls one by one.
         this = Step(self, closure, torch.compiler.is_compiling())

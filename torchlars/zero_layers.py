@@ -24,7 +24,7 @@ __all__: list[str] = []
 
 
 def warn_of_caller(message: str) -> None:
-    """Warn of the line that called torch or torchlars, from however deep inside: a base may call closures in its step."""
+    """Warn of the line that called torch or torchlars, however deep inside a step this is, in a closure perhaps."""
     frame, level = sys._getframe().f_back, 2
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "torchlars"):
         frame, level = frame.f_back, level + 1
