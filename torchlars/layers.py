@@ -158,17 +158,19 @@ def undo_adaptation(param: Tensor, factor: float, weight_decay: float, inv_scale
         weight_decay: λ, negative where the group maximizes.
         inv_scale: 0 if nothing was done.
 
-    Nothing can be undone where factor times inv_scale has no finite inverse in the dtype of the arithmetic.
+    Nothing is undone where the inverse of factor times inv_scale is 0 or not finite in the dtype of the arithmetic.
     """
-    if param.grad is None or not math.isfinite(factor) or factor * inv_scale == 0:
+    if param.grad is None or factor * inv_scale == 0:
         return
     grad, here = memory_of(param.grad), sharding.local(param)
-    dtype, inverse = ops.compute_dtype(grad.dtype, here.dtype), 1 / (factor * inv_scale)
-    if abs(inverse) > torch.finfo(dtype).max:
+    inverse = torch.tensor([1 / (factor * inv_scale)], dtype=torch.float64, device="cpu")
+    inverse = inverse.to(ops.compute_dtype(grad.dtype, here.dtype))
+    if not 0 < abs(inverse.item()) < math.inf:
         return
-    ratios = torch.full((1,), inverse, dtype=dtype, device=grad.device)
     decays = [abs(weight_decay) * factor]
-    ops.scale_gradients_([grad], [here], maximize=weight_decay > 0, weight_decays=decays, ratios=ratios)
+    ops.scale_gradients_(
+        [grad], [here], maximize=weight_decay > 0, weight_decays=decays, ratios=inverse.to(grad.device)
+    )
 
 
 def lay_out_gradients(groups: Iterable[dict[str, Any]], skipped: Collection[int] = ()) -> bool:
