@@ -422,7 +422,7 @@ def plant(bug: Bug, folder: Path, headers: Path) -> Path:
 @pytest.mark.parametrize("sgd", [False, True], ids=["scale", "sgd"])
 @pytest.mark.parametrize("build", BUILDS)
 def test_without_a_bug_nothing_is_caught(build: str, sgd: bool, headers: Callable[[str], Path], tmp_path: Path) -> None:
-    """What else is changed to plant a bug is none."""
+    """The other changes that planting a bug makes are no bugs themselves."""
     skip_without_sanitizers(build)
     none = Bug("namespace torchlars", "namespace torchlars", "nothing", build=build, sgd=sgd)
     case, driver = new_case(none.case, none.dtype), plant(none, tmp_path, headers(build))

@@ -123,7 +123,8 @@ class GroupReader:
 
     The result of a group is reused while the group is the same dict with the same keys and identical values, and while
     the *context*, a list of all other values that were read, is identical, too. A group with values that can change in
-    place, such as tensors on the CPU, is read every time. Nothing about parameters and gradients is remembered.
+    place, such as tensors on the CPU, is read every time; so are all groups if the context holds such a tensor. Nothing
+    about parameters and gradients is remembered.
 
     Args:
         needs_lr: tells of a result whether it depends on the group's lr, which schedulers may change at every step.

@@ -24,7 +24,7 @@ __all__: list[str] = []
 
 
 def warn_of_caller(message: str) -> None:
-    """Warn of the line that called torch or torchlars, however deep inside a step this is, in a closure perhaps."""
+    """Warn, and name the innermost line of the call stack that is neither torch's nor ours."""
     frame, level = sys._getframe().f_back, 2
     while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "torchlars"):
         frame, level = frame.f_back, level + 1
