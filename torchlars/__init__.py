@@ -7,6 +7,7 @@ from torchlars import optim
 from torchlars.groups import param_groups
 from torchlars.lamb import LAMB
 from torchlars.lars import LARC, LARS
+from torchlars.percentile_clipping import PercentileClipping
 
-__all__ = ["LAMB", "LARC", "LARS", "__version__", "optim", "param_groups"]
+__all__ = ["LAMB", "LARC", "LARS", "PercentileClipping", "__version__", "optim", "param_groups"]
 __version__ = "1.0.0.dev0"
