@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import nn
 
 import torchlars
-from torchlars import LAMB, LARS
+from torchlars import LAMB, LARS, PercentileClipping
 
 WAITS, NEVER_WAITS = "default", "error"
 
@@ -110,6 +110,43 @@ def test_a_replayed_step_has_the_bits_of_an_eager_one_and_follows_its_lr(make):
                 assert torch.equal(optimizer.state[param][key], value), (step, name, key)
         twins = expected.trust_ratios().values()
         assert all(torch.equal(ratio, other) for ratio, other in zip(ratios.values(), twins, strict=True))
+
+
+@pytest.mark.parametrize("make", [lambda groups: sgd(groups, fused=True), our_sgd], ids=["SGD fused", "torchlars SGD"])
+def test_clipping_at_a_percentile_is_replayed_and_never_waits(make):
+    model, twin = network(), network()
+    lr = torch.tensor(0.1, device="cuda")
+    optimizer, expected = (make([{"params": one.parameters(), "lr": lr}]) for one in (model, twin))
+    clipping, twin_clipping = (PercentileClipping(one, percentile=30, history=4) for one in (optimizer, expected))
+    give_gradients(model, 0)
+    give_gradients(twin, 0)
+    with torch.cuda.graph(torch.cuda.CUDAGraph()):
+        lr.add_(0)  # torch warns of graphs without nodes
+        with pytest.raises(RuntimeError, match="take a step before the capture"):
+            optimizer.step()
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    expected.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for step in range(1, 8):
+        for one in (model, twin):
+            give_gradients(one, step)
+            for param in one.parameters():
+                param.grad.mul_(step % 3 if step < 7 else torch.nan)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode(NEVER_WAITS)
+        graph.replay()
+        expected.step()
+        torch.cuda.set_sync_debug_mode(WAITS)
+        histories = zip(clipping.state_dict()["histories"], twin_clipping.state_dict()["histories"], strict=True)
+        assert all(torch.equal(*pair) for pair in histories), step
+        grads = [param.grad for one in (model, twin) for param in one.parameters()]
+        torch.testing.assert_close(grads[:4], grads[4:], rtol=0, atol=0, equal_nan=True)
 
 
 OVER_OURS = pytest.mark.parametrize(
