@@ -95,7 +95,10 @@ struct SgdArguments {
 
   at::TensorList params;
   at::TensorList grads;
-  at::TensorList momentum_buffers;  // empty: no momentum
+  at::TensorList momentum_buffers;                // empty: no momentum
+  std::optional<at::TensorList> momentum_scales;  // given: momentum_buffers are codes
+  at::ArrayRef<int64_t> row_lengths;              // of whole layers; empty: these are whole
+  at::ArrayRef<int64_t> offsets;                  // likewise
   bool maximize = false;
   at::ArrayRef<double> weight_decays;
   bool decayed_norm = false;
@@ -112,8 +115,9 @@ struct SgdArguments {
   std::optional<at::Tensor> inv_scale;
 
   auto tie() const {
-    return std::tie(params, grads, momentum_buffers, maximize, weight_decays, decayed_norm, lrs, lr_in_momentum,
-                    lr_tensor, momentums, dampenings, nesterov, ratios, trust_coefs, eps, clip, inv_scale);
+    return std::tie(params, grads, momentum_buffers, momentum_scales, row_lengths, offsets, maximize, weight_decays,
+                    decayed_norm, lrs, lr_in_momentum, lr_tensor, momentums, dampenings, nesterov, ratios, trust_coefs,
+                    eps, clip, inv_scale);
   }
 };
 

@@ -5,14 +5,17 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/ArrayRef.h>
 #include <c10/util/Exception.h>
+#include <c10/util/accumulate.h>
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <optional>
 #include <utility>
 #include <vector>
 
 #include "arguments.h"
+#include "codes.h"
 
 namespace torchlars {
 
@@ -78,6 +81,16 @@ inline bool is_writable_in_place(const at::Tensor& tensor) {
     extent += stride * (size - 1);
   }
   return true;
+}
+
+// The elements of a row, which is one index of dimension 0.
+inline int64_t row_length(const at::Tensor& tensor) {
+  return c10::multiply_integers(tensor.sizes().begin() + 1, tensor.sizes().end());
+}
+
+// The shape of the scales of a tensor whose momentum is in 8 bits: a number for each block of each row.
+inline std::array<int64_t, 2> scales_shape(const at::Tensor& tensor) {
+  return {tensor.size(0), divide_up(row_length(tensor), kBlock)};
 }
 
 inline void check_tensors(const char* op, const char* name, at::TensorList tensors) {
@@ -269,6 +282,52 @@ inline void check(const ScaleUpdatesArguments& arguments) {
   check_lrs(op, arguments.lrs, arguments.lr_tensor, "params", params.size(), params[0].device(), measures(arguments));
 }
 
+// Whether a tensor fills its memory without gaps, one row after the other.
+inline bool has_rows_in_order(const at::Tensor& tensor) {
+  return tensor.dim() > 0 && tensor.is_non_overlapping_and_dense() &&
+         (tensor.size(0) < 2 || tensor.numel() == 0 || tensor.stride(0) == row_length(tensor));
+}
+
+// Whether the momentum of a whole layer is coded, by its shape and dtype alone.
+inline bool is_coded(const at::Tensor& param, int64_t min_size) {
+  const auto dtype = param.scalar_type();
+  return (dtype == c10::kFloat || dtype == c10::kBFloat16 || dtype == c10::kHalf) &&
+         param.numel() >= std::max<int64_t>(min_size, 1) && has_rows_in_order(param) &&
+         row_length(param) >= kMinRowLength;
+}
+
+// Momentum in 8 bits.
+inline void check_codes(const SgdArguments& arguments, at::TensorList scales) {
+  const char* const op = SgdArguments::kOp;
+  const auto& [params, grads, codes] = std::tie(arguments.params, arguments.grads, arguments.momentum_buffers);
+  const size_t layers = params.size();
+  check_length(op, "momentum_buffers", codes.size(), "grads", layers);
+  check_length(op, "momentum_scales", scales.size(), "grads", layers);
+  TORCH_CHECK(!params[0].is_complex() && compute_dtype(grads[0].scalar_type(), params[0].scalar_type()) == c10::kFloat,
+              op, ": expected float32, bfloat16 or float16 where momentum_scales are given (params[0]: ",
+              params[0].scalar_type(), ", grads[0]: ", grads[0].scalar_type(), ")");
+  for (size_t i = 0; i < layers; ++i) {
+    const at::Tensor& param = params[i];
+    TORCH_CHECK(has_rows_in_order(param), op, ": expected params that fill their memory row by row where ",
+                "momentum_scales are given (params[", i, "]: shape ", param.sizes(), ", strides ", param.strides(),
+                ")");
+    const auto check_kind = [&](const char* name, const at::Tensor& tensor, c10::ScalarType dtype) {
+      TORCH_CHECK(tensor.layout() == c10::kStrided && tensor.scalar_type() == dtype, op, ": expected ", name, " of ",
+                  dtype, " where momentum_scales are given (", name, "[", i, "]: ", tensor.scalar_type(), ")");
+      TORCH_CHECK(tensor.device() == param.device(), op, ": expected tensors on one device (params[", i,
+                  "]: ", param.device(), ", ", name, "[", i, "]: ", tensor.device(), ")");
+    };
+    check_kind("momentum_buffers", codes[i], c10::kChar);
+    check_kind("momentum_scales", scales[i], c10::kFloat);
+    const auto expected = scales_shape(param);
+    TORCH_CHECK(scales[i].sizes() == at::IntArrayRef(expected) && scales[i].is_contiguous(), op,
+                ": expected contiguous momentum_scales of one number for each block of a row (momentum_scales[", i,
+                "]: shape ", scales[i].sizes(), ", expected: ", at::IntArrayRef(expected), ")");
+  }
+  check_shapes(op, "params", params, "momentum_buffers", codes);
+  check_writable(op, "momentum_buffers", codes);
+}
+
 inline void check(const SgdArguments& arguments) {
   const char* const op = SgdArguments::kOp;
   const size_t layers = arguments.grads.size();
@@ -276,6 +335,12 @@ inline void check(const SgdArguments& arguments) {
   check_writable(op, "params", arguments.params);
   check_numbers(op, "momentums", arguments.momentums, "grads", layers);
   check_numbers(op, "dampenings", arguments.dampenings, "grads", layers, is_finite);
+  check_needs(op, "row_lengths", "are given", !arguments.row_lengths.empty(), "momentum_scales",
+              arguments.momentum_scales.has_value());
+  if (arguments.momentum_scales.has_value() && !(arguments.row_lengths.empty() && arguments.offsets.empty())) {
+    check_length(op, "row_lengths", arguments.row_lengths.size(), "grads", layers);
+    check_length(op, "offsets", arguments.offsets.size(), "grads", layers);
+  }
   const at::TensorList buffers = arguments.momentum_buffers;
   if (buffers.empty()) {
     for (size_t i = 0; i < layers; ++i) {
@@ -283,6 +348,11 @@ inline void check(const SgdArguments& arguments) {
                   "]: ", arguments.momentums[i], ")");
     }
     check_needs(op, "nesterov", "is True", arguments.nesterov, "momentum_buffers", false);
+    check_needs(op, "momentum_scales", "are given", arguments.momentum_scales.has_value(), "momentum_buffers", false);
+    return;
+  }
+  if (arguments.momentum_scales.has_value()) {
+    check_codes(arguments, *arguments.momentum_scales);
     return;
   }
   check_tensors(op, "momentum_buffers", buffers);

@@ -8,6 +8,8 @@
 #include <vector>
 
 #include "arguments.h"
+#include "checks.h"
+#include "codes.h"
 #include "trust_ratio.h"
 
 namespace torchlars {
@@ -76,8 +78,9 @@ struct Triple {
     this->param = dense(param, dtype);
     this->grad = beside(*this->param, grad, dtype);
     if (momentum != nullptr) {
-      const bool is_float = momentum->scalar_type() == c10::kFloat;
-      this->momentum = beside(*this->param, *momentum, is_float && dtype != c10::kDouble ? c10::kFloat : dtype);
+      const auto kept = momentum->scalar_type();  // in it
+      const bool is_kept = kept == c10::kChar || (kept == c10::kFloat && dtype != c10::kDouble);
+      this->momentum = beside(*this->param, *momentum, is_kept ? kept : dtype);
     }
   }
 
@@ -85,6 +88,16 @@ struct Triple {
   Swept grad;
   Swept momentum;
 };
+
+// How the i-th layer is cut into blocks, where momentum is in 8 bits.
+inline Rows rows_of(const SgdArguments& arguments, size_t i) {
+  Rows rows;
+  rows.row_length = row_length(arguments.params[i]);
+  const bool is_whole = arguments.row_lengths.empty();
+  rows.whole_row_length = static_cast<uint32_t>(is_whole ? rows.row_length : arguments.row_lengths[i]);
+  rows.offset = is_whole ? 0 : static_cast<uint32_t>(arguments.offsets[i]);
+  return rows;
+}
 
 // What is added to the tensors of a list before they are measured: scales[i] * others[i]; others[i] is not read where
 // the scale is 0.

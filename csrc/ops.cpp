@@ -97,9 +97,10 @@ TORCH_LIBRARY(torchlars, m) {
       "scale_updates_(Tensor(a!)[] params, Tensor[] old_params, *, Tensor(b!) ratios, float[] trust_coefs=[], "
       "float[] eps=[], bool clip=False, float[] lrs=[], Tensor? lr_tensor=None) -> ()");
   m.def(
-      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, *, bool maximize, "
+      "sgd_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] momentum_buffers, *, Tensor(c!)[]? momentum_scales=None, "
+      "int[] row_lengths=[], int[] offsets=[], bool maximize, "
       "float[] weight_decays, bool decayed_norm=False, float[] lrs, bool lr_in_momentum=False, Tensor? lr_tensor=None, "
-      "float[] momentums, float[] dampenings, bool nesterov=False, Tensor(c!)? ratios=None, float[] trust_coefs=[], "
+      "float[] momentums, float[] dampenings, bool nesterov=False, Tensor(d!)? ratios=None, float[] trust_coefs=[], "
       "float[] eps=[], bool clip=False, Tensor? inv_scale=None) -> ()");
 }
 

@@ -27,7 +27,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from torchlars import reference
+from torchlars import codes, reference
 
 GXX = shutil.which("g++")
 needs_host_shim = [
@@ -52,6 +52,10 @@ class Layer:
     fill: tuple[float | None, float | None] = (None, None)  # instead of random parameters, gradients
     first: tuple[float | None, float | None] = (None, None)  # instead of the first random parameter, gradient
     scales: tuple[float, float] = (1.0, 1.0)  # of random parameters, gradients
+    row_length: int = 0  # of momentum in 8 bits; 0: one row
+    whole_row_length: int = 0  # if this is a shard
+    place: int = 0  # of the first element, if this is a shard
+    momentum_scale: float = 1.0
     left: float | None = None  # the gradient takes away the decay, but for random numbers of this size relative to it
 
 
@@ -136,6 +140,25 @@ CASES: dict[str, Callable[[int], list[Layer]]] = {
 }
 
 
+def in_blocks(pack: int) -> list[Layer]:
+    """Return layers for momentum in 8 bits: rows of all kinds, in one chunk and across chunks, whole and shards."""
+    rows = [(4, 64), (3, 128), (5, 129), (7, 200), (2, 1000), (1, 300), (40, 1024), (90, 200), (3, 16384 + 130)]
+    layers = [Layer(n * length, 0.1 * (i % 2), row_length=length) for i, (n, length) in enumerate(rows)]
+    shards = [Layer(8 * 256, row_length=256, whole_row_length=1000, place=5 * 1000 + 128), Layer(600, place=2**32 - 5)]
+    firsts = [(None, torch.nan), (None, torch.inf), (torch.nan, None)]
+    faults = [Layer(600, row_length=200, first=first) for first in firsts]
+    small = [
+        Layer(300, 0.0, fill=(None, 1e-31), momentum_scale=0.0),
+        Layer(300, 0.0, fill=(None, 0.0)),
+        Layer(0, row_length=64),
+    ]
+    moved = [Layer(900, row_length=100, offsets=offsets) for offsets in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 2, 3)]]
+    return [*layers, *shards, *faults, *small, *moved, Layer(1025 * pack, row_length=1025 * pack)]
+
+
+IN_BLOCKS = "in blocks"  # for momentum in 8 bits only
+
+
 @dataclass
 class Case:
     name: str
@@ -184,7 +207,7 @@ class Case:
 def new_case(name: str, dtype: torch.dtype) -> Case:
     """Return a case in which layers differ in scale and in all numbers: none passes for another."""
     random = torch.Generator().manual_seed(1)
-    layers = CASES[name](16 // dtype.itemsize)
+    layers = in_blocks(16 // dtype.itemsize) if name == IN_BLOCKS else CASES[name](16 // dtype.itemsize)
 
     def tensor(i: int, which: int) -> Tensor:
         scale = (0.5 + i % 7) * (0.3 if which else 1) * layers[i].scales[which]
@@ -206,7 +229,10 @@ def new_case(name: str, dtype: torch.dtype) -> Case:
         layers,
         params,
         grads,
-        momenta=[(1 + i % 4) * torch.randn(layers[i].numel, generator=random, dtype=torch.float64) for i in count],
+        momenta=[
+            (1 + i % 4) * layers[i].momentum_scale * torch.randn(layers[i].numel, generator=random, dtype=torch.float64)
+            for i in count
+        ],
         weight_decays=weight_decays,
         trust_coefs=[0.5 / (1 + i % 3) for i in count],
         eps=[(0.0, 1e-8, 0.25)[i % 3] for i in count],
@@ -304,6 +330,12 @@ def scaled_sgd_ways(dtype: torch.dtype) -> list[Way]:
     return [replace(way, inverse=inverses[(i // 3 + i) % 3]) for i, way in enumerate(sgd_ways(dtype))]
 
 
+def coded_sgd_ways(dtype: torch.dtype) -> list[Way]:
+    """Return ways with momentum in 8 bits: some of those above."""
+    ways = [replace(way, momentum=torch.int8) for way in sgd_ways(dtype) + scaled_sgd_ways(dtype) if way.momentum]
+    return list(dict.fromkeys(ways))
+
+
 SGD_WAYS = {"plain": sgd_ways, "of scaled gradients": scaled_sgd_ways}
 
 
@@ -312,6 +344,7 @@ class Result:
     params: list[Tensor]
     grads: list[Tensor]
     momenta: list[Tensor]
+    momentum_scales: list[Tensor]
     param_squared_norms: Tensor
     grad_squared_norms: Tensor
     ratios: Tensor
@@ -319,6 +352,7 @@ class Result:
 
 NUMBERS = np.dtype(
     [(name, np.int64) for name in ("numel", "param_offset", "grad_offset", "momentum_offset")]
+    + [(name, np.int64) for name in ("row_length", "whole_row_length", "place")]
     + [(name, np.float64) for name in ("weight_decay", "trust_coef", "eps", "lr", "momentum", "dampening")]
 )
 BUILDS = {
@@ -354,22 +388,49 @@ def to_bytes(tensors: list[Tensor]) -> bytes:
     return torch.cat(tensors).view(torch.uint8).numpy().tobytes() if tensors else b""
 
 
+def rows_of(layer: Layer) -> tuple[int, int]:
+    """Return the shape of a layer as rows."""
+    length = layer.row_length or max(layer.numel, 1)
+    return layer.numel // length, length
+
+
 def momenta_of(case: Case, way: Way) -> list[Tensor]:
+    if way.momentum == torch.int8:
+        return [coded for coded, _ in coded_momenta(case)]
     return [] if way.momentum is None else [momentum.to(way.momentum, copy=True) for momentum in case.momenta]
 
 
+def coded_momenta(case: Case) -> list[tuple[Tensor, Tensor]]:
+    """Return the codes and scales of all momenta; rounded to nearest."""
+    coded = [torch.empty(rows_of(layer), dtype=torch.int8) for layer in case.layers]
+    momenta = zip(coded, case.momenta, strict=True)
+    scales = [codes.encode(new, momentum.float().reshape(new.shape)) for new, momentum in momenta]
+    return [(new.flatten(), of_new) for new, of_new in zip(coded, scales, strict=True)]
+
+
 def to_input(case: Case, way: Way) -> bytes:
-    momentum_dtype = -1 if way.momentum is None else DTYPES.index(way.momentum)
+    momentum_dtype = -1 if way.momentum is None else (*DTYPES, torch.int8).index(way.momentum)
     header = [DTYPES.index(case.dtype), way.op, way.maximize, way.order, len(case.layers)]
     header += [momentum_dtype, way.nesterov, way.has_ratios, way.has_lr_tensor, way.inverse is not None]
     header += [way.decayed_norm, way.clip, way.lr_in_momentum, way.of_updates]
     per_layer = (case.weight_decays, case.trust_coefs, case.eps, case.lrs, case.momentums, case.dampenings)
-    numbers = [(layer.numel, *layer.offsets, *others) for layer, *others in zip(case.layers, *per_layer, strict=True)]
+    numbers = [
+        (
+            layer.numel,
+            *layer.offsets,
+            rows_of(layer)[1],
+            layer.whole_row_length or rows_of(layer)[1],
+            layer.place,
+            *others,
+        )
+        for layer, *others in zip(case.layers, *per_layer, strict=True)
+    ]
     return (
         np.array(header, np.int64).tobytes()
         + np.array(numbers, NUMBERS).tobytes()
         + to_bytes(case.params + case.grads)
         + to_bytes(momenta_of(case, way))
+        + to_bytes([scales.flatten() for _, scales in coded_momenta(case)] if way.momentum == torch.int8 else [])
         + to_bytes([case.ratios(way)] if way.has_ratios else [])
         + to_bytes([case.lr_tensor] if way.has_lr_tensor else [])
         + to_bytes([way.inv_scale] if way.inv_scale is not None else [])
@@ -395,7 +456,10 @@ def execute(driver: Path, case: Case, ways: list[Way]) -> list[Result]:
         params, grads = ([take(layer.numel, case.dtype) for layer in case.layers] for _ in range(2))
         momenta = [take(layer.numel, way.momentum) for layer in case.layers] if way.momentum else []
         vectors = (torch.float64, torch.float64, reference.compute_dtype(case.dtype, case.dtype))
-        result = Result(params, grads, momenta, *(take(len(grads), dtype) for dtype in vectors))
+        norms_and_ratios = [take(len(grads), dtype) for dtype in vectors]
+        shapes = [codes.scales_shape(rows_of(layer)) for layer in case.layers if way.momentum == torch.int8]
+        scales = [take(rows * blocks, torch.float32).reshape(rows, blocks) for rows, blocks in shapes]
+        result = Result(params, grads, momenta, scales, *norms_and_ratios)
         if way.op in (SGD, LARS_SGD):
             assert to_bytes(grads) == to_bytes(case.grads), f"{name}: a gradient was written"
             assert not way.has_ratios or to_bytes([result.ratios]) == to_bytes([case.ratios(way)]), (
@@ -459,10 +523,22 @@ def check_sgd(case: Case, ways: list[Way], results: list[Result]) -> None:
         if way.op == LARS_SGD:
             compare("ratios", case, way, result.ratios, case.ratios(way), rtol=ratio_rtol(result.ratios.dtype))
         params, momenta = [param.clone() for param in case.params], momenta_of(case, way)
+        grads, scales, whole = case.grads, None, {}
+        if way.momentum == torch.int8:
+            shapes = [rows_of(layer) for layer in case.layers]
+            params, grads, momenta = (
+                [tensor.reshape(shape) for tensor, shape in zip(tensors, shapes, strict=True)]
+                for tensors in (params, grads, momenta)
+            )
+            scales = [of_codes for _, of_codes in coded_momenta(case)]
+            whole["row_lengths"] = [layer.whole_row_length or rows_of(layer)[1] for layer in case.layers]
+            whole["offsets"] = [layer.place for layer in case.layers]
         reference.sgd_(
             params,
-            case.grads,
+            grads,
             momenta,
+            momentum_scales=scales,
+            **whole,
             maximize=way.maximize,
             weight_decays=case.weight_decays,
             lrs=case.lrs,
@@ -474,9 +550,17 @@ def check_sgd(case: Case, ways: list[Way], results: list[Result]) -> None:
             ratios=result.ratios if way.op == LARS_SGD or way.has_ratios else None,
             inv_scale=way.inv_scale,
         )
-        compare("parameters", case, way, torch.cat(result.params), torch.cat(params), rtol=0)
+        flat = [
+            torch.cat([tensor.flatten() for tensor in tensors])
+            for tensors in (params, momenta, scales or [])
+            if tensors
+        ]
+        compare("parameters", case, way, torch.cat(result.params), flat[0], rtol=0)
         if momenta:
-            compare("momenta", case, way, torch.cat(result.momenta), torch.cat(momenta), rtol=0)
+            compare("momenta", case, way, torch.cat(result.momenta), flat[1], rtol=0)
+        if scales:
+            got = torch.cat([of_codes.flatten() for of_codes in result.momentum_scales])
+            compare("scales of momenta", case, way, got, flat[2], rtol=0)
 
 
 @cache

@@ -12,12 +12,14 @@ from host_driver import (
     BUILDS,
     CASES,
     DTYPES,
+    IN_BLOCKS,
     LARS_SGD,
     SEVERAL_LAUNCHES,
     SGD_WAYS,
     WAYS,
     check,
     check_sgd,
+    coded_sgd_ways,
     compile_driver,
     copy_sources,
     execute,
@@ -69,6 +71,23 @@ def test_sgd_equals_the_reference(
     case, ways = new_case(name, dtype), SGD_WAYS[kind](dtype)
     if build == "sanitized":
         ways = [way for way in ways if way.op == LARS_SGD]
+    if name == SEVERAL_LAUNCHES:
+        ways = ways[-2:] if build == "plain" else ways[-1:]
+    check_sgd(case, ways, execute(driver(build, True), case, ways))
+
+
+@pytest.mark.parametrize("build", BUILDS)
+@pytest.mark.parametrize(
+    "name", [IN_BLOCKS, "borders", "every binade", "zero norms and empty layers", SEVERAL_LAUNCHES]
+)
+@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
+def test_sgd_with_momentum_in_8_bits_equals_the_reference(
+    name: str, dtype: torch.dtype, build: str, driver: Callable[[str, bool], Path]
+) -> None:
+    skip_without_sanitizers(build)
+    case, ways = new_case(name, dtype), coded_sgd_ways(dtype)
+    if build == "sanitized":
+        ways = [way for way in ways if way.op == LARS_SGD][:2]
     if name == SEVERAL_LAUNCHES:
         ways = ways[-2:] if build == "plain" else ways[-1:]
     check_sgd(case, ways, execute(driver(build, True), case, ways))

@@ -11,11 +11,13 @@ import torch
 from host_driver import (
     BUILDS,
     DTYPES,
+    IN_BLOCKS,
     SEVERAL_LAUNCHES,
     SGD_WAYS,
     WAYS,
     check,
     check_sgd,
+    coded_sgd_ways,
     compile_driver,
     copy_sources,
     execute,
@@ -27,6 +29,7 @@ from host_driver import (
 
 pytestmark = needs_host_shim
 COMPILES_FAST = ["-O0", "-g0"]
+IN_8_BITS = "momentum in 8 bits"  # a kind of ways
 
 
 @dataclass
@@ -70,7 +73,7 @@ BUGS = {
         file="cuda/sums.cuh",
     ),
     "packs need no alignment": Bug(
-        "return reinterpret_cast<uintptr_t>(array) % alignof(Pack<T>) == 0",
+        "return reinterpret_cast<uintptr_t>(array) % alignof(Pack<T, kNumbers>) == 0",
         "return array == array",
         "misaligned address",
         case="misaligned views",
@@ -344,8 +347,8 @@ BUGS = {
         sgd=True,
     ),
     "a skipped step of SGD is taken": Bug(
-        "if (inv_scale == 0) {\n    return;",
-        "if (inv_scale != inv_scale) {\n    return;",
+        "if (numbers.inv_scale == 0) {",
+        "if (numbers.inv_scale != numbers.inv_scale) {",
         "a skipped step was written",
         sgd=True,
         kind="of scaled gradients",
@@ -383,6 +386,29 @@ BUGS = {
         file="cuda/launches.h",
         build="sanitized",
         sgd=True,
+    ),
+    **{
+        name: Bug(old, new, "differ", case=IN_BLOCKS, file=file, sgd=True, kind=IN_8_BITS)
+        for name, file, old, new in [
+            ("the last block of a chunk is left out", "codes.h", "index < end", "index + 1 < end"),
+            ("a shard is taken for a whole layer", "codes.h", "offset + static_cast<uint32_t>(row)", "row"),
+            ("a shard's rows are taken for whole ones", "codes.h", "* whole_row_length", "* row_length"),
+            ("a faulty block is erased", "codes.h", "largest >= kInfinity", "false"),
+            ("a tiny block is coded", "codes.h", "kLeast = 0x0d800000u", "kLeast = 1"),
+            ("codes are rounded to nearest", "codes.h", "+ dither(momentum, salt)", "+ 0.5f"),
+            ("codes are rounded towards zero", "codes.h", "> number ? 1 : 0", "> number ? 0 : 0"),
+            ("half of a block has a scale", "cuda/kernels.cuh", "__shfl_xor_sync(0xffffffffu, value, offset)", "value"),
+            ("the dither takes the new parameter", "cuda/kernels.cuh", "params.values[i]), index(i))", "0), index(i))"),
+        ]
+    },
+    "blocks of rows of odd length are read in packs": Bug(
+        "layer.rows.row_length % kEach == 0 && ",
+        "",
+        "misaligned address",
+        case=IN_BLOCKS,
+        build="sanitized",
+        sgd=True,
+        kind=IN_8_BITS,
     ),
 }
 
@@ -436,7 +462,8 @@ def test_a_planted_bug_is_caught(name: str, headers: Callable[[str], Path], tmp_
     bug = BUGS[name]
     skip_without_sanitizers(bug.build)
     case = new_case(bug.case, bug.dtype)
-    ways = SGD_WAYS[bug.kind](bug.dtype)[::-1] if bug.sgd else WAYS[bug.kind]
+    sgd_ways = coded_sgd_ways if bug.kind == IN_8_BITS else SGD_WAYS.get(bug.kind)
+    ways = sgd_ways(bug.dtype)[::-1] if bug.sgd else WAYS[bug.kind]
     if not bug.sgd and bug.kind == "plain":
         ways = [ways[1], ways[-2]]
     if bug.case == SEVERAL_LAUNCHES:

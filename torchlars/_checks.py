@@ -11,6 +11,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from torchlars import codes
+
 __all__: list[str] = []
 
 #: The dtypes that layers may have.
@@ -103,16 +105,25 @@ def scale_updates_(op: str, a: Arguments) -> None:
 
 def sgd_(op: str, a: Arguments) -> None:
     params, buffers, momentums, layers = a["params"], a["momentum_buffers"], a["momentums"], len(a["grads"])
+    scales = a["momentum_scales"]
     _check_layers(op, a, True, ())
     _check_writable(op, "params", params)
     _check_numbers(op, "momentums", momentums, "grads", layers)
     _check_numbers(op, "dampenings", a["dampenings"], "grads", layers, "finite")
+    _check_needs(op, "row_lengths", "are given", len(a["row_lengths"]) > 0, "momentum_scales", scales is not None)
+    if len(a["row_lengths"]) + len(a["offsets"]) > 0:
+        _check_length(op, "row_lengths", a["row_lengths"], "grads", layers)
+        _check_length(op, "offsets", a["offsets"], "grads", layers)
     if len(buffers) == 0:
         for i, momentum in enumerate(momentums):
             _check(
                 momentum == 0, f"{op}: expected momentum_buffers where there is momentum (momentums[{i}]: {momentum})"
             )
         _check_needs(op, "nesterov", "is True", a["nesterov"], "momentum_buffers", False)
+        _check_needs(op, "momentum_scales", "are given", scales is not None, "momentum_buffers", False)
+        return
+    if scales is not None:
+        _check_codes(op, a, scales)
         return
     _check_tensors(op, "momentum_buffers", buffers)
     _check_length(op, "momentum_buffers", buffers, "grads", layers)
@@ -128,6 +139,42 @@ def sgd_(op: str, a: Arguments) -> None:
         f"(params[0]: {param.dtype}, momentum_buffers[0]: {buffer.dtype})",
     )
     _check_shapes(op, "params", params, "momentum_buffers", buffers)
+
+
+def _check_codes(op: str, a: Arguments, scales: Sequence[Tensor]) -> None:
+    """Check momentum in 8 bits."""
+    params, grads, buffers = a["params"], a["grads"], a["momentum_buffers"]
+    where = "where momentum_scales are given"
+    _check_length(op, "momentum_buffers", buffers, "grads", len(params))
+    _check_length(op, "momentum_scales", scales, "grads", len(params))
+    _check(
+        not params[0].is_complex() and compute_dtype(grads[0].dtype, params[0].dtype) == torch.float32,
+        f"{op}: expected float32, bfloat16 or float16 {where} (params[0]: {params[0].dtype}, "
+        f"grads[0]: {grads[0].dtype})",
+    )
+    for i, param in enumerate(params):
+        _check(
+            codes.has_rows_in_order(param),
+            f"{op}: expected params that fill their memory row by row {where} "
+            f"(params[{i}]: shape {list(param.shape)}, strides {list(param.stride())})",
+        )
+        named = (("momentum_buffers", buffers[i], torch.int8), ("momentum_scales", scales[i], torch.float32))
+        for name, tensor, dtype in named:
+            _check(
+                tensor.layout == torch.strided and tensor.dtype == dtype,
+                f"{op}: expected {name} of {dtype} {where} ({name}[{i}]: {tensor.dtype})",
+            )
+            _check(
+                tensor.device == param.device,
+                f"{op}: expected tensors on one device (params[{i}]: {param.device}, {name}[{i}]: {tensor.device})",
+            )
+        _check(
+            tuple(scales[i].shape) == codes.scales_shape(param.shape) and scales[i].is_contiguous(),
+            f"{op}: expected contiguous momentum_scales of one number for each block of a row (momentum_scales[{i}]: "
+            f"shape {list(scales[i].shape)}, expected: {list(codes.scales_shape(param.shape))})",
+        )
+    _check_shapes(op, "params", params, "momentum_buffers", buffers)
+    _check_writable(op, "momentum_buffers", buffers)
 
 
 # What they have in common.

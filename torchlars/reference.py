@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from torchlars import _checks
+from torchlars import _checks, codes
 from torchlars._checks import checked_by, compute_dtype
 
 __all__ = ["scale_gradients_", "scale_updates_", "sgd_", "squared_norms", "trust_ratios"]
@@ -251,6 +251,9 @@ def sgd_(
     grads: Sequence[Tensor],
     momentum_buffers: Sequence[Tensor],
     *,
+    momentum_scales: Sequence[Tensor] | None = None,
+    row_lengths: Sequence[int] = (),
+    offsets: Sequence[int] = (),
     maximize: bool,
     weight_decays: Sequence[float],
     decayed_norm: bool = False,
@@ -284,6 +287,12 @@ def sgd_(
         grads: n gradients g, of the parameters' shapes.
         momentum_buffers: n buffers m, of the parameters' shapes, written in place; or none, for no momentum. Of the
             parameters' dtype, or of float32 for bfloat16 and float16 ones. A first step starts from zeros, with τ = 0.
+        momentum_scales: if given, momentum is in 8 bits as :mod:`torchlars.codes` defines it: ``momentum_buffers`` are
+            codes, int8, and these are n contiguous float32 tensors of their scales, of ``codes.scales_shape``, written
+            in place. Layers are float32, bfloat16 or float16 then, and fill their memory row by row. The parameter is
+            updated by the exact momentum, which is coded afterwards.
+        row_lengths: of each layer that is a shard, the elements of a row of the whole one; empty if all are whole.
+        offsets: of each layer that is a shard, the position of its first element in the whole one; likewise.
         maximize: whether to ascend: g is negated first.
         weight_decays: λ ≥ 0 of each layer.
         decayed_norm: as in :func:`scale_gradients_`.
@@ -332,8 +341,17 @@ def sgd_(
             direction = direction + weight_decays[i] * w
         direction = factors[i] * direction
         if len(momentum_buffers) > 0:
-            buffer = momentums[i] * _real(momentum_buffers[i]).to(dtype) + (1 - dampenings[i]) * direction
-            _write(momentum_buffers[i], buffer, inv_scale)
+            scales = None if momentum_scales is None else momentum_scales[i]
+            old = momentum_buffers[i] if scales is None else codes.decode(momentum_buffers[i], scales)
+            buffer = momentums[i] * _real(old).to(dtype) + (1 - dampenings[i]) * direction
+            if scales is None:
+                _write(momentum_buffers[i], buffer, inv_scale)
+            else:
+                start, stride = (offsets[i], row_lengths[i]) if len(offsets) > 0 else (0, codes.row_length(param.shape))
+                coded = torch.empty_like(param, dtype=torch.int8)
+                new_scales = codes.encode(coded, buffer, param, start=start, stride=stride)
+                _write(momentum_buffers[i], coded, inv_scale)
+                _write(scales, new_scales, inv_scale)
             direction = direction + momentums[i] * buffer if nesterov else buffer
         lr = lrs[i] if lr_tensor is None else (lrs[i] * lr_tensor.reshape(())).to(dtype)
         _write(param, w - lr * direction, inv_scale)

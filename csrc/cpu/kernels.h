@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../codes.h"
 #include "../sgd.h"
 #include "../trust_ratio.h"
 #include "half.h"
@@ -120,6 +121,48 @@ TORCHLARS_INLINE void sgd_loop(T* __restrict param, const T* __restrict grad, M*
   }
 }
 
+// Takes the step of a block whose momentum is in 8 bits, and codes that anew. kUnscaled: gradients are neither scaled
+// nor dampened, which saves two multiplications by 1.
+template <bool kDecays, bool kNesterov, bool kUnscaled, typename T>
+TORCHLARS_INLINE void sgd_block_loop(T* __restrict param, const T* __restrict grad, int8_t* __restrict codes,
+                                     float& scale, const Block& block, const SgdNumbers<float>& given) {
+  SgdNumbers<float> numbers = given;  // a local copy, which cannot alias the outputs
+  if constexpr (kUnscaled) {
+    numbers.inv_scale = numbers.undampened = 1;
+  }
+  const int count = block.count;
+  const float old_scale = scale;
+  float momentum[kBlock];
+  uint32_t salts[kBlock];
+  uint32_t largest = 0;
+  for (int i = 0; i < count; ++i) {
+    const auto old_param = static_cast<float>(param[i]);
+    float m = static_cast<float>(codes[i]) * old_scale;
+    param[i] = static_cast<T>(sgd<kDecays, true, kNesterov>(old_param, static_cast<float>(grad[i]), m, numbers));
+    momentum[i] = m;
+    salts[i] = salt_of(old_param, i);
+    largest = largest < magnitude(m) ? magnitude(m) : largest;
+  }
+  const Scale coded(largest);
+  scale = coded.scale;
+  if (coded.inverse == 0) {
+    std::fill_n(codes, count, int8_t(0));
+    return;
+  }
+  const uint32_t salt = salt_of(block.position, largest);
+  for (int i = 0; i < count; ++i) {
+    codes[i] = code_of(momentum[i], salts[i] + salt, coded.inverse);
+  }
+}
+
+template <bool kDecays, bool kNesterov, typename T>
+TORCHLARS_INLINE void sgd_block_loop(T* param, const T* grad, int8_t* codes, float& scale, const Block& block,
+                                     const SgdNumbers<float>& numbers) {
+  numbers.inv_scale == 1 && numbers.undampened == 1
+      ? sgd_block_loop<kDecays, kNesterov, true>(param, grad, codes, scale, block, numbers)
+      : sgd_block_loop<kDecays, kNesterov, false>(param, grad, codes, scale, block, numbers);
+}
+
 template <typename T, typename Compute>
 TORCHLARS_INLINE void scale_update_loop(T* __restrict param, const T* __restrict old_param, int64_t count,
                                         Compute ratio) {
@@ -172,6 +215,18 @@ TORCHLARS_CLONES double join(const Lanes& lanes) { return join_lanes<Lanes::kCou
     }                                                                                           \
   }
 
+#define TORCHLARS_SGD_BLOCK(T)                                                                              \
+  TORCHLARS_CLONES void sgd_block(T* param, const T* grad, int8_t* codes, float& scale, const Block& block, \
+                                  bool nesterov, const SgdNumbers<float>& numbers) {                        \
+    if (numbers.weight_decay != 0) {                                                                        \
+      nesterov ? sgd_block_loop<true, true>(param, grad, codes, scale, block, numbers)                      \
+               : sgd_block_loop<true, false>(param, grad, codes, scale, block, numbers);                    \
+    } else {                                                                                                \
+      nesterov ? sgd_block_loop<false, true>(param, grad, codes, scale, block, numbers)                     \
+               : sgd_block_loop<false, false>(param, grad, codes, scale, block, numbers);                   \
+    }                                                                                                       \
+  }
+
 TORCHLARS_SUM(double)
 // The square of a float is exact in double, so a fused multiply-add gives the same bits and is faster.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -196,30 +251,33 @@ TORCHLARS_SGD(double, double, double)
 TORCHLARS_SGD(float, float, float)
 TORCHLARS_SGD(c10::BFloat16, c10::BFloat16, float)
 TORCHLARS_SGD(c10::BFloat16, float, float)
+TORCHLARS_SGD_BLOCK(float)
+TORCHLARS_SGD_BLOCK(c10::BFloat16)
 
 #undef TORCHLARS_SUM
 #undef TORCHLARS_SUM_OF_SUMS
 #undef TORCHLARS_SCALE_UPDATE
 #undef TORCHLARS_ADAPT
 #undef TORCHLARS_SGD
+#undef TORCHLARS_SGD_BLOCK
 
-// float16 is converted block by block and takes the loops of float: compilers do not vectorise its conversions.
-constexpr int64_t kBlock = 1024;
+// float16 is converted tile by tile and takes the loops of float: compilers do not vectorise its conversions.
+constexpr int64_t kHalfTile = 1024;
 
 inline void add_squares(Lanes& lanes, const c10::Half* x, int64_t count) {
-  float block[kBlock];
-  for (int64_t i = 0; i < count; i += kBlock) {
-    const int64_t size = std::min(kBlock, count - i);
+  float block[kHalfTile];
+  for (int64_t i = 0; i < count; i += kHalfTile) {
+    const int64_t size = std::min(kHalfTile, count - i);
     to_float(x + i, block, size);
     add_squares(lanes, block, size);
   }
 }
 
 inline void add_squares_of_sums(Lanes& lanes, const c10::Half* x, const c10::Half* y, int64_t count, double scale) {
-  float x_block[kBlock];
-  float y_block[kBlock];
-  for (int64_t i = 0; i < count; i += kBlock) {
-    const int64_t size = std::min(kBlock, count - i);
+  float x_block[kHalfTile];
+  float y_block[kHalfTile];
+  for (int64_t i = 0; i < count; i += kHalfTile) {
+    const int64_t size = std::min(kHalfTile, count - i);
     to_float(x + i, x_block, size);
     to_float(y + i, y_block, size);
     add_squares_of_sums(lanes, x_block, y_block, size, scale);
@@ -227,10 +285,10 @@ inline void add_squares_of_sums(Lanes& lanes, const c10::Half* x, const c10::Hal
 }
 
 inline void scale_update(c10::Half* param, const c10::Half* old_param, int64_t count, float ratio) {
-  float param_block[kBlock];
-  float old_block[kBlock];
-  for (int64_t i = 0; i < count; i += kBlock) {
-    const int64_t size = std::min(kBlock, count - i);
+  float param_block[kHalfTile];
+  float old_block[kHalfTile];
+  for (int64_t i = 0; i < count; i += kHalfTile) {
+    const int64_t size = std::min(kHalfTile, count - i);
     to_float(param + i, param_block, size);
     to_float(old_param + i, old_block, size);
     scale_update(param_block, old_block, size, ratio);
@@ -240,10 +298,10 @@ inline void scale_update(c10::Half* param, const c10::Half* old_param, int64_t c
 
 inline void adapt(c10::Half* grad, const c10::Half* param, int64_t count, float weight_decay, float ratio,
                   float inv_scale) {
-  float grad_block[kBlock];
-  float param_block[kBlock];
-  for (int64_t i = 0; i < count; i += kBlock) {
-    const int64_t size = std::min(kBlock, count - i);
+  float grad_block[kHalfTile];
+  float param_block[kHalfTile];
+  for (int64_t i = 0; i < count; i += kHalfTile) {
+    const int64_t size = std::min(kHalfTile, count - i);
     to_float(grad + i, grad_block, size);
     if (param != nullptr) {
       to_float(param + i, param_block, size);
@@ -257,11 +315,11 @@ inline void adapt(c10::Half* grad, const c10::Half* param, int64_t count, float 
 template <typename M>
 inline void sgd(c10::Half* param, const c10::Half* grad, M* momentum, int64_t count, bool nesterov,
                 const SgdNumbers<float>& numbers) {
-  float param_block[kBlock];
-  float grad_block[kBlock];
-  float momentum_block[kBlock];
-  for (int64_t i = 0; i < count; i += kBlock) {
-    const int64_t size = std::min(kBlock, count - i);
+  float param_block[kHalfTile];
+  float grad_block[kHalfTile];
+  float momentum_block[kHalfTile];
+  for (int64_t i = 0; i < count; i += kHalfTile) {
+    const int64_t size = std::min(kHalfTile, count - i);
     to_float(param + i, param_block, size);
     to_float(grad + i, grad_block, size);
     if constexpr (std::is_same_v<M, float>) {
@@ -275,6 +333,16 @@ inline void sgd(c10::Half* param, const c10::Half* grad, M* momentum, int64_t co
     }
     to_half(param_block, param + i, size);
   }
+}
+
+inline void sgd_block(c10::Half* param, const c10::Half* grad, int8_t* codes, float& scale, const Block& block,
+                      bool nesterov, const SgdNumbers<float>& numbers) {
+  float param_block[kBlock];
+  float grad_block[kBlock];
+  to_float(param, param_block, block.count);
+  to_float(grad, grad_block, block.count);
+  sgd_block(param_block, grad_block, codes, scale, block, nesterov, numbers);
+  to_half(param_block, param, block.count);
 }
 
 }  // namespace torchlars::cpu

@@ -277,6 +277,26 @@ Sgd sgd_of(c10::ScalarType dtype, c10::ScalarType momentum_dtype) {
   return function;
 }
 
+// The same of the blocks of a range, with momentum in 8 bits.
+using SgdBlocks = void (*)(void* param, const void* grad, void* codes, float* scales, const Rows& rows, Range range,
+                           bool nesterov, const SgdNumbers<double>& numbers);
+
+template <typename T>
+void sgd_blocks(void* param, const void* grad, void* codes, float* scales, const Rows& rows, Range range, bool nesterov,
+                const SgdNumbers<double>& numbers) {
+  const SgdNumbers<float> in_float(numbers);
+  rows.for_blocks(range, 0, 1, [&](const Block& block) {
+    cpu::sgd_block(static_cast<T*>(param) + block.begin, static_cast<const T*>(grad) + block.begin,
+                   static_cast<int8_t*>(codes) + block.begin, scales[block.index], block, nesterov, in_float);
+  });
+}
+
+SgdBlocks sgd_blocks_of(c10::ScalarType dtype) {
+  return dtype == c10::kFloat      ? sgd_blocks<float>
+         : dtype == c10::kBFloat16 ? sgd_blocks<c10::BFloat16>
+                                   : sgd_blocks<c10::Half>;
+}
+
 // Takes the steps of layers [run.begin, run.end), given the trust ratios of all layers and their lrs.
 void update(const SgdArguments& arguments, const Plan& plan, Range run, at::ArrayRef<double> ratios,
             at::ArrayRef<double> lrs, Order order) {
@@ -301,15 +321,33 @@ void update(const SgdArguments& arguments, const Plan& plan, Range run, at::Arra
   }
   const Triple& first = layers[0];
   const auto dtype = real_dtype(*first.param);
-  const Sgd sgd_chunk = sgd_of(dtype, first.momentum->defined() ? real_dtype(*first.momentum) : dtype);
-  for_chunks(plan, real_size(*first.param), order, [&](int64_t i, int64_t, Range range) {
-    const auto [param, momentum] = written[i];
-    sgd_chunk(param, layers[i].grad->const_data_ptr(), momentum, range, arguments.nesterov, numbers[i]);
-  });
+  if (arguments.momentum_scales.has_value()) {
+    std::vector<float*> scales;
+    std::vector<Rows> rows;
+    for (int64_t i = run.begin; i < run.end; ++i) {
+      scales.push_back((*arguments.momentum_scales)[i].mutable_data_ptr<float>());
+      rows.push_back(rows_of(arguments, i));
+    }
+    const SgdBlocks sgd_range_of_blocks = sgd_blocks_of(dtype);
+    for_chunks(plan, real_size(*first.param), order, [&](int64_t i, int64_t, Range range) {
+      const auto [param, codes] = written[i];
+      sgd_range_of_blocks(param, layers[i].grad->const_data_ptr(), codes, scales[i], rows[i], range, arguments.nesterov,
+                          numbers[i]);
+    });
+  } else {
+    const Sgd sgd_chunk = sgd_of(dtype, first.momentum->defined() ? real_dtype(*first.momentum) : dtype);
+    for_chunks(plan, real_size(*first.param), order, [&](int64_t i, int64_t, Range range) {
+      const auto [param, momentum] = written[i];
+      sgd_chunk(param, layers[i].grad->const_data_ptr(), momentum, range, arguments.nesterov, numbers[i]);
+    });
+  }
   for (size_t i = 0; i < layers.size(); ++i) {
     write_back(layers[i].param, arguments.params[run.begin + i]);
     if (layers[i].momentum->defined()) {
       write_back(layers[i].momentum, momentum_buffers[run.begin + i]);
+    }
+    if (arguments.momentum_scales.has_value()) {
+      note_write((*arguments.momentum_scales)[run.begin + i]);
     }
   }
 }

@@ -14,6 +14,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "../codes.h"
 #include "../plan.h"
 #include "../sgd.h"
 #include "../trust_ratio.h"
@@ -53,6 +54,12 @@ struct SgdLayer {
   double lr = 0;
   double momentum = 0;
   double dampening = 0;
+};
+
+// The same with momentum in 8 bits: momentum_buffer points to the codes.
+struct CodedSgdLayer : SgdLayer {
+  float* momentum_scales = nullptr;
+  Rows rows;
 };
 
 // Sizes of a launch's arguments, in bytes. A launch copies its arguments whole, so it takes the smallest size that
@@ -279,6 +286,101 @@ __device__ void update_range(T* __restrict__ param, const T* __restrict__ grad, 
   }
 }
 
+// The largest value of a warp, in every lane.
+__device__ inline uint32_t warp_max(uint32_t value) {
+  for (int offset = kWarp / 2; offset > 0; offset /= 2) {
+    const uint32_t other = __shfl_xor_sync(0xffffffffu, value, offset);
+    value = value < other ? other : value;
+  }
+  return value;
+}
+
+// Updates a block whose momentum is in 8 bits, in place, and codes that anew: one warp, four elements a lane.
+// kAligned: the four are next to each other, in packs; else a warp reads consecutive elements at a time.
+template <bool kAligned, bool kDecays, bool kNesterov, typename T>
+__device__ void update_block(T* param, const T* grad, int8_t* codes, float* scale, const Block& block,
+                             const SgdNumbers<float>& numbers) {
+  constexpr int kEach = kBlock / kWarp;
+  const int lane = threadIdx.x % kWarp;
+  const auto index = [&](int i) { return kAligned ? lane * kEach + i : i * kWarp + lane; };
+  Pack<T, kEach> params, grads;
+  Pack<int8_t, kEach> coded;
+  if constexpr (kAligned) {
+    if (index(0) < block.count) {
+      params = load_pack<true, kEach>(param, lane);
+      grads = load_pack<true, kEach>(grad, lane);
+      coded = load_pack<true, kEach>(codes, lane);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (index(i) < block.count) {
+        params.values[i] = param[index(i)];
+        grads.values[i] = grad[index(i)];
+        coded.values[i] = codes[index(i)];
+      }
+    }
+  }
+  const float old_scale = *scale;
+  float momentum[kEach];
+  uint32_t salts[kEach];
+  uint32_t largest = 0;
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    if (index(i) < block.count) {
+      salts[i] = salt_of(static_cast<float>(params.values[i]), index(i));
+      momentum[i] = static_cast<float>(coded.values[i]) * old_scale;
+      update_one<kDecays, true, kNesterov>(params.values[i], grads.values[i], momentum[i], numbers);
+      largest = largest < magnitude(momentum[i]) ? magnitude(momentum[i]) : largest;
+    }
+  }
+  largest = warp_max(largest);  // of the block; also keeps lanes from writing the scale before all have read it
+  const Scale scaled(largest);
+  const uint32_t salt = salt_of(block.position, largest);
+#pragma unroll
+  for (int i = 0; i < kEach; ++i) {
+    if (index(i) < block.count) {
+      coded.values[i] = scaled.inverse == 0 ? 0 : code_of(momentum[i], salts[i] + salt, scaled.inverse);
+    }
+  }
+  if constexpr (kAligned) {
+    if (index(0) < block.count) {
+      store_pack<true>(param, lane, params);
+      store_pack<true>(codes, lane, coded);
+    }
+  } else {
+#pragma unroll
+    for (int i = 0; i < kEach; ++i) {
+      if (index(i) < block.count) {
+        param[index(i)] = params.values[i];
+        codes[index(i)] = coded.values[i];
+      }
+    }
+  }
+  if (lane == 0) {
+    *scale = scaled.scale;
+  }
+}
+
+template <bool kDecays, bool kNesterov, typename T>
+__device__ void update_blocks(const CodedSgdLayer& layer, Range range, const SgdNumbers<float>& numbers) {
+  T* const param = static_cast<T*>(layer.param);
+  const T* const grad = static_cast<const T*>(layer.grad);
+  auto* const codes = static_cast<int8_t*>(layer.momentum_buffer);
+  constexpr int kEach = kBlock / kWarp;
+  const bool is_aligned = layer.rows.row_length % kEach == 0 && is_aligned_for<kEach>(param) &&
+                          is_aligned_for<kEach>(grad) && is_aligned_for<kEach>(codes);
+  layer.rows.for_blocks(range, threadIdx.x / kWarp, kThreads / kWarp, [&](const Block& block) {
+    const int64_t begin = block.begin;
+    float* const scale = layer.momentum_scales + block.index;
+    if (is_aligned) {
+      update_block<true, kDecays, kNesterov>(param + begin, grad + begin, codes + begin, scale, block, numbers);
+    } else {
+      update_block<false, kDecays, kNesterov>(param + begin, grad + begin, codes + begin, scale, block, numbers);
+    }
+  });
+}
+
 // What all layers of a launch have in common.
 struct SgdOptions {
   RatioOptions ratio;
@@ -293,14 +395,18 @@ struct SgdOptions {
 static_assert(3 * sizeof(void*) + sizeof(LarsOptions) <= kOtherArguments);
 static_assert(3 * sizeof(void*) + sizeof(SgdOptions) <= kOtherArguments);
 
+template <typename Compute>
+__device__ inline SgdNumbers<Compute> numbers_of(const SgdLayer& layer, const SgdOptions& options, Compute ratio) {
+  return SgdNumbers<Compute>(ratio, layer.weight_decay, options.maximize, lr_of(layer, options), options.lr_in_momentum,
+                             layer.momentum, layer.dampening, value_of(options.inv_scale));
+}
+
 template <typename T, typename M, typename Compute>
 __device__ void update_chunk(const SgdLayer& layer, Range range, const SgdOptions& options, Compute ratio) {
-  const float inv_scale = value_of(options.inv_scale);
-  if (inv_scale == 0) {
+  const SgdNumbers<Compute> numbers = numbers_of(layer, options, ratio);
+  if (numbers.inv_scale == 0) {
     return;
   }
-  const SgdNumbers<Compute> numbers(ratio, layer.weight_decay, options.maximize, lr_of(layer, options),
-                                    options.lr_in_momentum, layer.momentum, layer.dampening, inv_scale);
   T* param = static_cast<T*>(layer.param) + range.begin;
   const T* grad = static_cast<const T*>(layer.grad) + range.begin;
   M* momentum = layer.momentum_buffer == nullptr ? nullptr : static_cast<M*>(layer.momentum_buffer) + range.begin;
@@ -315,6 +421,22 @@ __device__ void update_chunk(const SgdLayer& layer, Range range, const SgdOption
   } else {
     decays ? update_range<true, true, false>(param, grad, momentum, count, numbers)
            : update_range<false, true, false>(param, grad, momentum, count, numbers);
+  }
+}
+
+// The same with momentum in 8 bits. M is that of the codes.
+template <typename T, typename M>
+__device__ void update_chunk(const CodedSgdLayer& layer, Range range, const SgdOptions& options, float ratio) {
+  const SgdNumbers<float> numbers = numbers_of(layer, options, ratio);
+  if (numbers.inv_scale == 0) {
+    return;
+  }
+  const bool decays = numbers.weight_decay != 0;
+  if (options.nesterov) {
+    decays ? update_blocks<true, true, T>(layer, range, numbers) : update_blocks<false, true, T>(layer, range, numbers);
+  } else {
+    decays ? update_blocks<true, false, T>(layer, range, numbers)
+           : update_blocks<false, false, T>(layer, range, numbers);
   }
 }
 

@@ -119,9 +119,9 @@ void launch_apply_to_updates(const Launch& launch, const Slice<Layer>& layers, P
   });
 }
 
-// M: the type of the momentum.
-template <typename T, typename M, typename Launch>
-void launch_update(const Launch& launch, const Slice<SgdLayer>& layers, Partials partials, compute_type<T>* ratios,
+// M: the type of the momentum, int8_t for layers that are CodedSgdLayer.
+template <typename T, typename M, typename AnyLayer, typename Launch>
+void launch_update(const Launch& launch, const Slice<AnyLayer>& layers, Partials partials, compute_type<T>* ratios,
                    const SgdOptions& options) {
   for_launches(layers, [&](const auto& arguments, int chunks, int64_t layer, int64_t chunk) {
     launch(update<T, M, compute_type<T>, std::decay_t<decltype(arguments)>>, chunks, arguments, partials.from(chunk),

@@ -244,7 +244,13 @@ struct SgdSweep {
       layer.dampening = arguments.dampenings[i];
     }
     set_numbers(layers, arguments);
+    for (size_t i = 0; is_coded() && i < layers.size(); ++i) {
+      coded_layers.push_back(
+          {layers[i], (*arguments.momentum_scales)[i].mutable_data_ptr<float>(), rows_of(arguments, i)});
+    }
   }
+
+  bool is_coded() const { return arguments.momentum_scales.has_value(); }
 
   // Calls run(a number of the parameters' type, one of the momentum's type).
   template <typename Run>
@@ -253,7 +259,10 @@ struct SgdSweep {
     const auto dtype = real_dtype(*first.param);
     const bool one_dtype = !first.momentum->defined() || real_dtype(*first.momentum) == dtype;
     TORCHLARS_DISPATCH(dtype, "sgd_", [&] {
-      if (one_dtype) {
+      if (is_coded()) {
+        using T = std::conditional_t<std::is_same_v<scalar_t, double>, float, scalar_t>;  // double is never coded
+        run(T(), int8_t());
+      } else if (one_dtype) {
         run(scalar_t(), scalar_t());
       } else {
         run(scalar_t(), compute_type<scalar_t>());
@@ -267,6 +276,9 @@ struct SgdSweep {
       if (triples[i].momentum->defined()) {
         torchlars::write_back(triples[i].momentum, arguments.momentum_buffers[i]);
       }
+      if (is_coded()) {
+        note_write((*arguments.momentum_scales)[i]);
+      }
     }
   }
 
@@ -274,6 +286,7 @@ struct SgdSweep {
   SgdOptions options;
   std::vector<Triple> triples;
   std::vector<SgdLayer> layers;
+  std::vector<CodedSgdLayer> coded_layers;  // the same, where momentum is in 8 bits
 };
 
 // Calls apply(range of layers, their partial sums), after the layers were measured; or, where ratios are given or all
@@ -373,8 +386,12 @@ void sgd_(const SgdArguments& arguments) {
     sweep.dispatch([&](auto param, auto momentum) {
       using T = decltype(param);
       using M = decltype(momentum);
-      launch_update<T, M>(launch, {sweep.layers, run}, partials, data_of_ratios<T>(arguments.ratios, run.begin),
-                          sweep.options);
+      compute_type<T>* const ratios = data_of_ratios<T>(arguments.ratios, run.begin);
+      if constexpr (std::is_same_v<M, int8_t>) {
+        launch_update<T, M>(launch, Slice<CodedSgdLayer>(sweep.coded_layers, run), partials, ratios, sweep.options);
+      } else {
+        launch_update<T, M>(launch, Slice<SgdLayer>(sweep.layers, run), partials, ratios, sweep.options);
+      }
     });
   };
   measure_and_apply(arguments, launch, arguments.grads, arguments.params, sweep.options.inv_scale,

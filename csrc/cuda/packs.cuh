@@ -8,17 +8,22 @@ namespace torchlars::cuda {
 constexpr int kThreads = 256;
 constexpr int kWarp = 32;
 
-// As many elements of T as 16 bytes hold; or kNumbers of them, which take several accesses, to go with packs of a
-// smaller type.
+// As many elements of T as 16 bytes hold; or kNumbers of them, which may take several accesses, to go with packs of
+// another type.
 template <typename T, int kNumbers = 16 / sizeof(T)>
-struct alignas(16) Pack {
+struct alignas(kNumbers * sizeof(T) < 16 ? kNumbers * sizeof(T) : 16) Pack {
   static constexpr int kSize = kNumbers;
   T values[kSize];
 };
 
+template <int kNumbers, typename T>
+__device__ inline bool is_aligned_for(const T* array) {
+  return reinterpret_cast<uintptr_t>(array) % alignof(Pack<T, kNumbers>) == 0;
+}
+
 template <typename T>
 __device__ inline bool is_aligned(const T* array) {
-  return reinterpret_cast<uintptr_t>(array) % alignof(Pack<T>) == 0;
+  return is_aligned_for<16 / sizeof(T)>(array);
 }
 
 // A pack of an array. If the array is not aligned it is read element by element. kAligned: it is known to be aligned.

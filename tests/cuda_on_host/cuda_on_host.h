@@ -28,6 +28,7 @@
 #define __shared__ static __attribute__((section("cuda_shared")))
 #define __syncthreads() cuda_on_host::sync_threads(__LINE__)
 #define __shfl_down_sync(mask, value, delta) cuda_on_host::shuffle_down(__LINE__, mask, value, delta)
+#define __shfl_xor_sync(mask, value, lane_mask) cuda_on_host::shuffle_xor(__LINE__, mask, value, lane_mask)
 
 extern "C" char __start_cuda_shared[], __stop_cuda_shared[];
 
@@ -129,7 +130,8 @@ inline void wait(Barrier& barrier, unsigned expected, int line) {
 
 inline void sync_threads(int line) { wait(block_barrier, blockDim.x, line); }
 
-inline double shuffle_down(int line, unsigned mask, double value, unsigned delta) {
+// The value of another lane of the warp. A double holds every number that kernels exchange.
+inline double shuffle(int line, unsigned mask, double value, unsigned from) {
   if (mask != 0xffffffffu) {
     fail("only shuffles of whole warps are known here", line, line);
   }
@@ -137,8 +139,16 @@ inline double shuffle_down(int line, unsigned mask, double value, unsigned delta
   const unsigned turn = thread.shuffles++ % 2;
   thread.offered[turn] = value;
   wait(warp_barriers[threadIdx.x / kWarp], kWarp, line);
-  const bool in_warp = threadIdx.x % kWarp + delta < kWarp;
-  return in_warp ? threads[threadIdx.x + delta]->offered[turn] : value;
+  return threads[threadIdx.x / kWarp * kWarp + from]->offered[turn];
+}
+
+inline double shuffle_down(int line, unsigned mask, double value, unsigned delta) {
+  const unsigned lane = threadIdx.x % kWarp;
+  return shuffle(line, mask, value, lane + delta < kWarp ? lane + delta : lane);
+}
+
+inline unsigned shuffle_xor(int line, unsigned mask, unsigned value, unsigned lane_mask) {
+  return static_cast<unsigned>(shuffle(line, mask, value, threadIdx.x % kWarp ^ lane_mask));
 }
 
 // The life of a fiber: the same thread of one block after another.

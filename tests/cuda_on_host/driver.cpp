@@ -15,17 +15,18 @@ using torchlars::RatioOptions;
 
 enum Op : int64_t { kScale, kScaleInThreeOps, kSgd, kLarsSgd };
 
-// What stdin holds: a Case, its Numbers, all parameters, all gradients, then all momentum buffers, the ratios, the
-// lr_tensor and the inv_scale if there are any; and the next case. What an op does not take is 0.
+// What stdin holds: a Case, its Numbers, all parameters, all gradients, then all momentum buffers, their scales, the
+// ratios, the lr_tensor and the inv_scale if there are any; and the next case. What an op does not take is 0.
 struct Case {
   int64_t dtype, op, maximize, order, layers;
-  int64_t momentum_dtype;  // -1: no momentum
+  int64_t momentum_dtype;  // -1: no momentum; 4: in 8 bits
   int64_t nesterov, has_ratios, has_lr_tensor, has_inv_scale;
   int64_t decayed_norm, clip, lr_in_momentum;
   int64_t of_updates;  // parameters before a step for parameters, after it for gradients
 };
 struct Numbers {
   int64_t numel, param_offset, grad_offset, momentum_offset;
+  int64_t row_length, whole_row_length, place;  // of momentum in 8 bits; place: that of the first element
   double weight_decay, trust_coef, eps, lr, momentum, dampening;
 };
 
@@ -79,6 +80,8 @@ class Buffer {
 const auto launch = [](auto* kernel, int blocks, const auto&... arguments) {
   cuda_on_host::launch(kernel, blocks, kThreads, arguments...);
 };
+
+constexpr int64_t kInt8 = 4;  // in the driver's dtypes
 
 template <typename T>
 std::vector<Buffer<T>> read_buffers(const std::vector<Numbers>& numbers, int64_t Numbers::* offset) {
@@ -225,17 +228,29 @@ void update_by_sgd(const Case& header) {
   if (header.momentum_dtype >= 0) {
     momentum_buffers = read_buffers<M>(x.numbers, &Numbers::momentum_offset);
   }
+  std::vector<Buffer<float>> momentum_scales;
+  for (size_t i = 0; header.momentum_dtype == kInt8 && i < x.numbers.size(); ++i) {
+    const Numbers& n = x.numbers[i];
+    momentum_scales.emplace_back(n.numel / n.row_length * torchlars::divide_up(n.row_length, torchlars::kBlock)).read();
+  }
   Buffer<compute_type<T>> ratios(header.layers);
   if (header.has_ratios) {
     ratios.read();
   }
   const Scales scales(header);
-  std::vector<SgdLayer> layers;
+  std::vector<std::conditional_t<std::is_same_v<M, int8_t>, CodedSgdLayer, SgdLayer>> layers;
   for (size_t i = 0; i < x.numbers.size(); ++i) {
     const Numbers& n = x.numbers[i];
     void* momentum_buffer = momentum_buffers.empty() ? nullptr : momentum_buffers[i].data();
-    layers.push_back({n.numel, x.params[i].data(), x.grads[i].data(), momentum_buffer, n.weight_decay, 0, 0, n.lr,
-                      n.momentum, n.dampening});
+    const SgdLayer layer{n.numel, x.params[i].data(), x.grads[i].data(), momentum_buffer, n.weight_decay, 0, 0,
+                         n.lr,    n.momentum,         n.dampening};
+    if constexpr (std::is_same_v<M, int8_t>) {
+      layers.push_back({layer,
+                        momentum_scales[i].data(),
+                        {n.row_length, static_cast<uint32_t>(n.whole_row_length), static_cast<uint32_t>(n.place)}});
+    } else {
+      layers.push_back(layer);
+    }
     if (header.op == kLarsSgd) {
       layers.back().trust_coef = n.trust_coef;
       layers.back().eps = n.eps;
@@ -250,11 +265,14 @@ void update_by_sgd(const Case& header) {
     const Buffer<double> param_partials(chunks), grad_partials(chunks);
     const Partials partials{param_partials.data(), grad_partials.data()};
     launch_measure<T>(launch, measured, partials, scales.inv());
-    launch_update<T, M>(launch, layers, partials, ratios.data(), options);
+    launch_update<T, M>(launch, Slice(layers), partials, ratios.data(), options);
   } else {
-    launch_update<T, M>(launch, layers, {}, header.has_ratios ? ratios.data() : nullptr, options);
+    launch_update<T, M>(launch, Slice(layers), {}, header.has_ratios ? ratios.data() : nullptr, options);
   }
   x.write(momentum_buffers, ratios);
+  for (const auto& buffer : momentum_scales) {
+    buffer.write();
+  }
 }
 
 #ifdef ONLY_DTYPE  // compiles faster
@@ -282,6 +300,10 @@ void run(const Case& header) {
     if constexpr (kOnlySgd != 0) {
       if (is_sgd && (header.momentum_dtype < 0 || header.momentum_dtype == header.dtype)) {
         update_by_sgd<T, T>(header);
+      } else if (is_sgd && header.momentum_dtype == kInt8) {
+        if constexpr (sizeof(T) < 8) {
+          update_by_sgd<T, int8_t>(header);
+        }
       } else if (is_sgd) {
         update_by_sgd<T, compute_type<T>>(header);
       }

@@ -48,7 +48,7 @@ const auto take = [](auto* kernel, int, const auto&...) {
 template <typename T, typename M>
 void take_sgd(size_t count) {
   const std::vector<SgdLayer> layers(count, SgdLayer{1});
-  launch_update<T, M>(take, layers, {}, nullptr, {});
+  launch_update<T, M>(take, Slice<SgdLayer>(layers), {}, nullptr, {});
 }
 
 template <typename T>
@@ -62,6 +62,10 @@ void take_all(size_t count) {
   launch_apply_to_updates<T>(take, layers, {}, nullptr, {});
   take_sgd<T, T>(count);
   take_sgd<T, compute_type<T>>(count);
+  if constexpr (!std::is_same_v<T, double>) {
+    const std::vector<CodedSgdLayer> coded(count);
+    launch_update<T, int8_t>(take, Slice<CodedSgdLayer>(coded), {}, nullptr, {});
+  }
 }
 
 }  // namespace
