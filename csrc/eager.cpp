@@ -326,6 +326,7 @@ struct SgdOptions : Dialect {
   double dampening = 0;
   bool nesterov = false;
   bool momentum_in_float32 = false;
+  std::optional<int64_t> min_8bit_size;  // given: layers of so many elements have momentum in 8 bits
   std::optional<double> trust_coef;
   std::optional<double> eps;
 };
@@ -440,7 +441,8 @@ struct SgdBucket {
   Key key;
   PyTensors params;
   Tensors grads;
-  PyTensors momentum_buffers;
+  PyTensors momentum_buffers;  // or codes
+  PyTensors momentum_scales;
   std::optional<at::Tensor> lr;
   Numbers weight_decays;
   Numbers trust_coefs;
@@ -455,6 +457,9 @@ struct SgdBucket {
     arguments.params = params.tensors();
     arguments.grads = grads;
     arguments.momentum_buffers = momentum_buffers.tensors();
+    if (key.momentum_dtype == c10::kChar) {
+      arguments.momentum_scales = momentum_scales.tensors();
+    }
     arguments.maximize = key.maximize;
     arguments.weight_decays = weight_decays;
     arguments.lrs = lrs;
@@ -491,7 +496,6 @@ class SgdLayers {
 
  private:
   std::vector<int64_t> add_group(const py::sequence& params, const py::dict& state, const SgdOptions& options) {
-    static PyObject* const momentum_buffer = PyUnicode_InternFromString("momentum_buffer");
     return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
       SgdBucket::Key key{param.device(), param.scalar_type()};
       key.lr = key_of(options.lr);
@@ -499,22 +503,31 @@ class SgdLayers {
       key.maximize = options.maximize;
       key.is_adapted = options.trust_coef.has_value();
       key.dialect = options;
-      py::object found;
+      py::object found, scales;
       if (options.momentum != 0) {
+        static PyObject* const names[] = {PyUnicode_InternFromString("momentum_buffer"),
+                                          PyUnicode_InternFromString("momentum_codes"),
+                                          PyUnicode_InternFromString("momentum_scales")};
         const py::object own_state = item_of(state, object);
-        found = own_state && PyDict_Check(own_state.ptr()) ? item_of(own_state, momentum_buffer) : py::object();
-        if (!found || !THPVariable_CheckExact(found.ptr())) {
+        if (!own_state || !PyDict_Check(own_state.ptr())) {
           return false;
         }
-        const at::Tensor& buffer = THPVariable_Unpack(found.ptr());
-        key.momentum_dtype =
-            options.momentum_in_float32 && param.element_size() == 2 ? c10::kFloat : param.scalar_type();
-        if (!is_plain(buffer) || buffer.scalar_type() != *key.momentum_dtype || buffer.device() != param.device() ||
-            buffer.sizes() != param.sizes() || !same_strides(param, buffer)) {
+        const bool is_in_8bit = options.min_8bit_size.has_value() && is_coded(param, *options.min_8bit_size);
+        key.momentum_dtype = is_in_8bit                                                 ? c10::kChar
+                             : options.momentum_in_float32 && param.element_size() == 2 ? c10::kFloat
+                                                                                        : param.scalar_type();
+        found = item_of(own_state, names[is_in_8bit ? 1 : 0]);
+        if (!is_momentum(found, *key.momentum_dtype, param.device(), param.sizes()) ||
+            !same_strides(param, THPVariable_Unpack(found.ptr()))) {
           return false;
         }
-        // The references that are known: this one and that of the state.
-        shares_memory = shares_memory || Py_REFCNT(found.ptr()) > 2 || may_share_memory(buffer);
+        if (is_in_8bit) {
+          scales = item_of(own_state, names[2]);
+          if (!is_momentum(scales, c10::kFloat, param.device(), scales_shape(param)) ||
+              !THPVariable_Unpack(scales.ptr()).is_contiguous()) {
+            return false;
+          }
+        }
       }
       shares_memory = shares_memory || may_share_memory(param);
       SgdBucket& bucket = bucket_for(buckets, key);
@@ -522,6 +535,9 @@ class SgdLayers {
       bucket.grads.push_back(std::move(grad));
       if (found) {
         bucket.momentum_buffers.add(found.ptr());
+      }
+      if (scales) {
+        bucket.momentum_scales.add(scales.ptr());
       }
       if (key.lr) {
         bucket.lr = *tensor_in(options.lr);
@@ -534,6 +550,20 @@ class SgdLayers {
       bucket.dampenings.push_back(options.dampening);
       return true;
     });
+  }
+
+  // Whether a kernel can take a value of the state. If so, notes whether it may share its memory.
+  bool is_momentum(const py::object& value, c10::ScalarType dtype, c10::Device device, at::IntArrayRef sizes) {
+    if (!value || !THPVariable_CheckExact(value.ptr())) {
+      return false;
+    }
+    const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
+    if (!is_plain(tensor) || tensor.scalar_type() != dtype || tensor.device() != device || tensor.sizes() != sizes) {
+      return false;
+    }
+    // The references that are known: the caller's and that of the state.
+    shares_memory = shares_memory || Py_REFCNT(value.ptr()) > 2 || may_share_memory(tensor);
+    return true;
   }
 
   Seen seen_;
@@ -624,6 +654,7 @@ void bind_fast_path(py::module_& m) {
       .def_readwrite("dampening", &SgdOptions::dampening)
       .def_readwrite("nesterov", &SgdOptions::nesterov)
       .def_readwrite("momentum_in_float32", &SgdOptions::momentum_in_float32)
+      .def_readwrite("min_8bit_size", &SgdOptions::min_8bit_size)
       .def_readwrite("trust_coef", &SgdOptions::trust_coef)
       .def_readwrite("eps", &SgdOptions::eps)
       .def_readwrite("decayed_norm", &SgdOptions::decayed_norm)

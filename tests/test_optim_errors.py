@@ -86,7 +86,7 @@ BAD = {
     "momentum_dtype": (
         {"momentum_dtype": torch.float16},
         ValueError,
-        r"momentum_dtype of parameter group 1 must be None or torch.float32 \(got: torch.float16\)",
+        r"momentum_dtype of parameter group 1 must be None, torch.float32 or torch.int8 \(got: torch.float16\)",
     ),
     "differentiable": (
         {"differentiable": True},

@@ -329,7 +329,7 @@ def test_momentum_dtype_may_be_changed_between_steps(dtype, backend):
 
 @pytest.mark.parametrize("wrong", [torch.float64, torch.bfloat16, "float32", 32, True], ids=str)
 def test_a_wrong_momentum_dtype_is_refused(wrong):
-    message = rf"must be None or torch.float32 \(got: {wrong!r}\)"
+    message = rf"must be None, torch.float32 or torch.int8 \(got: {wrong!r}\)"
     with pytest.raises(ValueError, match=f"momentum_dtype {message}"):
         optim.SGD(layers(0), lr=0.5, momentum_dtype=wrong)
     with pytest.raises(ValueError, match=f"momentum_dtype of parameter group 1 {message}"):

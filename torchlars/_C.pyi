@@ -47,6 +47,7 @@ class SgdOptions:
     dampening: float
     nesterov: bool
     momentum_in_float32: bool
+    min_8bit_size: int | None
     trust_coef: float | None
     eps: float | None
     decayed_norm: bool

@@ -33,8 +33,9 @@ def step_supports_scaling(base: Optimizer) -> bool:
 
 def begins_momentum(base: Optimizer, groups: Sequence[dict[str, Any]]) -> bool:
     """Tell whether the next step begins the momentum of any layer of some groups."""
+    names = ("momentum_buffer", "momentum_codes")
     return any(
-        param.grad is not None and base.state.get(param, {}).get("momentum_buffer") is None
+        param.grad is not None and all(base.state.get(param, {}).get(name) is None for name in names)
         for group in groups
         if group.get("momentum", 0) != 0
         for param in group["params"]

@@ -1,11 +1,13 @@
-"""Checks of options and hyper-parameters, which return the normalized value or raise, and reading of groups."""
+"""Checks of options and hyper-parameters, which return the normalized value or raise; reading of groups; warnings."""
 
 from __future__ import annotations
 
 import math
+import sys
+import warnings
 from collections.abc import Callable, Sequence
 from itertools import chain
-from numbers import Real
+from numbers import Integral, Real
 from operator import is_
 from types import EllipsisType, NoneType
 from typing import Any
@@ -19,6 +21,14 @@ __all__: list[str] = []
 
 #: A parameter group of an optimizer.
 Group = dict[str, Any]
+
+
+def warn_of_caller(message: str) -> None:
+    """Warn, and name the innermost line of the call stack that is neither torch's nor ours."""
+    frame, level = sys._getframe().f_back, 2
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "torchlars"):
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
 
 
 def is_capturing(device: torch.device | None = None) -> bool:
@@ -60,6 +70,15 @@ def positive_number(name: str, value: Any) -> float:
 def finite_number(name: str, value: Any) -> float:
     """Return a finite number, or raise."""
     return _number(name, value, "finite", lambda number: True)
+
+
+def non_negative_integer(name: str, value: Any) -> int:
+    """Return an integer that is at least 0, or raise."""
+    if isinstance(value, bool) or not isinstance(value, Integral):
+        raise TypeError(f"{name} must be a non-negative integer (got: {value!r} of type {type(value).__name__})")
+    if value < 0:
+        raise ValueError(f"{name} must be a non-negative integer (got: {value!r})")
+    return int(value)
 
 
 def _number(name: str, value: Any, kind: str, in_range: Callable[[float], bool]) -> float:

@@ -7,12 +7,16 @@ sum, and the redistribution of gradients whose placements differ from their para
 
 from __future__ import annotations
 
+import functools
+import itertools
 from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from torchlars import codes
 
 __all__: list[str] = []
 
@@ -83,18 +87,108 @@ def problem_of_gradient(param: Any) -> str | None:
     return None
 
 
+def is_placed_like(param: Any, tensor: Any) -> bool:
+    """Tell whether a tensor has its parameter's placements. Both are whole tensors, or DTensors of one mesh."""
+    return not is_distributed(param) or tensor.placements == param.placements
+
+
 def placed_like(param: Tensor, tensor: Tensor) -> Tensor:
     """Return a tensor with its parameter's placements: itself, or redistributed by a collective.
 
     A gradient may be ``Partial``, a pending sum, as SequenceParallel leaves them.
     """
-    if not is_distributed(param):
+    if is_placed_like(param, tensor):
         return tensor
     like: Any = param
     dtensor: Any = tensor
-    if dtensor.placements == like.placements:
-        return tensor
     return dtensor.redistribute(like.device_mesh, like.placements)  # type: ignore[no-any-return]
+
+
+def place_of_rows(param: Any) -> tuple[int, int] | None:
+    """Return where the rows of a layer's local part lie in the whole layer, whose rows fill its memory in order.
+
+    Returns:
+        The position of the first element here, and the number of elements of a row of the whole layer. None if on any
+        rank the rows here are not consecutive, or are cut elsewhere than between blocks of :mod:`torchlars.codes`.
+    """
+    length = codes.row_length(param.shape)
+    if not is_distributed(param):
+        return 0, length
+    mesh = param.device_mesh
+    coordinate = mesh.get_coordinate()
+    if coordinate is None:  # nothing of the layer is here
+        return 0, length
+    place = _place_of_rows.__wrapped__ if torch.compiler.is_compiling() else _place_of_rows
+    offset = place(
+        tuple(param.shape), tuple(param.stride()), tuple(mesh.shape), tuple(param.placements), tuple(coordinate)
+    )
+    return None if offset is None else (offset, length)
+
+
+@functools.lru_cache(maxsize=4096)
+def _place_of_rows(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    mesh_shape: tuple[int, ...],
+    placements: tuple[Any, ...],
+    coordinate: tuple[int, ...],
+) -> int | None:
+    """Return the position of the first element at a coordinate of a mesh, or None."""
+    offset, length = 0, codes.row_length(shape)
+    for dim in range(len(shape)):
+        splits = [
+            (mesh_dim, mesh_shape[mesh_dim], getattr(placement, "split_factor", 1))
+            for mesh_dim, placement in enumerate(placements)
+            if getattr(placement, "dim", None) == dim
+        ]
+        if not splits:
+            continue
+        unit = length if dim == 0 else length // max(shape[1], 1)  # elements of one index
+        if dim > 1 or (dim == 1 and shape[1] > 1 and strides[1] != unit):
+            return None
+        for place in itertools.product(*(range(ranks) for _, ranks, _ in splits)):
+            pieces = _pieces(shape[dim], splits, place)
+            if len(pieces) > 1:
+                return None
+            if dim == 1:  # the scales of these blocks must be on the same rank
+                ends = [(i * unit / codes.BLOCK, -(-j * unit // codes.BLOCK)) for i, j in pieces]
+                if ends != _pieces(codes.scales_shape(shape)[1], splits, place):
+                    return None
+        here = _pieces(shape[dim], splits, [coordinate[mesh_dim] for mesh_dim, _, _ in splits])
+        offset += here[0][0] * unit if here else 0
+    return offset
+
+
+def _pieces(size: int, splits: Sequence[tuple[int, int, int]], place: Sequence[int]) -> list[tuple[int, int]]:
+    """Return the ranges of a dimension that are at a place, after splits as DTensor makes them.
+
+    Args:
+        size: that of the dimension.
+        splits: for each a mesh dimension, its number of ranks and the ``split_factor`` of a ``_StridedShard``, or 1.
+        place: the rank in each of these mesh dimensions.
+    """
+    pieces = [(0, size)]
+    for (_, ranks, factor), rank in zip(splits, place, strict=True):
+        pieces = [piece for part in range(factor) for piece in _chunk(_chunk(pieces, factor, part), ranks, rank)]
+    merged: list[tuple[int, int]] = []
+    for begin, end in pieces:
+        if merged and merged[-1][1] == begin:
+            begin = merged.pop()[0]
+        merged.append((begin, end))
+    return merged
+
+
+def _chunk(pieces: Sequence[tuple[int, int]], chunks: int, index: int) -> list[tuple[int, int]]:
+    """Return one of the chunks of some ranges, as :func:`torch.chunk` cuts what they hold."""
+    total = sum(end - begin for begin, end in pieces)
+    size = -(-total // chunks)
+    found, first = [], 0  # first: how many elements there were before
+    for begin, end in pieces:
+        low, high = (min(max(bound - first + begin, begin), end) for bound in (size * index, size * (index + 1)))
+        if low < high:
+            found.append((low, high))
+        first += end - begin
+    return found
 
 
 def complete(squared_norms: Iterable[tuple[Sequence[Any], Tensor]]) -> None:

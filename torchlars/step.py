@@ -25,9 +25,9 @@ from torchlars.layers import (
     undo_adaptation,
     writable_gradient,
 )
-from torchlars.options import Group, GroupReader, is_capturing, learning_rate, weight_decay_of
+from torchlars.options import Group, GroupReader, is_capturing, learning_rate, warn_of_caller, weight_decay_of
 from torchlars.wrapper import OptimizerWrapper
-from torchlars.zero_layers import ZeroLayers, large_lr_of_unadapted, warn_of_caller
+from torchlars.zero_layers import ZeroLayers, large_lr_of_unadapted
 
 __all__: list[str] = []
 

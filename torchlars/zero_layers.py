@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import sys
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import cache
@@ -18,17 +16,9 @@ from torch.optim import Optimizer
 from torchlars import ops
 from torchlars.bases import bases
 from torchlars.bucket import Adaptation
-from torchlars.options import is_capturing
+from torchlars.options import is_capturing, warn_of_caller
 
 __all__: list[str] = []
-
-
-def warn_of_caller(message: str) -> None:
-    """Warn, and name the innermost line of the call stack that is neither torch's nor ours."""
-    frame, level = sys._getframe().f_back, 2
-    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] in ("torch", "torchlars"):
-        frame, level = frame.f_back, level + 1
-    warnings.warn(message, stacklevel=level)
 
 
 class ZeroLayers:

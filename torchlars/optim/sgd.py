@@ -13,18 +13,37 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchlars import amp, ops, sharding
 from torchlars.amp import GradScale
+from torchlars.codes import BLOCK, is_coded
 from torchlars.layers import WRONG_DTYPE, memory_of, problem_of_gradient, problem_of_memory
 from torchlars.optim.momentum import (
+    BUFFER,
+    CODES,
+    DTYPE_NAMES,
+    MOMENTUM_KEYS,
     MomentumOptimizer,
     check_can_begin,
+    has_momentum,
     momentum_dtype_of,
     momentum_like,
     problem_of_momentum,
+    set_momentum,
 )
 from torchlars.optim.protocol import TrustRatios
-from torchlars.options import Group, GroupReader, finite_number, learning_rate, non_negative_number, number_in
+from torchlars.options import (
+    Group,
+    GroupReader,
+    finite_number,
+    learning_rate,
+    non_negative_integer,
+    non_negative_number,
+    number_in,
+    warn_of_caller,
+)
 
 __all__: list[str] = []
+
+#: As in bitsandbytes.
+MIN_8BIT_SIZE = 4096
 
 
 class SGD(MomentumOptimizer, torch.optim.SGD):
@@ -56,7 +75,25 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
         nesterov: whether to use Nesterov momentum; needs momentum and no dampening.
         maximize: whether to ascend.
         momentum_dtype: ``torch.float32`` keeps the momentum *m* of bfloat16 and float16 parameters in float32. None
-            keeps it in the parameter's dtype, as :class:`torch.optim.SGD` does. Also a group's key, if given.
+            keeps it in the parameter's dtype, as :class:`torch.optim.SGD` does. ``torch.int8`` keeps it in 8 bits, of
+            float32 parameters, too: 1.03 bytes an element. A group's key as well, if given.
+        min_8bit_size: the least number of elements of a layer whose momentum is in 8 bits. Also a group's key.
+
+    **Momentum in 8 bits.** The parameter is updated by the exact momentum, which is then kept as codes with a scale for
+    each 128 elements, rounded with a dither that makes the rounding unbiased and needs no generator: the same bits on
+    every run, for any number of threads, and for sharded and whole layers. :mod:`torchlars.codes` has the formulas. The
+    state holds ``momentum_codes`` (int8, of the parameter's shape) and ``momentum_scales`` in the place of
+    ``momentum_buffer``. A momentum that is NaN or infinite makes its whole block NaN.
+
+    Layers are kept in 8 bits if they have ``min_8bit_size`` elements or more, a dtype of at most 32 bits, 64 elements
+    or more for each index of dimension 0, and that dimension outermost in memory (contiguous, channels_last). All
+    others, biases among them, have the momentum that ``torch.float32`` gives. So have shards whose rows are cut
+    elsewhere than at multiples of 128 elements, as tensor parallelism over columns may; a warning names them. Gradients
+    of layers in 8 bits must be dense and of at most 32 bits.
+
+    State dicts are loaded in every direction: a float momentum that becomes codes is rounded to nearest, and codes
+    become a ``momentum_buffer`` where a layer is not kept in 8 bits. :class:`torch.optim.SGD` does not know codes, and
+    begins its momentum anew. To leave 8 bits, set the groups' ``momentum_dtype`` to None.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or out of its range.
@@ -83,15 +120,22 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
         *,
         maximize: bool = False,
         momentum_dtype: torch.dtype | None = None,
+        min_8bit_size: int = MIN_8BIT_SIZE,
     ) -> None:
         given = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
-        self.check_group("", {**given, "nesterov": nesterov, "maximize": maximize, "momentum_dtype": momentum_dtype})
+        given |= {"nesterov": nesterov, "maximize": maximize}
+        self.check_group("", {**given, "momentum_dtype": momentum_dtype, "min_8bit_size": min_8bit_size})
         self._reader = GroupReader(needs_lr=lambda hyper: True)
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
-        if momentum_dtype is not None:  # else groups hold the keys of torch's SGD, and no other
-            self.defaults["momentum_dtype"] = momentum_dtype
-            for group in self.param_groups:
-                group.setdefault("momentum_dtype", momentum_dtype)
+        own: Group = {}  # without these, groups hold the keys of torch's SGD, and no other
+        if momentum_dtype is not None:
+            own["momentum_dtype"] = momentum_dtype
+        if momentum_dtype is torch.int8 or min_8bit_size != MIN_8BIT_SIZE:
+            own["min_8bit_size"] = min_8bit_size
+        self.defaults.update(own)
+        for group in self.param_groups:
+            for key, value in own.items():
+                group.setdefault(key, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group, if its hyper-parameters are possible."""
@@ -102,6 +146,10 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
     def check_group(self, of_group: str, group: Group) -> None:
         """Raise if no step can be taken with the hyper-parameters of a group."""
         _hyper_parameters(of_group, group)
+
+    def momentum_dtype_of(self, param: Tensor, group: Group) -> torch.dtype:
+        """Return the dtype of a parameter's momentum, int8 for codes, as its group asks for it."""
+        return _hyper_parameters("", {**self.defaults, **group}).momentum_dtype_of(param)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -169,7 +217,24 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
             measured = trust_ratios.measure_all([(bucket.group, bucket.params) for bucket in buckets])
             for bucket, ratios in zip(buckets, measured, strict=True):
                 bucket.ratios = ratios
+        if not torch.compiler.is_compiling():
+            self._warn_of_cut_layers(buckets)
         return fast_layers.buckets, buckets
+
+    def _warn_of_cut_layers(self, buckets: Iterable[Bucket]) -> None:
+        """Warn of layers whose momentum begins in float32 because of how they are sharded."""
+        cut = [
+            f"group: {bucket.group}, shape: {tuple(param.shape)}, placements: {getattr(param, 'placements', ())}"
+            for bucket in buckets
+            for param in bucket.params
+            if bucket.hyper.wants_codes(param) and not bucket.hyper.codes(param) and not has_momentum(self.state[param])
+        ]
+        if cut:
+            more = f"; and {len(cut) - 1} more" if len(cut) > 1 else ""
+            warn_of_caller(
+                f"a layer whose rows are cut elsewhere than at multiples of {BLOCK} elements has momentum in float32, "
+                f"not in 8 bits ({cut[0]}{more}); shard dimension 0, or choose sizes that the ranks divide so"
+            )
 
     def _gather_but_for_ratios(
         self, trust_ratios: TrustRatios | None, overlapping: Collection[Tensor] = ()
@@ -209,8 +274,9 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
         params = list(dict.fromkeys(params))
         memory: list[tuple[Tensor, Tensor]] = []
         for param in params:
-            buffer = self.state.get(param, {}).get("momentum_buffer")
-            memory += [(param, memory_of(x)) for x in (param, param.grad, buffer) if isinstance(x, Tensor)]
+            state = self.state.get(param, {})
+            kept = (param, param.grad, *(state.get(name) for name in MOMENTUM_KEYS))
+            memory += [(param, memory_of(x)) for x in kept if isinstance(x, Tensor)]
         return {memory[i][0] for i in ops.overlapping([tensor for _, tensor in memory])}
 
     def _slow_path(
@@ -219,11 +285,11 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
         """Return the buckets of those layers of a group that are not on the fast path."""
         buckets: dict[Any, Bucket] = {}
         for position, param in layers:
-            grad = _gradient(index, position, param, hyper, self.state.get(param, {}).get("momentum_buffer"))
+            grad = _gradient(index, position, param, hyper, self.state.get(param, {}))
             own: Any = None
             if param in overlapping:
                 own, grad = param, grad.clone()
-            kind = (type(param), sharding.process_groups(param), _is_for_torch(param, grad))
+            kind = (type(param), sharding.process_groups(param), _is_for_torch(param, grad), hyper.codes(param))
             key = (param.device, param.dtype, grad.dtype, grad.layout, own, *kind)
             if key not in buckets:
                 buckets[key] = Bucket(index, self.state, hyper)
@@ -244,6 +310,19 @@ class HyperParameters:
     nesterov: bool
     maximize: bool
     momentum_in_float32: bool
+    min_8bit_size: int | None  # None: no momentum is in 8 bits
+
+    def momentum_dtype_of(self, param: Tensor) -> torch.dtype:
+        """Return the dtype of a parameter's momentum, int8 for codes."""
+        return momentum_dtype_of(param, torch.float32 if self.momentum_in_float32 else None, self.min_8bit_size)
+
+    def wants_codes(self, param: Tensor) -> bool:
+        """Tell whether a parameter is to have momentum in 8 bits, if its shards allow it."""
+        return self.momentum != 0 and self.min_8bit_size is not None and is_coded(param, self.min_8bit_size)
+
+    def codes(self, param: Tensor) -> bool:
+        """Tell whether a parameter has momentum, and that in 8 bits."""
+        return self.momentum != 0 and self.momentum_dtype_of(param) == torch.int8
 
     def __post_init__(self) -> None:
         self._fast: tuple[Mapping[str, Any] | None, Any] | None = None  # the last options of LARS, and both together
@@ -270,9 +349,6 @@ class Bucket:
     grads: list[Tensor] = field(default_factory=list)  # likewise
     ratios: Tensor | None = None
 
-    def _momentum_dtype(self, param: Tensor) -> torch.dtype:
-        return momentum_dtype_of(param, torch.float32 if self.hyper.momentum_in_float32 else None)
-
     def update(self, inv_scale: Tensor | None) -> None:
         """Take the step, unless ``inv_scale`` is 0."""
         if _is_for_torch(self.params[0], self.grads[0]):
@@ -280,13 +356,15 @@ class Bucket:
             return
         layers = len(self.params)
         dampenings = [self.hyper.dampening] * layers
-        buffers = []
+        momenta: list[dict[str, Tensor]] = []
         if self.hyper.momentum != 0:
             for i, param in enumerate(self.params):
-                buffer = self.state[param].get("momentum_buffer")
-                if buffer is None:
+                if not has_momentum(self.state[param]):
                     dampenings[i] = 0.0  # m ← d: from zeros, undampened
-                buffers.append(momentum_like(param, buffer, self._momentum_dtype(param), self.group))
+                momenta.append(momentum_like(param, self.state[param], self.hyper.momentum_dtype_of(param), self.group))
+        kept = [list(momentum.values()) for momentum in momenta]  # a buffer, or codes and their scales
+        in_8bit = self.hyper.codes(self.params[0])
+        places = [sharding.place_of_rows(param) for param in self.params if in_8bit]
         lr, lr_tensor = self.hyper.lr, None
         if isinstance(lr, Tensor):
             lr_tensor = ops.lr_tensor(lr, self.params[0].device)
@@ -294,7 +372,10 @@ class Bucket:
         ops.sgd_(
             self.local_params,
             self.grads,
-            [sharding.local(buffer) for buffer in buffers],
+            [sharding.local(tensors[0]) for tensors in kept],
+            momentum_scales=[sharding.local(tensors[1]) for tensors in kept] if in_8bit else None,
+            row_lengths=[place[1] for place in places if place is not None],
+            offsets=[place[0] for place in places if place is not None],
             maximize=self.hyper.maximize,
             weight_decays=[self.hyper.weight_decay] * layers,
             lrs=[lr] * layers,
@@ -305,10 +386,10 @@ class Bucket:
             ratios=self.ratios,
             inv_scale=inv_scale,
         )
-        for param, buffer in zip(self.params, buffers, strict=self.hyper.momentum != 0):
-            self.state[param]["momentum_buffer"] = buffer
+        for param, momentum in zip(self.params, momenta, strict=self.hyper.momentum != 0):
+            set_momentum(self.state[param], momentum)
         if sharding.is_distributed(self.params[0]):
-            sharding.note_writes(self.params + buffers)
+            sharding.note_writes([*self.params, *(tensor for tensors in kept for tensor in tensors)])
 
     def _update_by_torch(self) -> None:
         """Take the step by torch's own functions, which support sparse gradients, subclasses and lazy parameters."""
@@ -318,9 +399,14 @@ class Bucket:
                 if weight_decay != 0:
                     grad = grad.add(param, alpha=-weight_decay if self.hyper.maximize else weight_decay)
                 grad, weight_decay = self.ratios[i] * grad, 0.0
-            buffers = [self.state[param].get("momentum_buffer")] if self.hyper.momentum != 0 else [None]
-            if self.hyper.momentum != 0 and buffers[0] is None:
-                check_can_begin(param, self.group)
+            buffers: list[Tensor | None] = [None]
+            if self.hyper.momentum != 0:
+                state = self.state[param]
+                if CODES in state:  # of a group that was in 8 bits
+                    set_momentum(state, momentum_like(param, state, self.hyper.momentum_dtype_of(param), self.group))
+                buffers = [state.get(BUFFER)]
+                if buffers[0] is None:
+                    check_can_begin(param, self.group)
             torch_sgd(
                 [param],
                 [grad],
@@ -335,7 +421,7 @@ class Bucket:
                 maximize=self.hyper.maximize,
             )
             if self.hyper.momentum != 0:
-                self.state[param]["momentum_buffer"] = buffers[0]
+                self.state[param][BUFFER] = buffers[0]
 
 
 def _is_for_torch(param: Tensor, grad: Tensor) -> bool:
@@ -351,8 +437,11 @@ def _hyper_parameters(of_group: str, group: Group) -> HyperParameters:
     if group.get("differentiable", False):
         raise ValueError(f"differentiable{of_group} must be False (got: True): the step writes in place")
     momentum_dtype = group.get("momentum_dtype")
-    if momentum_dtype not in (None, torch.float32):
-        raise ValueError(f"momentum_dtype{of_group} must be None or torch.float32 (got: {momentum_dtype!r})")
+    if momentum_dtype not in (None, *DTYPE_NAMES):
+        raise ValueError(
+            f"momentum_dtype{of_group} must be None, torch.float32 or torch.int8 (got: {momentum_dtype!r})"
+        )
+    min_8bit_size = non_negative_integer(f"min_8bit_size{of_group}", group.get("min_8bit_size", MIN_8BIT_SIZE))
     names = f"momentum{of_group}", f"dampening{of_group}", f"weight_decay{of_group}"
     hyper = HyperParameters(
         lr=lr,
@@ -362,6 +451,7 @@ def _hyper_parameters(of_group: str, group: Group) -> HyperParameters:
         nesterov=bool(group["nesterov"]),
         maximize=bool(group["maximize"]),
         momentum_in_float32=momentum_dtype is not None,
+        min_8bit_size=min_8bit_size if momentum_dtype is torch.int8 else None,
     )
     if hyper.nesterov and (hyper.momentum == 0 or hyper.dampening != 0):
         raise ValueError(
@@ -371,11 +461,11 @@ def _hyper_parameters(of_group: str, group: Group) -> HyperParameters:
     return hyper
 
 
-def _gradient(group: int, position: int, param: Tensor, hyper: HyperParameters, momentum_buffer: Any) -> Tensor:
+def _gradient(group: int, position: int, param: Tensor, hyper: HyperParameters, state: Mapping[str, Any]) -> Tensor:
     """Return a parameter's gradient, distributed as it is, or raise if the step cannot be taken with it."""
     grad = param.grad
     assert grad is not None
-    problem = _problem_of(param, grad, hyper, momentum_buffer)
+    problem = _problem_of(param, grad, hyper, state)
     if problem is not None:
         raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
     if grad.is_sparse:
@@ -386,25 +476,26 @@ def _gradient(group: int, position: int, param: Tensor, hyper: HyperParameters, 
     return placed
 
 
-def _problem_of(param: Tensor, grad: Tensor, hyper: HyperParameters, momentum_buffer: Any) -> str | None:
+def _problem_of(param: Tensor, grad: Tensor, hyper: HyperParameters, state: Mapping[str, Any]) -> str | None:
     """Return why no step can be taken with a parameter, its gradient and its momentum, or None."""
-    has_momentum = hyper.momentum != 0
     problem = problem_of_memory(param)
     if problem is None and param.dtype not in ops.DTYPES:
         problem = f"{WRONG_DTYPE} (dtype: {param.dtype})"
     problem = problem or problem_of_gradient(param, hyper.weight_decay)
-    if problem is None and has_momentum and momentum_buffer is not None:
-        problem = problem_of_momentum(param, "momentum_buffer", momentum_buffer)
+    if problem is None and hyper.momentum != 0:
+        problem = problem_of_momentum(param, state)
     if problem is not None:
         return problem
     if (sharding.is_distributed(param) or not is_traceable_wrapper_subclass(param)) and not grad.is_sparse:
         here = sharding.local(param)
         if not ops.is_writable_in_place(here):
             return f"elements of a parameter must not share memory (strides: {here.stride()})"
-    is_kept_apart = has_momentum and momentum_dtype_of(param, torch.float32) != param.dtype
-    if hyper.momentum_in_float32 and is_kept_apart and _is_for_torch(param, grad):
+    is_kept_apart = hyper.momentum != 0 and hyper.momentum_dtype_of(param) != param.dtype
+    if is_kept_apart and _is_for_torch(param, grad):
         return (
             "momentum_dtype must be None for sparse gradients, tensor subclasses and lazily negated parameters "
             f"(dtype: {param.dtype})"
         )
+    if grad.dtype == torch.float64 and hyper.codes(param):
+        return f"gradients of a layer with momentum in 8 bits must have at most 32 bits (gradient: {grad.dtype})"
     return None
