@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 
-from torchlars import LAMB, LARC, LARS, _extension, ops, reference
+from torchlars import LAMB, LARC, LARS, _extension, codes, ops, reference
 from torchlars import optim as torchlars_optim
 
 SGD = pytest.mark.parametrize("op", [ops.sgd_, calls.sgd], ids=["given", "measured"])  # the ratios
@@ -398,6 +398,31 @@ def test_without_ratios_every_launch_takes_ratios_of_1():
     expected = [grad + 0.5 * param for grad, param in zip(grads, params, strict=True)]
     ops.scale_gradients_(grads, params, maximize=False, weight_decays=[0.5] * len(params))
     assert torch.equal(torch.stack(grads), torch.stack(expected))
+
+
+@pytest.mark.parametrize("measured", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_momentum_in_8_bits_has_the_references_bits_and_takes_no_more_launches(dtype, measured):
+    shapes = [(90, 200), (3, 16384 + 130), (40, 128), (7, 65), (0, 64)]
+    params, grads = ([torch.randn(shape, device="cuda").to(dtype) for shape in shapes] for _ in range(2))
+    coded = [torch.zeros(shape, dtype=torch.int8, device="cuda") for shape in shapes]
+    scales = [codes.encode(new, torch.randn(new.shape, device="cuda")) for new in coded]
+    layers = range(len(shapes))
+    numbers = {"weight_decays": [0.1 * (i % 2) for i in layers], "lrs": [0.1 + i for i in layers]}
+    numbers |= {"momentums": [0.9] * len(shapes), "dampenings": [0.1 * i for i in layers]}
+    if measured:
+        numbers |= {"trust_coefs": [0.02 + i for i in layers], "eps": [0.01] * len(shapes)}
+    expected = [[tensor.clone() for tensor in tensors] for tensors in (params, coded, scales)]
+    ratios, given = (torch.ones(len(shapes), device="cuda") for _ in range(2))
+    tensors = {"params": params, "grads": grads, "momentum_buffers": coded, "momentum_scales": scales}
+    launches = count_launches(ops.sgd_, **tensors, **numbers, maximize=True, ratios=ratios if measured else None)
+    assert launches == 1 + measured
+    given.copy_(ratios)
+    numbers = {name: values for name, values in numbers.items() if name not in ("trust_coefs", "eps")}
+    tensors = {"params": expected[0], "grads": grads, "momentum_buffers": expected[1], "momentum_scales": expected[2]}
+    reference.sgd_(**tensors, **numbers, maximize=True, ratios=given)
+    for got, known in zip((params, coded, scales), expected, strict=True):
+        assert all(torch.equal(one, other) for one, other in zip(got, known, strict=True))
 
 
 @DTYPES

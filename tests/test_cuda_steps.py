@@ -48,6 +48,10 @@ def our_sgd(groups: Any) -> torch.optim.Optimizer:
     return torchlars.optim.SGD(groups, momentum=0.9, nesterov=True)
 
 
+def our_sgd_in_8_bits(groups: Any) -> torch.optim.Optimizer:
+    return torchlars.optim.SGD(groups, momentum=0.9, momentum_dtype=torch.int8, min_8bit_size=0)
+
+
 CLIPPED = {"clip": True, "norm": "decayed", "eps": 0.05, "trust_coef": 0.3}
 # Bases whose step can be captured with an lr that is a tensor: torch's own SGD reads its value, but where it is fused.
 CAPTURED = {
@@ -57,6 +61,7 @@ CAPTURED = {
     "LARS(torchlars SGD)": lambda groups: LARS(our_sgd(groups)),
     "LARS(torchlars SGD), clipped": lambda groups: LARS(our_sgd(groups), **CLIPPED),
     "LARS(torchlars SGD), of updates": lambda groups: LARS(our_sgd(groups), apply_to="update"),
+    "LARS(torchlars SGD in 8 bits)": lambda groups: LARS(our_sgd_in_8_bits(groups)),
     "LARS(Adam)": lambda groups: LARS(torch.optim.Adam(groups, capturable=True)),
     "LAMB(AdamW)": lambda groups: LAMB(torch.optim.AdamW(groups, capturable=True)),
     "LAMB(AdamW fused)": lambda groups: LAMB(torch.optim.AdamW(groups, capturable=True, fused=True)),
@@ -227,6 +232,7 @@ FUSED = {
     "LARS(SGD), of updates": lambda groups: LARS(sgd(groups, fused=True), apply_to="update"),
     "LARS(torchlars SGD)": lambda groups: LARS(our_sgd(groups)),
     "torchlars SGD": our_sgd,
+    "torchlars SGD in 8 bits": our_sgd_in_8_bits,
     "LAMB(AdamW)": lambda groups: LAMB(torch.optim.AdamW(groups, fused=True)),
 }
 
