@@ -244,7 +244,8 @@ FORMULAS = {
     "quadra, lightning-bolts, lightly `LARS`": quadra_and_bolts,
     "timm `Lars`": timm_lars,
     "pytorch_optimizer `LARS`": pytorch_optimizer_lars,
-    "bitsandbytes `LARS`, 32-bit": bitsandbytes_lars,
+    "bitsandbytes `LARS`, `LARS32bit`": bitsandbytes_lars,
+    "bitsandbytes `LARS8bit`, `LARS(optim_bits=8)`": bitsandbytes_lars,  # as it is meant, and without rounding to 8 bits
     "Barlow Twins, VICReg, VISSL `LARS`": barlow_twins,
     "SimCLR": simclr,
     "SimCLR, `classic_momentum=False`": simclr_popular,

@@ -6,6 +6,7 @@ the peers do at zero norms, without weight decay and with dampening.
 """
 
 import itertools
+import math
 import re
 from functools import partial
 
@@ -19,6 +20,7 @@ from peer_calls import (
     LRS,
     MOMENTUM,
     PREAMBLE,
+    README,
     SECTION,
     SGD_HYPER,
     Problem,
@@ -49,8 +51,9 @@ PROMISED = [
         "pytorch_optimizer `LARS`",
     ),
     *("bitsandbytes", "Barlow Twins", "VICReg", "SimCLR", "`optax.lars`", "MLPerf", "Algorithm 1", "2018 blog"),
-    *("ColossalAI `Lars`", "`optax.lamb`", "timm `Lamb`"),
+    *("ColossalAI `Lars`", "`optax.lamb`", "timm `Lamb`", "`LARS32bit`", "`LARS8bit`"),
 ]
+EIGHT_BITS = "bitsandbytes `LARS8bit`, `LARS(optim_bits=8)`"
 
 
 def moderate(problem):
@@ -82,6 +85,36 @@ def test_the_lines_before_the_table_run_as_they_stand():
         assert all(differ([param], [old]) for param, old in zip(model.parameters(), before, strict=True)), call
 
 
+def test_all_arguments_of_bitsandbytes_have_a_row():
+    rows = re.findall(
+        r"^\| (`.+?) \| (.+?) \|$", re.search(r"^### From bitsandbytes\n(.*?)^#", README, re.M | re.S)[1], re.M
+    )
+    arguments = dict(rows)
+    for name in (
+        "`lr`",
+        "`dampening`",
+        "`nesterov`",
+        "`optim_bits=8`",
+        "`optim_bits=32`",
+        "`min_8bit_size`",
+        "`max_unorm`",
+    ):
+        assert any(name in row for row in arguments), name
+    assert {"`percentile_clipping` (until 0.49.2)", "`args`"} <= arguments.keys()
+
+
+def test_the_lines_about_8_bits_run_as_they_stand():
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 2))
+    names = {"model": model}
+    exec(PREAMBLE, names)
+    exec(re.search(r"^## Momentum in 8 bits\n\n```python\n(.*?)^```", README, re.M | re.S)[1], names)
+    model(torch.ones(5, 64)).sum().backward()
+    names["optimizer"].step()
+    coded = [len(param) for param in model.parameters() if "momentum_codes" in names["optimizer"].state[param]]
+    assert coded == [64]
+    assert any(history.any() for history in names["clipping"].state_dict()["histories"])
+
+
 # Published numbers
 
 
@@ -110,7 +143,49 @@ def test_published_numbers(backend, name, base):
             torch.testing.assert_close(seen[key].detach(), values, rtol=0, atol=1e-12, msg=f"step {i}: {key}")
 
 
-NOT_EXACT = {"MLPerf's reference until v0.6", "ColossalAI, pytorch_optimizer `Lamb`"}
+def noise(shape, seed):
+    """The weights and gradients of published numbers that come without them."""
+    values, x = [], (seed * 2654435761 + 12345) % 2**32
+    for _ in range(math.prod(shape)):
+        x = (1664525 * x + 1013904223) % 2**32
+        values.append((x >> 8) / 2**23 - 1)
+    return torch.tensor(values, dtype=torch.float64).reshape(shape).float()
+
+
+def run_of_bitsandbytes(peer, case, shape, base="torch"):
+    """Take the steps of a published run with the call for a peer; return the parameter before and after each."""
+    w = nn.Parameter(noise(shape, case["weights_seed"]))
+    sgd = {"lr": 0.1, "momentum": case["momentum"], "weight_decay": case.get("weight_decay", 0)}
+    call = CALLS[peer].replace("trust_coef=0.02", f"trust_coef={case['max_unorm']}")
+    optimizer, values = ours(call, [w], base, params=[w], sgd=sgd), [w.detach().clone()]
+    for lr, seed in zip(case["lrs"], case["grad_seeds"], strict=True):
+        optimizer.param_groups[0]["lr"] = lr
+        w.grad = case.get("grad_scale", 1.0) * noise(shape, seed)
+        optimizer.step()
+        values.append(w.detach().clone())
+    return values
+
+
+@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("name", PUBLISHED["bitsandbytes"]["32-bit"])
+def test_published_numbers_of_bitsandbytes(backend, name, base):
+    case = PUBLISHED["bitsandbytes"]["32-bit"][name]
+    _, *values = run_of_bitsandbytes("bitsandbytes `LARS`, `LARS32bit`", case, (3, 4), base)
+    for i, (value, step) in enumerate(zip(values, case["steps"], strict=True)):
+        expected = torch.tensor(step).reshape(3, 4)
+        torch.testing.assert_close(value, expected, rtol=0, atol=3e-7, msg=lambda text, i=i: f"step {i}: {text}")
+
+
+def test_in_8_bits_a_layer_moves_as_far_as_in_32_where_bitsandbytes_moves_it_by_its_length(backend):
+    case = PUBLISHED["bitsandbytes"]["8-bit"]
+    values = run_of_bitsandbytes(EIGHT_BITS, case, case["shape"])
+    moved = [float((new - old).norm() / old.norm()) for old, new in itertools.pairwise(values)]
+    assert moved == pytest.approx([case["exact step over weights"]] * 3, rel=1e-5)
+    assert [float(value.norm()) for value in values[1:]] == pytest.approx(case["exact norms"], rel=1e-4)
+    assert min(case["step over weights"]) > 0.6
+
+
+NOT_EXACT = {"MLPerf's reference until v0.6", "ColossalAI, pytorch_optimizer `Lamb`", EIGHT_BITS}
 HAS_NESTEROV = {
     *(
         "torchlars 0.1.2",
@@ -151,6 +226,7 @@ def test_formulas(backend, peer, momentum, base):
 def test_no_other_call_would_do(peer):
     def written_out(call):
         call = call.replace("LARS.over(SGD, always_adapt=False)(params, **sgd)", "LARS(SGD(params, **sgd))")
+        call = call.replace("torchlars.optim.SGD", "SGD").replace(", momentum_dtype=torch.int8", "")  # float64 has none
         return call.replace(", always_adapt=False", "")  # all layers decay here
 
     problem = moderate(Problem(0))
@@ -181,7 +257,7 @@ def test_no_option_can_be_left_out(peer):
 
 
 ZERO = {
-    "weights": {"NVIDIA apex `LARC`", "bitsandbytes `LARS`, 32-bit", "Algorithm 1 of the paper"},
+    "weights": {"NVIDIA apex `LARC`", "bitsandbytes `LARS`, `LARS32bit`", "Algorithm 1 of the paper"},
     "gradient": {
         *("NVIDIA apex `LARC`", "quadra, lightning-bolts, lightly `LARS`", "pytorch_optimizer `LARS`"),
         "Algorithm 1 of the paper",

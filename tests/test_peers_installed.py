@@ -3,6 +3,7 @@
 import importlib
 import inspect
 import itertools
+import re
 import warnings
 
 import pytest
@@ -12,6 +13,7 @@ from peer_calls import (
     CALLS,
     LRS,
     MOMENTUM,
+    README,
     ROOT,
     SECOND_DECAY,
     SECOND_LR,
@@ -186,7 +188,7 @@ def test_bitsandbytes_lars(installed, backend, name, max_unorm):
     for seed in range(3):
         problem = Problem(seed, torch.float32)
         params, theirs = problem.params(), problem.params()
-        call = CALLS["bitsandbytes `LARS`, 32-bit"].replace("0.02", str(max_unorm))
+        call = CALLS["bitsandbytes `LARS`, `LARS32bit`"].replace("0.02", str(max_unorm))
         optimizer = ours(call, params)
         peer = lars(two_groups(theirs), **SGD_HYPER, max_unorm=max_unorm)
         clipped |= compare(problem, optimizer, params, peer, theirs, tolerance=1e-5)
@@ -195,7 +197,7 @@ def test_bitsandbytes_lars(installed, backend, name, max_unorm):
 
 def test_bitsandbytes_ignores_nesterov_and_dampening_and_leaves_zeros(installed):
     module = installed("bitsandbytes").optim.lars
-    call, problem = CALLS["bitsandbytes `LARS`, 32-bit"], Problem(13, torch.float32)
+    call, problem = CALLS["bitsandbytes `LARS`, `LARS32bit`"], Problem(13, torch.float32)
     for momentum in {"nesterov": True}, {"dampening": 0.3}:
         sgd = SGD_HYPER | momentum
         for name, is_ignored in ("LARS", True), ("PytorchLARS", False):
@@ -209,6 +211,50 @@ def test_bitsandbytes_ignores_nesterov_and_dampening_and_leaves_zeros(installed)
     assert torch.count_nonzero(theirs[0]) == 0
     assert torch.count_nonzero(params[0]) > 0
     assert_same(params[1:], theirs[1:], 1e-5)
+
+
+def test_bitsandbytes_in_8_bits_is_sgd_where_ours_is_lars(installed, backend):
+    lars = installed("bitsandbytes").optim.lars.LARS8bit
+    random = torch.Generator().manual_seed(16)
+    layers = [torch.randn(shape, generator=random) for shape in ((64, 64), (64, 63), (64, 64))]
+    params, theirs, plain = ([nn.Parameter(layer.clone()) for layer in layers] for _ in range(3))
+    optimizer = ours(CALLS["bitsandbytes `LARS8bit`, `LARS(optim_bits=8)`"], params, params=params)
+    peer, sgd = lars(theirs, **SGD_HYPER, max_unorm=0.02), torch.optim.SGD(plain, **SGD_HYPER)
+    for step in range(3):
+        before = [param.detach().clone() for param in params]
+        for i, layer in enumerate(layers):
+            grad = torch.randn(layer.shape, generator=random)
+            params[i].grad, theirs[i].grad, plain[i].grad = grad, grad.clone(), grad.clone()
+        optimizer.step()
+        peer.step()
+        sgd.step()
+        for new, old in zip(params, before, strict=True):
+            torch.testing.assert_close((new - old).norm(), SGD_HYPER["lr"] * 0.02 * old.norm(), rtol=1e-4, atol=0)
+        # fewer than min_8bit_size elements: 32 bits, and max_unorm, in both
+        assert_same(params[1:2], theirs[1:2], 1e-5, f"step {step}")
+        for i in (0, 2):
+            torch.testing.assert_close(theirs[i], plain[i], rtol=0, atol=0.1 if step else 1e-6)
+    assert peer.state[theirs[0]]["state1"].dtype == torch.uint8
+    assert "momentum_codes" in optimizer.state[params[0]]
+    assert "momentum_buffer" in optimizer.state[params[1]]
+    theirs[0].grad[0, 0] = params[0].grad[0, 0] = torch.nan
+    optimizer.step()
+    peer.step()
+    for param in theirs[0], params[0]:
+        param.data.zero_()
+        param.grad.zero_()
+    optimizer.step()
+    peer.step()
+    assert theirs[0].isfinite().all(), "its codes of NaN are a number"
+    assert params[0].isnan().any()
+
+
+def test_all_arguments_of_bitsandbytes_are_told(installed):
+    module = installed("bitsandbytes").optim.lars
+    told = README.partition("### From bitsandbytes")[2].partition("What bitsandbytes")[0]
+    for lars in module.LARS, module.LARS8bit, module.LARS32bit, module.PytorchLARS:
+        for name in inspect.signature(lars).parameters:
+            assert re.search(rf"`{name}\b", told), name
 
 
 @pytest.fixture
