@@ -4,8 +4,9 @@ A small CNN without batch norm learns 1,437 real 8x8 images in batches of 32, of
 each time for the same number of epochs. A larger batch leaves fewer steps, so every step has to go further,
 and plain SGD gets into trouble. Three arms show it: SGD whose lr grows in proportion to the batch, SGD whose
 lr was tuned again for each batch size, and LARS with one lr for all, since trust ratios fit the step to each
-layer. `--arms lamb larc` adds two: LAMB over AdamW, whose lr grows with the root of the batch, and LARC, which is
-LARS with no layer's lr above the given one, at the lrs of the first arm. Test accuracies come as a table and a plot.
+layer. `--arms lamb larc 8bit` adds three: LAMB over AdamW, whose lr grows with the root of the batch; LARC, which is
+LARS with no layer's lr above the given one, at the lrs of the first arm; and LARS with momentum in 8 bits, wherever a
+layer's rows are long enough for it, at LARS's lr. Test accuracies come as a table and a plot.
 Needs torchlars, scikit-learn, matplotlib and tqdm.
 """
 
@@ -24,10 +25,12 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import LinearLR, PolynomialLR, SequentialLR
 from tqdm import tqdm
 
+import torchlars.optim
 from torchlars import LAMB, LARC, LARS
 
 TRAIN_SIZE, TEST_SIZE = 1437, 360
 BATCH_SIZES = (32, 512, TRAIN_SIZE)
+LARS_LR = 16.0
 LIMITS = """\
 Limits: this network has no batch norm; with batch norm after every hidden layer the gap vanishes. Nor is LARS
 the only way through: tuned gradient clipping or a tuned Adam also survive the full batch here. At batch 32,
@@ -50,7 +53,7 @@ Arms = dict[str, list[Setting]]
 ARMS: Arms = {
     "SGD, linear lr scaling": [Setting("SGD", b, 0.025 * b / 32) for b in BATCH_SIZES],
     "SGD, lr re-tuned": [Setting("SGD", b, 0.025 if b == 32 else 0.05) for b in BATCH_SIZES],
-    "LARS, one lr": [Setting("LARS", b, 16.0) for b in BATCH_SIZES],
+    "LARS, one lr": [Setting("LARS", b, LARS_LR) for b in BATCH_SIZES],
 }
 # LAMB's lr was chosen at batch 32 and grows by the rule of its paper; LARC takes those of the first arm. One lr for
 # all was worse, on two other seeds: LAMB has 92 % at the full batch with 0.02, and ends at chance at batch 32 with
@@ -58,10 +61,11 @@ ARMS: Arms = {
 ARMS_ON_REQUEST = {
     "lamb": ("LAMB(AdamW), √ scaling", [Setting("LAMB", b, round(0.01 * sqrt(b / 32), 3)) for b in BATCH_SIZES]),
     "larc": ("LARC, linear scaling", [Setting("LARC", b, 0.025 * b / 32) for b in BATCH_SIZES]),
+    "8bit": ("LARS, 8-bit momentum", [Setting("LARS 8-bit", b, LARS_LR) for b in BATCH_SIZES]),
 }
 LOOKS = (  # of the arms in plots: color, marker, and how far they are moved aside
     *(("#D55E00", "s", 0.93), ("#8C8C8C", "^", 1.0), ("#0072B2", "o", 1.07)),
-    *(("#009E73", "D", 0.87), ("#CC79A7", "v", 1.15)),
+    *(("#009E73", "D", 0.87), ("#CC79A7", "v", 1.15), ("#E69F00", "P", 1.23)),
 )
 
 
@@ -91,7 +95,10 @@ def make_model() -> nn.Sequential:
 def make_optimizer(setting: Setting, model: nn.Module) -> torch.optim.Optimizer:
     if setting.optimizer == "LAMB":
         return LAMB(torch.optim.AdamW(model.parameters(), lr=setting.lr, weight_decay=0.01))
-    sgd = torch.optim.SGD(model.parameters(), lr=setting.lr, momentum=0.9, weight_decay=5e-4)
+    hyper = {"lr": setting.lr, "momentum": 0.9, "weight_decay": 5e-4}
+    if setting.optimizer == "LARS 8-bit":
+        return LARS(torchlars.optim.SGD(model.parameters(), **hyper, momentum_dtype=torch.int8, min_8bit_size=0))
+    sgd = torch.optim.SGD(model.parameters(), **hyper)
     if setting.optimizer == "LARS":
         return LARS(sgd, trust_coef=0.001)
     return LARC(sgd) if setting.optimizer == "LARC" else sgd
@@ -193,10 +200,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="runs of each setting (default: 3)")
     parser.add_argument("--epochs", type=int, default=60, help="epochs of each run (default: 60)")
     parser.add_argument("--arms", nargs="+", choices=ARMS_ON_REQUEST, default=[], help="arms besides the usual three")
+    parser.add_argument("--lars-lr", type=float, default=LARS_LR, help=f"lr of the LARS arms (default: {LARS_LR:g})")
     parser.add_argument("--out", type=Path, default=out, help=f"{out_help} (default: {out})")
     args = parser.parse_args()
-    for option, number in (("--seeds", args.seeds), ("--epochs", args.epochs)):
-        if number < 1:
+    for option, number in (("--seeds", args.seeds), ("--epochs", args.epochs), ("--lars-lr", args.lars_lr)):
+        if not number > 0:
             parser.error(f"{option} must be a positive number (got: {number})")
     try:
         args.out.mkdir(parents=True, exist_ok=True)
@@ -205,7 +213,10 @@ def main() -> None:
         parser.error(f"--out must be a folder that can be written to (got: {args.out}; {error.strerror})")
 
     torch.set_num_threads(1)  # measured: a second thread hardly helps with images this small
-    arms = ARMS | dict(ARMS_ON_REQUEST[name] for name in args.arms)
+    arms = {
+        name: [each._replace(lr=args.lars_lr) if each.optimizer.startswith("LARS") else each for each in arm]
+        for name, arm in (ARMS | dict(ARMS_ON_REQUEST[name] for name in args.arms)).items()
+    }
     curves = train_all(arms, args.seeds, args.epochs)
     plot(arms, curves).savefig(args.out / "digits.png", dpi=160)
     table = make_table(arms, curves)

@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from figures import quotes
 
+import torchlars.optim
 from torchlars import LAMB, LARC, LARS
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -74,13 +75,22 @@ def test_digits_has_three_arms(digits, run):
 
 def test_digits_gains_arms_on_request(digits, run, monkeypatch):
     monkeypatch.setattr(digits, "ARMS", {"SGD": digits.ARMS["SGD, linear lr scaling"]})
-    rows = run(digits, "--seeds", "1", "--epochs", "2", "--arms", "larc", "lamb")[2:]
-    usual, larc, lamb = rows[:3], rows[3:6], rows[6:]
-    assert [row[0] for row in rows] == [*["SGD"] * 3, *["LARC, linear scaling"] * 3, *["LAMB(AdamW), √ scaling"] * 3]
+    rows = run(digits, "--seeds", "1", "--epochs", "2", "--arms", "larc", "lamb", "8bit")[2:]
+    usual, larc, lamb, coded = rows[:3], rows[3:6], rows[6:9], rows[9:]
+    names = ("SGD", "LARC, linear scaling", "LAMB(AdamW), √ scaling", "LARS, 8-bit momentum")
+    assert [row[0] for row in rows] == [name for name in names for _ in digits.BATCH_SIZES]
     assert [row[2] for row in larc] == ["0.025", "0.4", "1.123"]
     assert [row[2] for row in lamb] == ["0.01", "0.04", "0.067"]
-    for arm in (usual, larc, lamb):
+    assert [row[2] for row in coded] == ["16"] * 3
+    for arm in (usual, larc, lamb, coded):
         assert float(arm[0][4].strip(" %")) > 20  # at batch 32 it has learned something in two epochs
+
+
+def test_digits_takes_another_lr_for_the_lars_arms(digits, run, monkeypatch):
+    names = ("SGD, lr re-tuned", "LARS, one lr")
+    monkeypatch.setattr(digits, "ARMS", {name: digits.ARMS[name] for name in names})
+    rows = run(digits, "--seeds", "1", "--epochs", "1", "--arms", "8bit", "--lars-lr", "8")[2:]
+    assert [row[2] for row in rows] == ["0.025", "0.05", "0.05", *["8"] * 6]
 
 
 def test_digits_refuses_arms_that_it_does_not_have(digits, monkeypatch, capsys):
@@ -93,6 +103,7 @@ def test_digits_refuses_arms_that_it_does_not_have(digits, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("name", "wrapper", "base"),
     [
+        ("LARS 8-bit", LARS, torchlars.optim.SGD),
         ("SGD", torch.optim.SGD, None),
         ("LARS", LARS, torch.optim.SGD),
         ("LARC", LARC, torch.optim.SGD),
@@ -105,6 +116,16 @@ def test_the_arms_of_digits_are_what_they_are_called(digits, name, wrapper, base
     assert base is None or type(optimizer.optim) is base
     assert optimizer.param_groups[0]["lr"] == 0.5
     assert optimizer.param_groups[0]["weight_decay"] > 0
+
+
+def test_all_layers_of_digits_with_rows_of_64_elements_have_momentum_in_8_bits(digits):
+    model = digits.make_model()
+    optimizer = digits.make_optimizer(digits.Setting("LARS 8-bit", 32, 16.0), model)
+    for param in model.parameters():
+        param.grad = torch.ones_like(param)
+    optimizer.step()
+    coded = [name for name, param in model.named_parameters() if "momentum_codes" in optimizer.state[param]]
+    assert coded == [f"{i}.weight" for i in (2, 5, 7, 11, 13)], "all weights but those of the first layer, of 9 a row"
 
 
 def test_trust_ratios_of_all_weights_and_no_biases(example, digits, run):
