@@ -36,6 +36,8 @@ from peer_calls import (
 from published import PUBLISHED
 from torch import nn
 
+import torchlars.optim
+
 pytestmark = [
     pytest.mark.filterwarnings("ignore:a layer whose weights are all 0:UserWarning"),  # they are, on purpose
     pytest.mark.filterwarnings("ignore:a group with .* takes its lr whole:UserWarning"),  # as in the peers
@@ -113,6 +115,19 @@ def test_the_lines_about_8_bits_run_as_they_stand():
     coded = [len(param) for param in model.parameters() if "momentum_codes" in names["optimizer"].state[param]]
     assert coded == [64]
     assert any(history.any() for history in names["clipping"].state_dict()["histories"])
+
+
+def test_the_bytes_of_momentum_are_those_of_the_table():
+    table = README.partition("### Size and accuracy")[2].partition("A row is")[0]
+    told = dict(re.findall(r"rows of (\d+) elements.*\| `torch.int8` \| ([\d.]+) \|", table))
+    assert set(told) == {"4096", "4000", "576", "64"}
+    for row, number in told.items():
+        param = nn.Parameter(torch.ones(64, int(row)))
+        param.grad = torch.ones_like(param)
+        optimizer = torchlars.optim.SGD([param], lr=0.1, momentum=0.9, momentum_dtype=torch.int8)
+        optimizer.step()
+        size = sum(each.numel() * each.element_size() for each in optimizer.state[param].values())
+        assert abs(size / param.numel() - float(number)) <= 0.00051, row
 
 
 # Published numbers
