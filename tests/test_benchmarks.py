@@ -166,8 +166,34 @@ def test_sets_have_the_sizes_of_their_models(module):
     assert sizes["resnet50"] == (161, 25_557_032)
     assert sizes["vit_b_16"] == (152, 86_567_656)
     assert sizes["one_100m"] == (1, 100_000_000)
+    assert sizes["one_33m"] == (1, 8192 * 4096)
+    assert sizes["one_33m_odd"] == (1, 8400 * 4000)
     assert sizes["tiny"] == (2000, 128_000)
     assert sizes["llama_7b_bf16"] == (291, 6_738_415_616)
+
+
+def test_momentum_in_8_bits_stands_beside_that_in_float32(step_time, module, monkeypatch, tmp_path):
+    sets, main, contestants = (module(f"step_time.{name}") for name in ("sets", "main", "contestants"))
+    layers = sets.LayerSet(lambda: iter([(64, 128)]), reuse=0.0)
+    monkeypatch.setitem(sets.SETS, "one_33m", layers)
+    names = [name for pair in contestants.EIGHT_BITS.items() for name in pair]
+    report = step_time("--sets", "one_33m", "--threads", "1", "--contestants", *names)
+    timed = report["sets"]["one_33m"]["contestants"]
+    assert set(timed) == {"SGD fused", *names}
+    assert [round(timed[name]["byte_floor"], 2) for name in contestants.EIGHT_BITS] == [0.70, 1.10]
+    plain, lars = report["sets"]["one_33m"]["comparisons"][-2:]
+    number, verdict = r"\d+\.\d\d", r"target: ≤ 0\.9, (met|missed)\)\."
+    told = (
+        rf"torchlars\.optim\.SGD, 8-bit takes {number} of the time of torchlars\.optim\.SGD \(floor: 0\.70; {verdict}"
+    )
+    assert re.fullmatch(told, plain)
+    assert re.fullmatch(rf"LARS\(.*, 8-bit\) takes {number} of .* \(floor: 0\.79; {verdict}", lars)
+    params, _ = main.make_layers(layers, torch.device("cpu"), torch.float32)
+    optimizer = contestants.torchlars_sgd(params, main.HYPER, torch.int8)
+    optimizer.step()
+    assert "momentum_codes" in optimizer.state[params[0]]
+    report = step_time("--dtype", "float64", "--contestants", *names)
+    assert report["left_out"] == dict.fromkeys(contestants.EIGHT_BITS, "float64 has no momentum in 8 bits")
 
 
 def test_a_large_set_is_skipped_for_the_memory_of_those_who_take_part(module, monkeypatch):

@@ -47,6 +47,7 @@ class Contestant:
         form: "floor"; "wrapper" or "fused", which have targets; or "other", for all else that takes a step of LARS.
         accesses: memory accesses per element, where known.
         cacheable: those of them that are second reads.
+        code_bytes: bytes moved per element besides, for codes of momentum and their scales.
         is_foreign: whether it may fail, which leaves it out.
         matrices_only: whether it leaves tensors of fewer than two dimensions to another formula.
         host_syncs: whether it waits for the device, which a CUDA graph cannot hold.
@@ -60,6 +61,7 @@ class Contestant:
     form: str = ""
     accesses: int | None = None
     cacheable: int = 0
+    code_bytes: float = 0.0
     is_foreign: bool = False
     matrices_only: bool = False
     host_syncs: bool = False
@@ -70,6 +72,12 @@ class Contestant:
 OLD = "torchlars 0.1.2 algorithm"
 OLD_PART = "LARS part: torchlars 0.1.2 algorithm"
 PART = "LARS part: torchlars"
+#: Contestants with momentum in 8 bits, and those with momentum in float32 beside which they stand.
+EIGHT_BITS = {
+    "torchlars.optim.SGD, 8-bit": "torchlars.optim.SGD",
+    "LARS(torchlars.optim.SGD, 8-bit)": "LARS(torchlars.optim.SGD)",
+}
+CODE_BYTES = 2 * (1 + 4 / 128)  # read and written: a byte an element, and a scale for 128 of them
 
 
 def contestants(base: str) -> list[Contestant]:
@@ -117,6 +125,21 @@ def contestants(base: str) -> list[Contestant]:
             accesses=7,
             cacheable=2,
             is_core=True,
+        ),
+        Contestant(
+            "torchlars.optim.SGD, 8-bit",
+            "SGD",
+            lambda params, hyper: torchlars_sgd(params, hyper, torch.int8).step,
+            accesses=3,
+            code_bytes=CODE_BYTES,
+        ),
+        Contestant(
+            "LARS(torchlars.optim.SGD, 8-bit)",
+            "LARS-SGD",
+            lambda params, hyper: lars(torchlars_sgd(params, hyper, torch.int8), hyper),
+            accesses=5,
+            cacheable=2,
+            code_bytes=CODE_BYTES,
         ),
         *(
             Contestant(f"Adam {form}", "Adam", lambda params, hyper, form=form: adam(params, hyper, form).step)
@@ -179,10 +202,16 @@ def sgd(params: list[Parameter], hyper: Hyper, form: str, weight_decay: float | 
     )
 
 
-def torchlars_sgd(params: list[Parameter], hyper: Hyper) -> Optimizer:
+def torchlars_sgd(params: list[Parameter], hyper: Hyper, momentum_dtype: torch.dtype | None = None) -> Optimizer:
     """Build the SGD that takes trust ratios into its own update."""
     optim = importlib.import_module("torchlars.optim")
-    return optim.SGD(params, lr=hyper.lr, momentum=hyper.momentum, weight_decay=hyper.weight_decay)
+    return optim.SGD(
+        params,
+        lr=hyper.lr,
+        momentum=hyper.momentum,
+        weight_decay=hyper.weight_decay,
+        momentum_dtype=momentum_dtype,
+    )
 
 
 def adam(params: list[Parameter], hyper: Hyper, form: str) -> Optimizer:

@@ -16,7 +16,17 @@ from torch.nn import Parameter
 
 from benchmarks import common
 from benchmarks.step_time import agreement, chart, cuda, targets
-from benchmarks.step_time.contestants import OLD, OLD_PART, PART, Contestant, Hyper, contestants, in_runs, sgd
+from benchmarks.step_time.contestants import (
+    EIGHT_BITS,
+    OLD,
+    OLD_PART,
+    PART,
+    Contestant,
+    Hyper,
+    contestants,
+    in_runs,
+    sgd,
+)
 from benchmarks.step_time.sets import SETS, LayerSet
 from torchlars import _extension
 
@@ -148,10 +158,10 @@ def fused_sgd_updates(device: torch.device, dtype: torch.dtype) -> bool:
 def select(args: argparse.Namespace, entrants: list[Contestant]) -> tuple[list[Contestant], dict[str, str]]:
     """Return who was asked for, and why others will not run."""
     chosen = [entrant for entrant in entrants if wanted(args, entrant) or entrant.form == "floor"]
-    if not args.no_compile:
-        return chosen, {}
-    left_out = {entrant.name: "--no-compile" for entrant in chosen if entrant.compiles}
-    return [entrant for entrant in chosen if not entrant.compiles], left_out
+    left_out = {entrant.name: "--no-compile" for entrant in chosen if entrant.compiles and args.no_compile}
+    if args.dtype == "float64":
+        left_out |= {entrant.name: "float64 has no momentum in 8 bits" for entrant in chosen if entrant.code_bytes}
+    return [entrant for entrant in chosen if entrant.name not in left_out], left_out
 
 
 def wanted(args: argparse.Namespace, entrant: Contestant) -> bool:
@@ -218,10 +228,9 @@ def time_set(
             entry.facts["launches"] = len(cuda.kernels(entry.step))
         timed[entrant_name] |= entry.facts | {"formula": entry.contestant.formula, "form": entry.contestant.form}
         if entry.contestant.accesses is not None and (layers.reuse is not None or entry.contestant.form == "wrapper"):
-            timed[entrant_name] |= {
-                "accesses": entry.contestant.accesses,
-                "byte_floor": targets.byte_floor(entry.contestant.accesses, entry.contestant.cacheable, layers.reuse),
-            }
+            accesses = entry.contestant.accesses + entry.contestant.code_bytes / dtype.itemsize
+            floor = targets.byte_floor(accesses, entry.contestant.cacheable, layers.reuse)
+            timed[entrant_name] |= {"accesses": accesses, "byte_floor": floor}
     return {
         "tensors": len(params),
         "elements": layers.elements(),
@@ -331,6 +340,15 @@ def comparisons(name: str, device: str, threads: int, timed: dict[str, dict[str,
             lines.append(line(ours, fastest, 1.0, f"{role} the others, "))
         if entry["form"] == "wrapper" and OLD in timed:
             lines.append(line(ours, OLD, targets.WHOLE_STEP.get((device, name, threads))))
+    for ours, whole in EIGHT_BITS.items():
+        if ours in timed and whole in timed:
+            share = 1 / speedup(ours, whole)
+            floors = [timed[each].get("byte_floor") for each in (ours, whole)]
+            told = [f"floor: {floors[0] / floors[1]:.2f}"] if all(floors) else []
+            goal = targets.EIGHT_BITS.get((device, name, threads))
+            told += [f"target: ≤ {goal:g}, {'met' if share <= goal else 'missed'}"] if goal else []
+            more = f" ({'; '.join(told)})" if told else ""
+            lines.append(f"{ours} takes {share:.2f} of the time of {whole}{more}.")
     if PART in timed and OLD_PART in timed:
         lines.append(line(PART, OLD_PART, targets.LARS_PART.get((device, name))))
     return lines
@@ -353,7 +371,7 @@ def section(name: str, report: dict[str, Any]) -> str:
             f"{times['median'] * 1e3:.3f}",
             f"{times['q1'] * 1e3:.3f}–{times['q3'] * 1e3:.3f}",
             f"{times['ratio']:.2f}",
-            f"{entry['byte_floor']:.1f}" if "byte_floor" in entry else "",
+            f"{entry['byte_floor']:.2f}" if "byte_floor" in entry else "",
             entry["target"],
             entry["verdict"],
         ]

@@ -75,6 +75,16 @@ def one_100m() -> Iterator[Shape]:
     yield (10_000, 10_000)
 
 
+def one_33m() -> Iterator[Shape]:
+    """One tensor that no cache holds, with rows of 32 whole blocks of 8-bit momentum."""
+    yield (8192, 4096)
+
+
+def one_33m_odd() -> Iterator[Shape]:
+    """One tensor that no cache holds, with rows that end in a part of a block."""
+    yield (8400, 4000)
+
+
 def tiny() -> Iterator[Shape]:
     """2000 tensors of 64 elements. They are matrices, since one peer leaves vectors out of LARS."""
     yield from ((8, 8),) * 2000
@@ -89,6 +99,8 @@ SETS = {
     "resnet50": LayerSet(resnet50, reuse=1.0),
     "vit_b_16": LayerSet(vit_b_16, reuse=1.0),
     "one_100m": LayerSet(one_100m, reuse=0.0),
+    "one_33m": LayerSet(one_33m, reuse=0.0, devices=()),
+    "one_33m_odd": LayerSet(one_33m_odd, reuse=0.0, devices=()),
     "tiny": LayerSet(tiny, reuse=None),
     "llama_7b_bf16": LayerSet(llama_7b, reuse=0.5, devices=("cuda",), dtype=torch.bfloat16, is_large=True),
     "smoke": LayerSet(smoke, reuse=None, devices=()),

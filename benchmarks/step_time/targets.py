@@ -37,6 +37,9 @@ TARGETS = (
 WHOLE_STEP = {("cpu", "resnet50", 2): 1.25, ("cpu", "tiny", 2): 4.0}
 LARS_PART = {("cuda", "resnet50"): 20.0}
 
+#: The time of a step with momentum in 8 bits, relative to momentum in float32: with so many threads.
+EIGHT_BITS = {("cpu", "one_33m", 1): 0.9, ("cpu", "one_33m_odd", 1): 0.9}
+
 
 def target(form: str, device: str, layers: str, threads: int, dtype: str) -> Target | None:
     """Return the target for one figure, if there is one. On the CPU they are for float32."""
@@ -58,7 +61,7 @@ def verdict(goal: Target | None, ratio: float) -> tuple[str, str]:
     return f"≤ {goal.first}, then ≤ {goal.at_most}", outcome
 
 
-def byte_floor(accesses: int, cacheable: int, reuse: float | None) -> float:
+def byte_floor(accesses: float, cacheable: int, reuse: float | None) -> float:
     """Return the memory accesses per element, relative to those of SGD.
 
     With ``reuse`` None the bytes are so few that all forms could take the time of SGD.
