@@ -51,7 +51,7 @@ def test_a_case_that_disagrees_stops_everything(module, extension, monkeypatch):
     right = getattr(reference, first.op)
     wrong = wraps(right)(lambda tensors, **more: 1.001 * right(tensors, **more))
     monkeypatch.setattr(reference, first.op, wrong)
-    with pytest.raises(AssertionError, match=f"{first.op} float32, 14 layers, inv_scale None: result differs"):
+    with pytest.raises(AssertionError, match=f"{first.op} float32, 15 layers, inv_scale None: result differs"):
         cases.check(first, torch.device("cpu"))
 
 

@@ -15,6 +15,9 @@ keep a momentum of 0. u is a hash of numbers that every replica, every shard and
 parameter before the step and the element's position in the whole layer. There is no generator and no state.
 
 Here in plain torch, on any device; csrc/codes.h has the same.
+
+Source: a scale for each block is from Dettmers et al., 8-bit Optimizers via Block-wise Quantization, 2022 (arXiv
+2110.02861). There, codes are not linear, a block has 256 elements of the flat tensor, and rounding is to nearest.
 """
 
 from __future__ import annotations

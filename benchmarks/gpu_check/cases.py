@@ -19,14 +19,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlars import _extension, reference  # also loads the ops
+from torchlars import _extension, codes, reference  # also loads the ops
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-TOLERANCES = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
+TOLERANCES = {torch.int8: 0, torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 INVERSES = (None, 0.125, 0.0)  # of the scale of gradients: not given, given, and a step that is skipped
 
 #: Around the widths of packs, blocks and chunks; with empty layers first, last and in between.
-SMALL = (0, 1, 3, 7, 64, 0, 255, 257, 1025, 4099, 16383, 16385, 3 * 16384 + 5, 0)
+SMALL = (0, 1, 3, 7, 64, 0, 255, 257, 70 * 257, 1025, 4099, 16383, 16385, 3 * 16384 + 5, 0)
 #: More than one launch takes, of any op.
 MANY = tuple(1 + i % 5 for i in range(1250))
 #: More chunks than a block has threads, for the ops that add partial sums.
@@ -104,6 +104,9 @@ def options_of_ops(dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
         yield "sgd_", {"momentum_dtype": momentum, "nesterov": momentum == dtype}
         yield "sgd_ that measures", {"momentum_dtype": momentum, "nesterov": momentum == torch.float32}
     yield "sgd_", {"ratios": None, "lr_tensor": 0.7}
+    if dtype != torch.float64:  # with given ratios: where a measured one differs by rounding, so does the dither
+        for nesterov in (False, True):
+            yield "sgd_", {"momentum_dtype": torch.int8, "nesterov": nesterov}
     yield "sgd_ that measures", every_dialect
 
 
@@ -113,17 +116,26 @@ def arguments(case: Case) -> dict[str, Any]:
     real = torch.float64 if case.dtype == torch.float64 else torch.float32
     names, options = parameters(case.op), dict(case.options)
     momentum_dtype = options.pop("momentum_dtype", case.dtype)
+    is_coded = momentum_dtype == torch.int8
 
     def tensors(scale: float, kind: str, dtype: torch.dtype = case.dtype) -> list[Tensor]:
         if case.sizes is MANY:  # out of one: under a sanitizer an allocation takes longer than a layer's step
             whole = scale * torch.randn(sum(MANY), generator=random, dtype=torch.float64)
-            return list(whole.to(dtype).split(list(MANY)))
+            return [in_rows(part) for part in whole.to(dtype).split(list(MANY))]
         found = []
         for i, numel in enumerate(case.sizes):  # each of a scale of its own
             values = scale * (1 + i % 7) * torch.randn(numel + 1, generator=random, dtype=torch.float64)
             first = int(kind in MISALIGNED[i % len(MISALIGNED)])
-            found.append(values.to(dtype)[first : first + numel])
+            found.append(in_rows(values.to(dtype)[first : first + numel]))
         return found
+
+    def in_rows(values: Tensor) -> Tensor:
+        length = 257 if values.numel() % 257 == 0 else max(values.numel(), 1)
+        return values.view(-1, length) if is_coded else values
+
+    def scales() -> list[Tensor]:
+        shapes = [codes.scales_shape(tensor.shape) for tensor in tensors(1.0, "p")]
+        return [0.01 + torch.rand(shape, generator=random) for shape in shapes]
 
     def numbers(*cycle: float) -> list[float]:
         return [cycle[i % len(cycle)] for i in range(len(case.sizes))]
@@ -140,7 +152,10 @@ def arguments(case: Case) -> dict[str, Any]:
         "params": lambda: tensors(0.1 if "old_params" in names else 1.0, "p"),
         "old_params": lambda: tensors(1.0, "g"),
         "grads": lambda: tensors(0.3, "g"),
-        "momentum_buffers": lambda: tensors(0.2, "g", momentum_dtype) if momentum_dtype else [],
+        "momentum_buffers": lambda: tensors(3 if is_coded else 0.2, "g", momentum_dtype) if momentum_dtype else [],
+        "momentum_scales": lambda: scales() if is_coded else None,
+        "row_lengths": list,
+        "offsets": list,
         "param_squared_norms": lambda: vector(torch.float64, 0),
         "grad_squared_norms": lambda: vector(torch.float64, 0).flip(0),
         "ratios": lambda: vector(real, 1),

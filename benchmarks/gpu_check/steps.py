@@ -46,6 +46,8 @@ MODES: dict[str, Callable[[Params], Optimizer]] = {
     "LARS(SGD foreach)": lambda params: LARS(sgd(params, foreach=True)),
     "LARS(SGD fused)": lambda params: LARS(sgd(params, fused=True)),
     "LARS(torchlars.optim.SGD)": lambda params: LARS(our_sgd(params)),
+    "torchlars.optim.SGD, 8 bits": lambda params: our_sgd(params, momentum_dtype=torch.int8),
+    "LARS(torchlars.optim.SGD, 8 bits)": lambda params: LARS(our_sgd(params, momentum_dtype=torch.int8)),
     "LARS(SGD fused), clipped, decayed norm, lr in momentum": lambda params: LARS(sgd(params, fused=True), **CLIPPED),
     "LARS(torchlars.optim.SGD), the same": lambda params: LARS(our_sgd(params), **CLIPPED),
     "LARS(SGD fused), of updates": lambda params: LARS(sgd(params, fused=True), apply_to="update"),

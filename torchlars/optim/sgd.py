@@ -77,7 +77,7 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
         momentum_dtype: ``torch.float32`` keeps the momentum *m* of bfloat16 and float16 parameters in float32. None
             keeps it in the parameter's dtype, as :class:`torch.optim.SGD` does. ``torch.int8`` keeps it in 8 bits, of
             float32 parameters, too: 1.03 bytes an element. A group's key as well, if given.
-        min_8bit_size: the least number of elements of a layer whose momentum is in 8 bits. Also a group's key.
+        min_8bit_size: the least number of elements of a layer whose momentum is in 8 bits. A group's key as well.
 
     **Momentum in 8 bits.** The parameter is updated by the exact momentum, which is then kept as codes with a scale for
     each 128 elements, rounded with a dither that makes the rounding unbiased and needs no generator: the same bits on
