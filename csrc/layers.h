@@ -4,6 +4,8 @@
 #include <ATen/core/Tensor.h>
 #include <c10/util/MaybeOwned.h>
 
+#include <algorithm>
+
 #include <utility>
 #include <vector>
 
@@ -92,7 +94,7 @@ struct Triple {
 // How the i-th layer is cut into blocks, where momentum is in 8 bits.
 inline Rows rows_of(const SgdArguments& arguments, size_t i) {
   Rows rows;
-  rows.row_length = row_length(arguments.params[i]);
+  rows.row_length = std::max<int64_t>(row_length(arguments.params[i]), 1);  // of an empty layer nothing is visited
   const bool is_whole = arguments.row_lengths.empty();
   rows.whole_row_length = static_cast<uint32_t>(is_whole ? rows.row_length : arguments.row_lengths[i]);
   rows.offset = is_whole ? 0 : static_cast<uint32_t>(arguments.offsets[i]);
