@@ -5,7 +5,6 @@
 #include <c10/util/MaybeOwned.h>
 
 #include <algorithm>
-
 #include <utility>
 #include <vector>
 

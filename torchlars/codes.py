@@ -77,11 +77,12 @@ def _in_order(tensor: Tensor, like: Tensor) -> Tensor:
     return tensor.permute(0, *sorted(range(1, like.dim()), key=like.stride, reverse=True))
 
 
-def decode(codes: Tensor, scales: Tensor) -> Tensor:
-    """Return the momentum, float32, in the shape and memory order of its codes."""
-    momentum = torch.empty_like(codes, dtype=torch.float32)
+def decode(codes: Tensor, scales: Tensor, like: Tensor | None = None) -> Tensor:
+    """Return the momentum, float32, in the shape of its codes, whose rows lie in the order of ``like``'s memory."""
+    like = codes if like is None else like
+    momentum = torch.empty_like(like, dtype=torch.float32)
     of_elements = scales.repeat_interleave(BLOCK, dim=1)[:, : row_length(codes.shape)]
-    _write_rows(momentum, in_rows(codes, codes).float() * of_elements, momentum)
+    _write_rows(momentum, in_rows(codes, like).float() * of_elements, like)
     return momentum
 
 
@@ -103,7 +104,7 @@ def encode(codes: Tensor, momentum: Tensor, params: Tensor | None = None, *, sta
     blocks = torch.nn.functional.pad(rows, (0, padding)).reshape(*scales_shape(codes.shape), BLOCK)
     largest = (blocks.view(torch.int32) & 0x7FFFFFFF).amax(dim=2)  # integers: NaN and infinity are the largest
     number = largest.view(torch.float32)
-    most = torch.full_like(number, MAX_CODE)  # torch divides by a number, or a number, in two roundings
+    most = torch.full_like(number, MAX_CODE)  # a scalar would be divided in two roundings
     is_coded = ((largest >= _LEAST) & (largest < _INFINITY))[:, :, None]
     z = blocks * torch.where(is_coded, (most / number)[:, :, None], 0.0)
     if params is None:

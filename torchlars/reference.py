@@ -342,7 +342,7 @@ def sgd_(
         direction = factors[i] * direction
         if len(momentum_buffers) > 0:
             scales = None if momentum_scales is None else momentum_scales[i]
-            old = momentum_buffers[i] if scales is None else codes.decode(momentum_buffers[i], scales)
+            old = momentum_buffers[i] if scales is None else codes.decode(momentum_buffers[i], scales, param)
             buffer = momentums[i] * _real(old).to(dtype) + (1 - dampenings[i]) * direction
             if scales is None:
                 _write(momentum_buffers[i], buffer, inv_scale)
