@@ -337,7 +337,7 @@ inline void check(const SgdArguments& arguments) {
   check_numbers(op, "dampenings", arguments.dampenings, "grads", layers, is_finite);
   check_needs(op, "row_lengths", "are given", !arguments.row_lengths.empty(), "momentum_scales",
               arguments.momentum_scales.has_value());
-  if (arguments.momentum_scales.has_value() && !(arguments.row_lengths.empty() && arguments.offsets.empty())) {
+  if (!(arguments.row_lengths.empty() && arguments.offsets.empty())) {
     check_length(op, "row_lengths", arguments.row_lengths.size(), "grads", layers);
     check_length(op, "offsets", arguments.offsets.size(), "grads", layers);
   }
