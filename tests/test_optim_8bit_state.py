@@ -1,0 +1,338 @@
+"""State dicts of torchlars.optim.SGD with momentum in 8 bits: loads in every direction, and changes between steps."""
+
+import copy
+import io
+
+import pytest
+import torch
+import torch.distributed.checkpoint.state_dict as dcp
+from coded_layers import (
+    BUFFER,
+    CODES,
+    IS_CODED,
+    SCALES,
+    assert_same_runs,
+    assert_same_tensors,
+    give_gradients,
+    in_order,
+    run,
+    sgd,
+)
+from sgd_cases import snapshot
+
+from torchlars import LARS, optim
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+def saved(state_dict):
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+WAYS = {"deepcopy": copy.deepcopy, "weights_only": saved, "as it is": lambda x: x}
+WRAPS = {"plain": lambda base: base, "LARS": LARS}
+ways = pytest.mark.parametrize("way", WAYS)
+wraps = pytest.mark.parametrize("wrap", WRAPS)
+
+
+def trained(wrap="plain", steps=2, **options):
+    optimizer = WRAPS[wrap](sgd(**options))
+    run(optimizer, range(steps))
+    return optimizer
+
+
+def fresh(optimizer, wrap="plain", **options):
+    """Another optimizer over copies of the layers, with no state."""
+    return WRAPS[wrap](sgd([torch.nn.Parameter(param.detach().clone()) for param in in_order(optimizer)], **options))
+
+
+def to_nearest(momentum):
+    """Codes and scales, from one row after the other."""
+    rows = momentum.float()
+    if rows.dim() == 4:
+        rows = rows.permute(0, 2, 3, 1).flatten(1)
+    codes, scales = [], []
+    for part in rows.split(128, dim=1):
+        largest = part.abs().amax(1, keepdim=True)
+        codes.append((part * (torch.full_like(largest, 127) / largest)).round())
+        scales.append(largest / torch.full_like(largest, 127))
+    codes = torch.cat(codes, dim=1).to(torch.int8)
+    if momentum.dim() == 4:
+        n, c, h, w = momentum.shape
+        codes = codes.reshape(n, h, w, c).permute(0, 3, 1, 2)
+    return codes, torch.cat(scales, dim=1)
+
+
+def decoded(state):
+    codes = state[CODES]
+    rows = codes.permute(0, 2, 3, 1).flatten(1) if codes.dim() == 4 else codes
+    momentum = rows * state[SCALES].repeat_interleave(128, dim=1)[:, : rows.shape[1]]
+    if codes.dim() == 4:
+        n, c, h, w = codes.shape
+        momentum = momentum.reshape(n, h, w, c).permute(0, 3, 1, 2)
+    return momentum
+
+
+@wraps
+def test_a_state_dict_holds_plain_types_and_tensors(wrap, backend):
+    state_dict = trained(wrap).state_dict()
+    assert [group["momentum_dtype"] for group in state_dict["param_groups"]] == ["int8", "int8"]
+    assert [group["min_8bit_size"] for group in state_dict["param_groups"]] == [1000, 1000]
+    kinds = [
+        {name: (tensor.dtype, tensor.dim()) for name, tensor in state_dict["state"][i].items()}
+        for i in range(len(IS_CODED))
+    ]
+    by_group = IS_CODED[::2] + IS_CODED[1::2]
+    for kind, is_coded in zip(kinds, by_group, strict=True):
+        assert list(kind) == ([CODES, SCALES] if is_coded else [BUFFER])
+        assert not is_coded or (kind[CODES][0] == torch.int8 and kind[SCALES] == (torch.float32, 2))
+
+
+@ways
+@wraps
+def test_its_own_state_dict_is_loaded_bit_for_bit_and_the_run_goes_on(wrap, way, backend):
+    optimizer = trained(wrap)
+    twin = fresh(optimizer, wrap, lr=7.0)
+    twin.load_state_dict(WAYS[way](optimizer.state_dict()))
+    assert all(group["momentum_dtype"] is torch.int8 for group in twin.param_groups)
+    assert_same_runs(optimizer, twin)
+    optimizer = copy.deepcopy(optimizer)  # "as it is" shares its tensors
+    for one in (optimizer, twin):
+        run(one, range(2, 5))
+    assert_same_runs(optimizer, twin)
+
+
+def test_a_run_that_is_resumed_has_the_bits_of_one_that_went_on(backend):
+    whole = trained(steps=6)
+    part = trained(steps=3)
+    resumed = fresh(part)
+    resumed.load_state_dict(saved(part.state_dict()))
+    run(resumed, range(3, 6))
+    assert_same_runs(whole, resumed)
+
+
+@pytest.mark.parametrize("kept", [None, torch.float32, "torch"], ids=str)
+@ways
+def test_a_float_momentum_becomes_codes_to_nearest(way, kept, backend):
+    source = trained(cls=torch.optim.SGD) if kept == "torch" else trained(momentum_dtype=kept)
+    buffers = [source.state[param][BUFFER].detach().clone() for param in in_order(source)]
+    state_dict = WAYS[way](source.state_dict())
+    for group in state_dict["param_groups"]:
+        if kept != "torch":
+            group["momentum_dtype"] = "int8"
+    ours = fresh(source)
+    ours.load_state_dict(state_dict)
+    for param, buffer, is_coded in zip(in_order(ours), buffers, IS_CODED, strict=True):
+        state = ours.state[param]
+        if is_coded:
+            assert list(state) == [CODES, SCALES]
+            codes, scales = to_nearest(buffer)
+            assert torch.equal(state[CODES], codes)
+            assert torch.equal(state[SCALES], scales)
+            assert state[CODES].stride() == param.stride()
+        else:
+            assert list(state) == [BUFFER]
+            assert torch.equal(state[BUFFER], buffer.to(state[BUFFER].dtype))
+            assert state[BUFFER].dtype == (torch.float64 if param.dtype == torch.float64 else torch.float32)
+    run(ours, range(2, 3))
+
+
+@pytest.mark.parametrize("options", [{"momentum_dtype": None}, {"momentum_dtype": torch.float32}], ids=str)
+@pytest.mark.parametrize("by", ["state dict", "group"])
+def test_codes_become_a_buffer(by, options, backend):
+    """Loaded into groups that are not in 8 bits, or in groups that leave them between steps."""
+    optimizer = trained()
+    expected = [
+        decoded(optimizer.state[param]) if coded else None
+        for param, coded in zip(in_order(optimizer), IS_CODED, strict=True)
+    ]
+    ours = copy.deepcopy(optimizer)
+    if by == "state dict":
+        state_dict = copy.deepcopy(optimizer.state_dict())
+        for group in state_dict["param_groups"]:
+            group["momentum_dtype"] = None if options["momentum_dtype"] is None else "float32"
+        ours = fresh(optimizer, **options)
+        ours.load_state_dict(state_dict)
+    else:
+        for group in ours.param_groups:
+            group.update(options)
+        give_gradients(ours, 0, zero=True)
+        for group in ours.param_groups:
+            group.update(lr=0.0, momentum=1.0, weight_decay=0.0)
+        ours.step()
+    for param, momentum in zip(in_order(ours), expected, strict=True):
+        if momentum is not None:
+            state = ours.state[param]
+            assert list(state) == [BUFFER]
+            dtype = torch.float32 if options["momentum_dtype"] is torch.float32 else param.dtype
+            assert_same_tensors([state[BUFFER]], [torch.empty_like(param, dtype=dtype).copy_(momentum).detach()])
+    run(ours, range(2, 3))
+
+
+def test_a_larger_min_8bit_size_turns_codes_into_a_buffer_and_a_smaller_one_turns_it_back(backend):
+    optimizer = trained()
+    linear = in_order(optimizer)[0]
+    momentum, codes = decoded(optimizer.state[linear]), optimizer.state[linear][CODES].clone()
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    for group in state_dict["param_groups"]:
+        group["min_8bit_size"] = 10**6
+    other = fresh(optimizer)
+    other.load_state_dict(state_dict)
+    assert not any(CODES in state for state in other.state.values())
+    assert torch.equal(other.state[in_order(other)[0]][BUFFER], momentum)
+    back = fresh(optimizer)
+    state_dict = copy.deepcopy(other.state_dict())
+    for group in state_dict["param_groups"]:
+        group["min_8bit_size"] = 1000
+    back.load_state_dict(state_dict)
+    assert torch.equal(back.state[in_order(back)[0]][CODES], codes)
+    assert back.state[in_order(back)[0]].keys() == {CODES, SCALES}
+
+
+def test_a_group_that_enters_8_bits_between_steps_codes_what_it_has_to_nearest(backend):
+    optimizer = trained(momentum_dtype=torch.float32)
+    for group in optimizer.param_groups:
+        group["momentum_dtype"] = torch.int8
+    expected = copy.deepcopy(optimizer)
+    for param, is_coded in zip(in_order(expected), IS_CODED, strict=True):
+        if is_coded:
+            codes, scales = to_nearest(expected.state[param].pop(BUFFER))
+            expected.state[param] |= {CODES: torch.empty_like(param, dtype=torch.int8).copy_(codes), SCALES: scales}
+    for one in (optimizer, expected):
+        run(one, range(2, 4))
+    assert_same_runs(optimizer, expected)
+
+
+def test_a_state_dict_without_the_keys_leaves_the_groups_their_own(backend):
+    theirs = trained(cls=torch.optim.SGD)
+    ours = fresh(theirs, min_8bit_size=500)
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert all(group["momentum_dtype"] is torch.int8 for group in ours.param_groups)
+    assert all(group["min_8bit_size"] == 500 for group in ours.param_groups)
+    assert CODES in ours.state[in_order(ours)[5]]  # 800 elements
+
+
+@ways
+def test_torchs_sgd_loads_it_and_begins_its_momentum_anew(way, backend):
+    ours = trained()
+    theirs, begun = (fresh(ours, cls=torch.optim.SGD) for _ in range(2))
+    theirs.load_state_dict(WAYS[way](ours.state_dict()))
+    for i, param in enumerate(in_order(begun)):  # what it does find
+        if not IS_CODED[i]:
+            begun.state[param][BUFFER] = ours.state[in_order(ours)[i]][BUFFER].to(param.dtype).clone()
+    for one in (theirs, begun):
+        run(one, range(2, 4))
+    for p, q in zip(in_order(theirs), in_order(begun), strict=True):
+        assert torch.equal(p, q)
+        assert torch.equal(theirs.state[p][BUFFER], begun.state[q][BUFFER])
+
+
+@pytest.mark.parametrize(
+    ("options", "flat"),
+    [({"full_state_dict": True}, False), ({"cpu_offload": True}, False), ({}, False), ({}, True)],
+    ids=str,
+)
+@wraps
+def test_a_state_dict_of_distributed_checkpoints_is_loaded_bit_for_bit(wrap, options, flat, backend):
+    def build():
+        torch.manual_seed(3)
+        model = torch.nn.Sequential(torch.nn.Linear(130, 40), torch.nn.Linear(40, 70, dtype=torch.bfloat16))
+        optimizer = WRAPS[wrap](
+            optim.SGD(model.parameters(), lr=0.1, momentum=0.9, momentum_dtype=torch.int8, min_8bit_size=1000)
+        )
+        return model, optimizer
+
+    def train(model, optimizer, steps):
+        for step in steps:
+            random = torch.Generator().manual_seed(step)
+            for param in model.parameters():
+                param.grad = torch.randn(param.shape, generator=random).to(param.dtype)
+            optimizer.step()
+
+    options = dcp.StateDictOptions(**options, flatten_optimizer_state_dict=flat)
+    (model, optimizer), (other, resumed) = build(), build()
+    train(model, optimizer, range(2))
+    state = copy.deepcopy(dcp.get_optimizer_state_dict(model, optimizer, options=options))
+    other.load_state_dict(model.state_dict())
+    dcp.set_optimizer_state_dict(other, resumed, state, options=options)
+    assert all(group["momentum_dtype"] is torch.int8 for group in resumed.param_groups)
+    train(model, optimizer, range(2, 4))
+    train(other, resumed, range(2, 4))
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+        assert optimizer.state[p].keys() == resumed.state[q].keys()
+        assert all(torch.equal(optimizer.state[p][key], resumed.state[q][key]) for key in optimizer.state[p])
+    assert [CODES in optimizer.state[param] for param in model.parameters()] == [True, False, False, False]
+
+
+# State dicts that fit nothing
+
+WRONG = {
+    "codes of another shape": ({CODES: torch.zeros(130, 40, dtype=torch.int8)}, ValueError, r"momentum_codes must be .*\(40, 130\) .*\(130, 40\)"),
+    "codes in uint8": ({CODES: torch.zeros(40, 130, dtype=torch.uint8)}, ValueError, r"momentum_codes must be torch.int8 .*torch.uint8"),
+    "codes in float32": ({CODES: torch.zeros(40, 130)}, ValueError, r"momentum_codes must be torch.int8 .*torch.float32"),
+    "sparse codes": ({CODES: torch.zeros(40, 130, dtype=torch.int8).to_sparse()}, ValueError, r"momentum_codes must be .*sparse"),
+    "scales of another shape": ({SCALES: torch.zeros(40, 1)}, ValueError, r"momentum_scales must be .*\(40, 2\) .*\(40, 1\)"),
+    "scales in float64": ({SCALES: torch.zeros(40, 2, dtype=torch.float64)}, ValueError, r"momentum_scales must be torch.float32 .*torch.float64"),
+    "codes alone": ({SCALES: None}, ValueError, r"momentum must be a momentum_buffer, or momentum_codes with their momentum_scales \(found: momentum_codes\)"),
+    "scales alone": ({CODES: None}, ValueError, r"or momentum_codes with their momentum_scales \(found: momentum_scales\)"),
+    "both kinds": ({BUFFER: torch.zeros(40, 130)}, ValueError, r"\(found: momentum_buffer, momentum_codes, momentum_scales\)"),
+    "codes in a list": ({CODES: [[0] * 130] * 40}, TypeError, r"\['momentum_codes'\] must be a tensor or None \(got: list\)"),
+    "a number for scales": ({SCALES: 1.0}, TypeError, r"\['momentum_scales'\] must be a tensor or None \(got: float\)"),
+    "a buffer of another shape": ({CODES: None, SCALES: None, BUFFER: torch.zeros(7)}, ValueError, r"momentum must have its parameter's shape \(momentum_buffer: \(7,\)\)"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("wrong", "min_8bit_size"),
+    [(wrong, size) for wrong in WRONG for size in (1000, 10**6) if size == 1000 or "a buffer" not in wrong],
+)
+@wraps
+def test_a_wrong_state_dict_is_refused_and_nothing_is_loaded(wrap, min_8bit_size, wrong, backend):
+    """Also where its codes would become a buffer."""
+    changes, error, message = WRONG[wrong]
+    optimizer = trained(wrap)
+    state_dict = copy.deepcopy(trained(wrap, steps=3, lr=0.7).state_dict())
+    state_dict["state"][0].update(changes)
+    for group in state_dict["param_groups"]:
+        group["min_8bit_size"] = min_8bit_size
+    before, groups = (
+        snapshot(optimizer),
+        [{**group, "params": list(group["params"])} for group in optimizer.param_groups],
+    )
+    kept = {param: dict(state) for param, state in optimizer.state.items()}
+    with pytest.raises(error, match=message) as raised:
+        optimizer.load_state_dict(state_dict)
+    assert "state_dict['state'][0]" in str(raised.value)
+    torch.testing.assert_close(snapshot(optimizer), before, rtol=0, atol=0)
+    for param, state in kept.items():
+        assert all(optimizer.state[param][name] is tensor for name, tensor in state.items())
+    for group, old in zip(optimizer.param_groups, groups, strict=True):
+        assert group.keys() == old.keys()
+        assert all(
+            group[key] is old[key] or (key == "params" and all(map(lambda a, b: a is b, group[key], old[key])))
+            for key in group
+        )
+    twin = trained(wrap)
+    for one in (optimizer, twin):
+        run(one, range(2, 3))
+    assert_same_runs(optimizer, twin)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"momentum_dtype": "int4"}, {"min_8bit_size": -1}, {"min_8bit_size": "4096"}], ids=str
+)
+@wraps
+def test_a_state_dict_with_wrong_keys_of_groups_is_refused_and_nothing_is_loaded(wrap, changes, backend):
+    optimizer = trained(wrap)
+    state_dict = copy.deepcopy(trained(wrap, steps=3).state_dict())
+    state_dict["param_groups"][1].update(changes)
+    before = snapshot(optimizer)
+    with pytest.raises((TypeError, ValueError), match=f"{next(iter(changes))} of parameter group 1 must be"):
+        optimizer.load_state_dict(state_dict)
+    torch.testing.assert_close(snapshot(optimizer), before, rtol=0, atol=0)
+    assert optimizer.param_groups[1]["momentum_dtype"] is torch.int8
+    assert optimizer.param_groups[1]["min_8bit_size"] == 1000
