@@ -307,3 +307,65 @@ def test_copies_go_on_with_the_same_bits(wrap, how, backend):
         run(one, range(2, 4))
     assert_same_runs(optimizer, twin)
     assert twin.param_groups[0]["min_8bit_size"] == MIN_SIZE
+
+
+# Overlapping and repeated layers, torch.compile
+
+
+def test_overlapping_layers_are_stepped_one_after_the_other(backend):
+    memory = torch.randn(30, 128, generator=torch.Generator().manual_seed(0))
+    overlapping = [torch.nn.Parameter(memory[:20]), torch.nn.Parameter(memory[10:])]
+    grads = [torch.randn(20, 128), torch.randn(20, 128)]
+    apart = memory.clone()
+    given = {"lr": 0.1, "momentum": 0.9, "momentum_dtype": torch.int8, "min_8bit_size": 0}
+    optimizer = optim.SGD(overlapping, **given)
+    twins = [torch.nn.Parameter(memory[:20].clone()), torch.nn.Parameter(memory[10:].clone())]
+    expected = [optim.SGD([twin], **given) for twin in twins]
+    for _ in range(3):
+        for param, grad in zip(overlapping, grads, strict=True):
+            param.grad = grad.clone()
+        optimizer.step()
+        for part, twin, grad, one in zip((apart[:20], apart[10:]), twins, grads, expected, strict=True):
+            twin.data.copy_(part)
+            twin.grad = grad.clone()
+            one.step()
+            part.copy_(twin.detach())
+    assert torch.equal(memory, apart)
+    for param, twin, one in zip(overlapping, twins, expected, strict=True):
+        assert_same_tensors(list(optimizer.state[param].values()), list(one.state[twin].values()))
+
+
+@pytest.mark.filterwarnings("ignore:optimizer contains a parameter group with duplicate parameters:UserWarning")
+def test_a_parameter_that_is_listed_twice_is_stepped_once(backend):
+    param, twin = (with_gradient(parameter(10, 128)) for _ in range(2))
+    given = {"lr": 0.1, "momentum": 0.9, "momentum_dtype": torch.int8, "min_8bit_size": 0}
+    twice, once = optim.SGD([param, param], **given), optim.SGD([twin], **given)
+    for _ in range(2):
+        twice.step()
+        once.step()
+    assert_same_tensors([param.detach(), *twice.state[param].values()], [twin.detach(), *once.state[twin].values()])
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, while it compiles
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+@pytest.mark.parametrize("wrap", [lambda base: base, LARS], ids=["plain", "LARS"])
+def test_a_compiled_step_has_the_bits_of_an_eager_one(wrap, extension):
+    from torch._dynamo.backends.registry import lookup_backend
+
+    names = []
+
+    def note(module, inputs):
+        names.extend(str(node.target) for node in module.graph.nodes if node.op.startswith("call"))
+        return lookup_backend("aot_eager")(module, inputs)
+
+    torch._dynamo.reset()
+    optimizer, twin = wrap(sgd()), wrap(sgd())
+    step = torch.compile(optimizer.step, backend=note, fullgraph=wrap is not LARS)
+    for number in range(3):
+        for one in (optimizer, twin):
+            give_gradients(one, number)
+        step()
+        twin.step()
+        assert_same_runs(optimizer, twin)
+    assert "torchlars.sgd_" in names
+    torch._dynamo.reset()
