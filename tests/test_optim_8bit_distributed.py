@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from test_distributed import mesh_of
+from test_distributed import full, mesh_of
 from torch import Tensor, nn
 
 import torchlars
@@ -222,6 +222,30 @@ def test_layers_that_are_cut_inside_of_blocks_have_momentum_in_float32_and_one_w
         assert dtypes == {torch.float32}
         assert len(messages) == 1
         assert f"group: 0, shape: {shape}, placements: (Shard(dim={dim}),); and 1 more" in messages[0]
+
+
+def train_without_columns() -> tuple[list[str], tuple[int, ...], bool]:
+    from torch.distributed.tensor import Shard, distribute_tensor
+
+    mesh = mesh_of(dist.get_world_size())
+    whole = nn.Parameter(0.1 * torch.randn(5, 1, 128, generator=torch.Generator().manual_seed(0)))
+    grad = torch.randn(5, 1, 128, generator=torch.Generator().manual_seed(1))
+    param = nn.Parameter(distribute_tensor(whole.detach().clone(), mesh, [Shard(1)]))
+    whole.grad, param.grad = grad, distribute_tensor(grad, mesh, [Shard(1)])
+    given = {"lr": 0.1, "momentum": 0.9, "momentum_dtype": torch.int8, "min_8bit_size": 0}
+    optimizer, expected = (torchlars.optim.SGD([one], **given) for one in (param, whole))
+    for one in (optimizer, expected, optimizer, expected):
+        one.step()
+    state, theirs = optimizer.state[param], expected.state[whole]
+    same = torch.equal(full(param), whole) and all(torch.equal(full(state[key]), theirs[key]) for key in theirs)
+    return list(state), tuple(param.to_local().shape), same
+
+
+def test_a_rank_may_have_no_columns_of_a_layer(workers):
+    """Its rows have no elements and no blocks, and to divide by their length killed the process."""
+    first, second = workers(2, train_without_columns)
+    assert first == ([CODES, SCALES], (5, 1, 128), True)
+    assert second == ([CODES, SCALES], (5, 0, 128), True)
 
 
 def train_under_lars(setup: str) -> tuple[list[str], int]:
