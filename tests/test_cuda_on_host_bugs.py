@@ -347,8 +347,8 @@ BUGS = {
         sgd=True,
     ),
     "a skipped step of SGD is taken": Bug(
-        "if (numbers.inv_scale == 0) {",
-        "if (numbers.inv_scale != numbers.inv_scale) {",
+        "if (value_of(options.inv_scale) == 0) {",
+        "if (false) {",
         "a skipped step was written",
         sgd=True,
         kind="of scaled gradients",

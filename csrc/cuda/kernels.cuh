@@ -403,10 +403,10 @@ __device__ inline SgdNumbers<Compute> numbers_of(const SgdLayer& layer, const Sg
 
 template <typename T, typename M, typename Compute>
 __device__ void update_chunk(const SgdLayer& layer, Range range, const SgdOptions& options, Compute ratio) {
-  const SgdNumbers<Compute> numbers = numbers_of(layer, options, ratio);
-  if (numbers.inv_scale == 0) {
+  if (value_of(options.inv_scale) == 0) {
     return;
   }
+  const SgdNumbers<Compute> numbers = numbers_of(layer, options, ratio);
   T* param = static_cast<T*>(layer.param) + range.begin;
   const T* grad = static_cast<const T*>(layer.grad) + range.begin;
   M* momentum = layer.momentum_buffer == nullptr ? nullptr : static_cast<M*>(layer.momentum_buffer) + range.begin;
@@ -427,10 +427,10 @@ __device__ void update_chunk(const SgdLayer& layer, Range range, const SgdOption
 // The same with momentum in 8 bits. M is that of the codes.
 template <typename T, typename M>
 __device__ void update_chunk(const CodedSgdLayer& layer, Range range, const SgdOptions& options, float ratio) {
-  const SgdNumbers<float> numbers = numbers_of(layer, options, ratio);
-  if (numbers.inv_scale == 0) {
+  if (value_of(options.inv_scale) == 0) {
     return;
   }
+  const SgdNumbers<float> numbers = numbers_of(layer, options, ratio);
   const bool decays = numbers.weight_decay != 0;
   if (options.nesterov) {
     decays ? update_blocks<true, true, T>(layer, range, numbers) : update_blocks<false, true, T>(layer, range, numbers);
