@@ -516,9 +516,11 @@ class SgdLayers {
         key.momentum_dtype = is_in_8bit                                                 ? c10::kChar
                              : options.momentum_in_float32 && param.element_size() == 2 ? c10::kFloat
                                                                                         : param.scalar_type();
-        const py::object other = item_of(own_state, names[is_in_8bit ? 0 : 1]);
-        if (other && !other.is_none()) {  // momentum of another kind, or of both
-          return false;
+        if (PyDict_GET_SIZE(own_state.ptr()) > (is_in_8bit ? 2 : 1)) {  // there may be momentum of both kinds
+          const py::object other = item_of(own_state, names[is_in_8bit ? 0 : 1]);
+          if (other && !other.is_none()) {
+            return false;
+          }
         }
         found = item_of(own_state, names[is_in_8bit ? 1 : 0]);
         if (!is_momentum(found, *key.momentum_dtype, param.device(), param.sizes()) ||
