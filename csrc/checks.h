@@ -320,7 +320,7 @@ inline void check_codes(const SgdArguments& arguments, at::TensorList scales) {
     check_kind("momentum_buffers", codes[i], c10::kChar);
     check_kind("momentum_scales", scales[i], c10::kFloat);
     const auto expected = scales_shape(param);
-    TORCH_CHECK(scales[i].sizes() == at::IntArrayRef(expected) && scales[i].is_contiguous(), op,
+    TORCH_CHECK(scales[i].sizes() == at::IntArrayRef(expected) && scales[i].is_contiguous() && !scales[i].is_neg(), op,
                 ": expected contiguous momentum_scales of one number for each block of a row (momentum_scales[", i,
                 "]: shape ", scales[i].sizes(), ", expected: ", at::IntArrayRef(expected), ")");
   }

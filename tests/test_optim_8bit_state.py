@@ -336,3 +336,41 @@ def test_a_state_dict_with_wrong_keys_of_groups_is_refused_and_nothing_is_loaded
     torch.testing.assert_close(snapshot(optimizer), before, rtol=0, atol=0)
     assert optimizer.param_groups[1]["momentum_dtype"] is torch.int8
     assert optimizer.param_groups[1]["min_8bit_size"] == 1000
+
+
+def test_a_state_dict_that_has_been_through_steps_of_torchs_sgd_has_the_momentum_of_these(backend):
+    """torch keeps the codes, cast to the parameters' dtype, and begins a buffer beside them."""
+    theirs = sgd(cls=torch.optim.SGD)
+    theirs.load_state_dict(trained().state_dict())
+    give_gradients(theirs, 7)
+    theirs.step()
+    other = sgd()
+    other.load_state_dict(theirs.state_dict())
+    for param, theirs_param in zip(in_order(other), in_order(theirs), strict=True):
+        momentum = theirs.state[theirs_param]["momentum_buffer"]
+        state = other.state[param]
+        if CODES in state:
+            assert set(state) == {CODES, SCALES}
+            expected = to_nearest(momentum)
+            assert all(torch.equal(state[name], one) for name, one in zip((CODES, SCALES), expected, strict=True))
+        else:
+            assert torch.equal(state[BUFFER], momentum.to(state[BUFFER].dtype))
+
+
+@pytest.mark.parametrize("name", [CODES, SCALES])
+def test_momentum_whose_memory_was_freed_is_refused(name, backend):
+    optimizer = trained()
+    param = next(param for param in in_order(optimizer) if CODES in optimizer.state[param])
+    optimizer.state[param][name].untyped_storage().resize_(0)
+    give_gradients(optimizer, 7)
+    with pytest.raises(RuntimeError, match=rf"momentum must have memory \(got: {name} whose storage was freed\)"):
+        optimizer.step()
+
+
+def test_no_size_is_too_large(backend):
+    optimizer = sgd(min_8bit_size=2**70)
+    give_gradients(optimizer, 0)
+    optimizer.step()
+    give_gradients(optimizer, 1)
+    optimizer.step()
+    assert all(set(optimizer.state[param]) == {BUFFER} for param in in_order(optimizer))

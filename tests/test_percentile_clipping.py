@@ -3,6 +3,7 @@
 import copy
 import io
 import math
+import pickle
 
 import pytest
 import torch
@@ -598,7 +599,7 @@ WRONG_STATE_DICTS = {
             ValueError,
             r"state_dict\['histories'\]\[1\] must hold squared norms \(got: tensor",
         )
-        for value in (-1.0, math.nan, math.inf, 1j)
+        for value in (-1.0, 0.0, math.nan, math.inf, 1j)
     },
 }
 
@@ -648,3 +649,19 @@ def test_wrong_arguments(arguments, error, message):
 def test_defaults():
     clipping = PercentileClipping(SGD([layer()], lr=0.1))
     assert (clipping.percentile, clipping.history) == (5, 100)
+
+
+@pytest.mark.parametrize("way", ["copied", "pickled"])
+@pytest.mark.parametrize("is_removed", [False, True])
+def test_a_copy_clips_the_copy_of_its_optimizer(way, is_removed):
+    """torch drops the hooks of an optimizer that is copied."""
+    param = layer()
+    optimizer = SGD([param], lr=0.1)
+    clipping = PercentileClipping(optimizer, percentile=0, history=3)
+    factor(optimizer, param, 2.0)
+    if is_removed:
+        clipping.remove()
+    other = copy.deepcopy(clipping) if way == "copied" else pickle.loads(pickle.dumps(clipping))
+    (twin,) = other.optimizer.param_groups[0]["params"]
+    assert twin is not param
+    assert factor(other.optimizer, twin, 8.0) == (1.0 if is_removed else 0.25)

@@ -40,6 +40,8 @@ class PercentileClipping:
     - **Sharded layers** (DTensor): n is that of the whole layer, at the price of one small all-reduce a step and mesh
       dimension. All ranks must step, with gradients of the same layers.
     - **CUDA graphs**: every layer must have had a step before a capture.
+    - **Copies**: a copied or pickled PercentileClipping clips the copy of its optimizer. An optimizer that is copied
+      alone has no hooks, as torch has it.
     - **Subclasses** whose ``step`` calls that of their base class: torch may call step hooks for both, which clips and
       counts twice.
 
@@ -80,11 +82,23 @@ class PercentileClipping:
         self.percentile = _integer("percentile", percentile, 0, 99)
         self.history = _integer("history", history, 1)
         self._histories: dict[Tensor, Tensor] = {}  # squared norms, the oldest first; zeros if there is none yet
+        self._is_removed = False
         self._handle = optimizer.register_step_pre_hook(self._before_step)
 
     def remove(self) -> None:
         """Stop clipping."""
         self._handle.remove()
+        self._is_removed = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_handle"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Clip the copied optimizer: torch drops the hooks of an optimizer that is copied or pickled."""
+        vars(self).update(state)
+        self._handle = self.optimizer.register_step_pre_hook(self._before_step)
+        if self._is_removed:
+            self.remove()
 
     def state_dict(self) -> dict[str, Any]:
         """Return the percentile, and the history of every parameter in the order of the groups. Nothing is copied."""
@@ -111,7 +125,7 @@ class PercentileClipping:
             if not isinstance(history, Tensor) or history.shape != (self.history,):
                 got = tuple(history.shape) if isinstance(history, Tensor) else type(history).__name__
                 raise ValueError(f"{where} must be a tensor of shape {(self.history,)} (got: {got})")
-            if history.is_complex() or not (history.isfinite() & (history >= 0)).all():
+            if history.layout != torch.strided or history.is_complex() or not _are_norms(history):
                 raise ValueError(f"{where} must hold squared norms (got: {history})")
         copies = [h.to(param.device, torch.float64, copy=True) for h, param in zip(histories, params, strict=True)]
         self.percentile, self._histories = percentile, dict(zip(params, copies, strict=True))
@@ -197,6 +211,11 @@ class PercentileClipping:
         torch._foreach_copy_(histories, new.unbind())
         limits = new.sort(dim=1).values[:, self.percentile * self.history // 100, None]
         return torch.where(is_noted, (limits.sqrt() / n.sqrt()).clamp(max=1.0), 1.0).flatten()
+
+
+def _are_norms(history: Tensor) -> bool:
+    """Tell whether a history holds squared norms, or has not begun."""
+    return bool((history == 0).all() or (history.isfinite() & (history > 0)).all())
 
 
 def _integer(name: str, value: Any, lowest: int, highest: float = math.inf) -> int:

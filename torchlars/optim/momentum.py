@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from torchlars import codes, sharding
+from torchlars import codes, ops, sharding
+from torchlars.layers import memory_of
 from torchlars.options import Group, is_capturing, non_negative_number, number_in
 
 __all__: list[str] = []
@@ -122,6 +123,8 @@ def problem_of_momentum(param: Tensor, state: Mapping[str, Any]) -> str | None:
     for name, tensor in found.items():
         if not isinstance(tensor, Tensor):
             return f"momentum must be a tensor ({name}: {tensor!r})"
+        if not ops.has_memory(memory_of(tensor)):
+            return f"momentum must have memory (got: {name} whose storage was freed)"
         shape = tuple(param.shape) if name != SCALES else codes.scales_shape(param.shape)
         if name == BUFFER:
             if tensor.layout not in (torch.strided, torch.sparse_coo):
@@ -138,6 +141,9 @@ def problem_of_momentum(param: Tensor, state: Mapping[str, Any]) -> str | None:
         if sharding.is_distributed(tensor) != sharding.is_distributed(param):
             kind = "a DTensor" if sharding.is_distributed(tensor) else "a whole tensor"
             return f"momentum must be distributed as its parameter is ({name}: {kind})"
+    if CODES in found and not sharding.is_placed_like(found[CODES], found[SCALES]):
+        both = ", ".join(f"{name}: {found[name].placements}" for name in (CODES, SCALES))
+        return f"{CODES} and {SCALES} must have the same placements ({both})"
     return None
 
 
@@ -228,6 +234,8 @@ class MomentumOptimizer(Optimizer):
             for param, i in zip(group["params"], ids, strict=False):  # the next group goes on with ids
                 saved, dtype = loaded["state"].get(i, {}), self.momentum_dtype_of(param, group)
                 found = {name: saved[name].to(param.device) for name in MOMENTUM_KEYS if saved.get(name) is not None}
+                if found.keys() == {*MOMENTUM_KEYS} and found[CODES].is_floating_point():
+                    found = {BUFFER: found[BUFFER]}  # torch.optim.SGD has cast the codes, and then begun anew
                 if found.keys() - {BUFFER} or (found and dtype == torch.int8):
                     problem = problem_of_momentum(param, found)
                     if problem is not None:

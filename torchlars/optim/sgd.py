@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,7 +82,8 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
 
     **Momentum in 8 bits.** The parameter is updated by the exact momentum, which is then kept as codes with a scale for
     each 128 elements, rounded with a dither that makes the rounding unbiased and needs no generator: the same bits on
-    every run, for any number of threads, and for sharded and whole layers. :mod:`torchlars.codes` has the formulas. The
+    every run, for any number of threads, and for sharded and whole layers (contiguous ones: a DTensor whose local part
+    lies in another memory order has another dither). :mod:`torchlars.codes` has the formulas. The
     state holds ``momentum_codes`` (int8, of the parameter's shape) and ``momentum_scales`` in the place of
     ``momentum_buffer``. A momentum that is NaN or infinite makes its whole block NaN.
 
@@ -93,7 +95,9 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
 
     State dicts are loaded in every direction: a float momentum that becomes codes is rounded to nearest, and codes
     become a ``momentum_buffer`` where a layer is not kept in 8 bits. :class:`torch.optim.SGD` does not know codes, and
-    begins its momentum anew. To leave 8 bits, set the groups' ``momentum_dtype`` to None.
+    begins its momentum anew. To leave 8 bits, set the groups' ``momentum_dtype`` to None. Scales belong to blocks in
+    the memory order of ``momentum_codes``. :func:`torch.save` keeps that order; :mod:`torch.distributed.checkpoint`
+    does not, and must load into parameters of the memory order that they were saved in.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or out of its range.
@@ -402,7 +406,7 @@ class Bucket:
             buffers: list[Tensor | None] = [None]
             if self.hyper.momentum != 0:
                 state = self.state[param]
-                if CODES in state:  # of a group that was in 8 bits
+                if state.get(CODES) is not None:  # of a group that was in 8 bits
                     set_momentum(state, momentum_like(param, state, self.hyper.momentum_dtype_of(param), self.group))
                 buffers = [state.get(BUFFER)]
                 if buffers[0] is None:
@@ -451,7 +455,7 @@ def _hyper_parameters(of_group: str, group: Group) -> HyperParameters:
         nesterov=bool(group["nesterov"]),
         maximize=bool(group["maximize"]),
         momentum_in_float32=momentum_dtype is not None,
-        min_8bit_size=min_8bit_size if momentum_dtype is torch.int8 else None,
+        min_8bit_size=min(min_8bit_size, sys.maxsize) if momentum_dtype is torch.int8 else None,
     )
     if hyper.nesterov and (hyper.momentum == 0 or hyper.dampening != 0):
         raise ValueError(
