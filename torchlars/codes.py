@@ -86,15 +86,17 @@ def decode(codes: Tensor, scales: Tensor, like: Tensor | None = None) -> Tensor:
     return momentum
 
 
-def encode(codes: Tensor, momentum: Tensor, params: Tensor | None = None, *, start: int = 0, stride: int = 0) -> Tensor:
+def encode(
+    codes: Tensor, momentum: Tensor, params: Tensor | None = None, *, offset: int = 0, whole_row_length: int = 0
+) -> Tensor:
     """Write the codes of a momentum, and return their scales.
 
     Args:
         codes: int8, written in place; its memory is in the order of its rows.
         momentum: of its shape.
         params: the parameter w before the step, of its shape, for the dither; None rounds to nearest, half to even.
-        start: the position of the first element in the whole layer.
-        stride: the number of elements of a row of the whole layer; with ``params`` only.
+        offset: the position of the first element in the whole layer; with ``params`` only, as what follows.
+        whole_row_length: the number of elements of a row of the whole layer.
 
     Returns:
         The scales, float32, of :func:`scales_shape`.
@@ -111,21 +113,20 @@ def encode(codes: Tensor, momentum: Tensor, params: Tensor | None = None, *, sta
         z = z.round()
     else:
         hashed = torch.nn.functional.pad(in_rows(params, codes).float(), (0, padding)).reshape(blocks.shape)
-        z = (z + _dither(blocks, hashed, largest[:, :, None], start, stride)).floor()
+        z = (z + _dither(blocks, hashed, largest[:, :, None], offset, whole_row_length)).floor()
     rounded = torch.where(is_coded, z.clamp(-MAX_CODE, MAX_CODE), 0.0).to(torch.int8)
     _write_rows(codes, rounded.flatten(1)[:, : rows.shape[1]], codes)
     scales = torch.where(is_coded[:, :, 0], number / most, 0.0)
     return torch.where(largest < _INFINITY, scales, torch.nan)
 
 
-def _dither(momentum: Tensor, params: Tensor, largest: Tensor, start: int, stride: int) -> Tensor:
+def _dither(momentum: Tensor, params: Tensor, largest: Tensor, offset: int, whole_row_length: int) -> Tensor:
     """Return the dither of each element of blocks."""
     rows, per_row, _ = momentum.shape
     device = momentum.device
-    position = (
-        start + stride * torch.arange(rows, device=device)[:, None] + torch.arange(per_row * BLOCK, device=device)
-    )
-    salt = _bits(params) + _product(position.reshape(momentum.shape), 0x7F4A7C15) + _product(largest, 0xC2B2AE3D)
+    of_rows = offset + whole_row_length * torch.arange(rows, device=device)[:, None]
+    position = (of_rows + torch.arange(per_row * BLOCK, device=device)).reshape(momentum.shape)
+    salt = _bits(params) + _product(position, 0x7F4A7C15) + _product(largest, 0xC2B2AE3D)
     hashed = _product(_bits(momentum), 0x9E3779B1) ^ (salt & 0xFFFFFFFF)
     hashed = _product(hashed ^ (hashed >> 16), 0x7FEB352D)
     hashed = _product(hashed ^ (hashed >> 15), 0x846CA68B)

@@ -347,9 +347,15 @@ def sgd_(
             if scales is None:
                 _write(momentum_buffers[i], buffer, inv_scale)
             else:
-                start, stride = (offsets[i], row_lengths[i]) if len(offsets) > 0 else (0, codes.row_length(param.shape))
+                is_whole = len(offsets) == 0
                 coded = torch.empty_like(param, dtype=torch.int8)
-                new_scales = codes.encode(coded, buffer, param, start=start, stride=stride)
+                new_scales = codes.encode(
+                    coded,
+                    buffer,
+                    param,
+                    offset=0 if is_whole else offsets[i],
+                    whole_row_length=codes.row_length(param.shape) if is_whole else row_lengths[i],
+                )
                 _write(momentum_buffers[i], coded, inv_scale)
                 _write(scales, new_scales, inv_scale)
             direction = direction + momentums[i] * buffer if nesterov else buffer
