@@ -151,3 +151,11 @@ def test_the_call_that_all_bad_ones_are_made_of_is_good(backend):
     before = [codes.clone() for codes in arguments["momentum_buffers"]]
     ops.sgd_(**arguments, row_lengths=[200, 128], offsets=[0, 0])
     assert not any(map(torch.equal, arguments["momentum_buffers"], before))
+
+
+def test_lazily_negated_scales_are_refused_by_kernels(extension):
+    """Kernels read memory, which holds the negative."""
+    arguments = arguments_of([(3, 200), (4, 128)])
+    arguments["momentum_scales"] = [torch._neg_view(-scales[0]), scales[1]]
+    with pytest.raises(RuntimeError, match=BLOCKS):
+        ops.sgd_(**arguments)

@@ -365,3 +365,23 @@ def gather_and_load(setup: str, options: dict[str, bool]) -> list[str]:
 def test_gathered_and_offloaded_state_dicts_are_loaded_with_the_same_bits(workers, setup, world, options):
     for found in workers(world, gather_and_load, setup, options):
         assert found == []
+
+
+def step_with_scales_placed_otherwise() -> str:
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = mesh_of(dist.get_world_size())
+    param = nn.Parameter(distribute_tensor(torch.ones(8, 200), mesh, [Shard(0)]))
+    optimizer = torchlars.optim.SGD([param], lr=0.1, momentum=0.9, momentum_dtype=torch.int8, min_8bit_size=0)
+    param.grad = param.detach().clone()
+    optimizer.step()
+    optimizer.state[param][SCALES] = optimizer.state[param][SCALES].redistribute(mesh, [Replicate()])
+    with pytest.raises(RuntimeError) as caught:
+        optimizer.step()
+    return str(caught.value)
+
+
+def test_scales_that_are_placed_otherwise_than_their_codes_are_refused(workers):
+    """The scales of other rows would be taken."""
+    message = "have the same placements (momentum_codes: (Shard(dim=0),), momentum_scales: (Replicate(),))"
+    assert all(message in found for found in workers(2, step_with_scales_placed_otherwise))
