@@ -396,7 +396,7 @@ BUGS = {
             ("a faulty block is erased", "codes.h", "largest >= kInfinity", "false"),
             ("a tiny block is coded", "codes.h", "kLeast = 0x0d800000u", "kLeast = 1"),
             ("codes are rounded to nearest", "codes.h", "+ dither(momentum, salt)", "+ 0.5f"),
-            ("codes are rounded towards zero", "codes.h", "> number ? 1 : 0", "> number ? 0 : 0"),
+            ("codes are rounded towards zero", "codes.h", "std::floor(", "std::trunc("),
             ("half of a block has a scale", "cuda/kernels.cuh", "__shfl_xor_sync(0xffffffffu, value, offset)", "value"),
             ("the dither takes the new parameter", "cuda/kernels.cuh", "params.values[i]), index(i))", "0), index(i))"),
         ]

@@ -121,16 +121,17 @@ TORCHLARS_INLINE void sgd_loop(T* __restrict param, const T* __restrict grad, M*
   }
 }
 
-// Takes the step of a block whose momentum is in 8 bits, and codes that anew. kUnscaled: gradients are neither scaled
-// nor dampened, which saves two multiplications by 1.
-template <bool kDecays, bool kNesterov, bool kUnscaled, typename T>
+// Takes the step of a block whose momentum is in 8 bits, and codes that anew. kUsual: the block is full, so that the
+// compiler unrolls both loops and keeps the arrays in registers, and gradients are neither scaled nor dampened, which
+// saves two multiplications by 1.
+template <bool kDecays, bool kNesterov, bool kUsual, typename T>
 TORCHLARS_INLINE void sgd_block_loop(T* __restrict param, const T* __restrict grad, int8_t* __restrict codes,
                                      float& scale, const Block& block, const SgdNumbers<float>& given) {
   SgdNumbers<float> numbers = given;  // a local copy, which cannot alias the outputs
-  if constexpr (kUnscaled) {
+  if constexpr (kUsual) {
     numbers.inv_scale = numbers.undampened = 1;
   }
-  const int count = block.count;
+  const int count = kUsual ? kBlock : block.count;
   const float old_scale = scale;
   float momentum[kBlock];
   uint32_t salts[kBlock];
@@ -158,7 +159,7 @@ TORCHLARS_INLINE void sgd_block_loop(T* __restrict param, const T* __restrict gr
 template <bool kDecays, bool kNesterov, typename T>
 TORCHLARS_INLINE void sgd_block_loop(T* param, const T* grad, int8_t* codes, float& scale, const Block& block,
                                      const SgdNumbers<float>& numbers) {
-  numbers.inv_scale == 1 && numbers.undampened == 1
+  block.count == kBlock&& numbers.inv_scale == 1 && numbers.undampened == 1
       ? sgd_block_loop<kDecays, kNesterov, true>(param, grad, codes, scale, block, numbers)
       : sgd_block_loop<kDecays, kNesterov, false>(param, grad, codes, scale, block, numbers);
 }
