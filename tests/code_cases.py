@@ -70,7 +70,7 @@ def assert_same_bits(ones, others, what):
     """NaN equals NaN."""
     for i, (one, other) in enumerate(zip(ones, others, strict=True)):
         assert (one.dtype, one.shape) == (other.dtype, other.shape), f"{what} {i}"
-        kind = {1: torch.int8, 2: torch.int16, 4: torch.int32}[one.dtype.itemsize]
+        kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[one.dtype.itemsize]
         same = one.detach().contiguous().view(kind) == other.detach().contiguous().view(kind)
         if one.is_floating_point():
             same |= one.isnan() & other.isnan()

@@ -8,7 +8,7 @@ import torchlars
 from torchlars import reference
 
 MIN_SIZE = 1000
-CODES, SCALES, BUFFER = "momentum_codes", "momentum_scales", "momentum_buffer"
+CODES, SCALES, BUFFER, ORDER = "momentum_codes", "momentum_scales", "momentum_buffer", "momentum_order"
 LAYERS = {
     # shape, dtype, memory order, whether it is coded
     "linear": ((40, 130), torch.float32, None, True),
@@ -21,6 +21,8 @@ LAYERS = {
     "wide": ((10, 128), torch.float64, None, False),
 }
 IS_CODED = [coded for *_, coded in LAYERS.values()]
+CHANNELS_LAST = 20301  # as momentum_order has it
+KEYS = [[CODES, SCALES] + [ORDER] * (len(shape) > 2) if coded else [BUFFER] for shape, *_, coded in LAYERS.values()]
 OPTIONS = {
     "momentum": {},
     "dampened": {"dampening": 0.25},
@@ -77,12 +79,7 @@ def assert_same_runs(one, other):
 
 def assert_same_tensors(ones, others):
     assert [x.stride() for x in ones] == [x.stride() for x in others]
-    wide = [x.dtype == torch.float64 for x in ones]
-    assert_same_bits(
-        [x.view(torch.int32).view(torch.float32) if is_wide else x for x, is_wide in zip(ones, wide, strict=True)],
-        [x.view(torch.int32).view(torch.float32) if is_wide else x for x, is_wide in zip(others, wide, strict=True)],
-        "tensor",
-    )
+    assert_same_bits(ones, others, "tensor")
 
 
 class Expected:
@@ -92,7 +89,11 @@ class Expected:
         self.optimizer, self.is_coded, self.begun = optimizer, is_coded, False
         self.params = [param.detach().clone() for param in in_order(optimizer)]
         self.kept = [
-            (torch.zeros_like(param, dtype=torch.int8), torch.zeros(scales_shape(param.shape)))
+            (
+                torch.zeros_like(param, dtype=torch.int8),
+                torch.zeros(scales_shape(param.shape)),
+                *([torch.tensor(CHANNELS_LAST)] if param.dim() > 2 else []),
+            )
             if coded
             else (torch.zeros_like(param, dtype=torch.promote_types(param.dtype, torch.float32)),)
             for param, coded in zip(self.params, is_coded, strict=True)
@@ -124,5 +125,5 @@ class Expected:
     def assert_same(self):
         for i, param in enumerate(in_order(self.optimizer)):
             state = self.optimizer.state[param]
-            assert list(state) == ([CODES, SCALES] if self.is_coded[i] else [BUFFER]), i
+            assert list(state) == (KEYS[i] if self.is_coded[i] else [BUFFER]), i
             assert_same_tensors([param.detach(), *state.values()], [self.params[i], *self.kept[i]])

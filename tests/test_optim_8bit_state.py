@@ -5,11 +5,15 @@ import io
 
 import pytest
 import torch
+import torch.distributed.checkpoint
 import torch.distributed.checkpoint.state_dict as dcp
 from coded_layers import (
     BUFFER,
+    CHANNELS_LAST,
     CODES,
     IS_CODED,
+    KEYS,
+    ORDER,
     SCALES,
     assert_same_runs,
     assert_same_tensors,
@@ -85,10 +89,12 @@ def test_a_state_dict_holds_plain_types_and_tensors(wrap, backend):
         {name: (tensor.dtype, tensor.dim()) for name, tensor in state_dict["state"][i].items()}
         for i in range(len(IS_CODED))
     ]
-    by_group = IS_CODED[::2] + IS_CODED[1::2]
-    for kind, is_coded in zip(kinds, by_group, strict=True):
-        assert list(kind) == ([CODES, SCALES] if is_coded else [BUFFER])
-        assert not is_coded or (kind[CODES][0] == torch.int8 and kind[SCALES] == (torch.float32, 2))
+    by_group = KEYS[::2] + KEYS[1::2]
+    for kind, keys in zip(kinds, by_group, strict=True):
+        assert list(kind) == keys
+        assert CODES not in keys or (kind[CODES][0] == torch.int8 and kind[SCALES] == (torch.float32, 2))
+        assert ORDER not in keys or kind[ORDER] == (torch.int64, 0)
+    assert sum(ORDER in keys for keys in KEYS) == 1
 
 
 @ways
@@ -125,16 +131,16 @@ def test_a_float_momentum_becomes_codes_to_nearest(way, kept, backend):
             group["momentum_dtype"] = "int8"
     ours = fresh(source)
     ours.load_state_dict(state_dict)
-    for param, buffer, is_coded in zip(in_order(ours), buffers, IS_CODED, strict=True):
+    for param, buffer, keys in zip(in_order(ours), buffers, KEYS, strict=True):
         state = ours.state[param]
-        if is_coded:
-            assert list(state) == [CODES, SCALES]
+        assert list(state) == keys
+        if CODES in keys:
             codes, scales = to_nearest(buffer)
             assert torch.equal(state[CODES], codes)
             assert torch.equal(state[SCALES], scales)
             assert state[CODES].stride() == param.stride()
+            assert ORDER not in keys or int(state[ORDER]) == CHANNELS_LAST
         else:
-            assert list(state) == [BUFFER]
             assert torch.equal(state[BUFFER], buffer.to(state[BUFFER].dtype))
             assert state[BUFFER].dtype == (torch.float64 if param.dtype == torch.float64 else torch.float32)
     run(ours, range(2, 3))
@@ -201,6 +207,8 @@ def test_a_group_that_enters_8_bits_between_steps_codes_what_it_has_to_nearest(b
         if is_coded:
             codes, scales = to_nearest(expected.state[param].pop(BUFFER))
             expected.state[param] |= {CODES: torch.empty_like(param, dtype=torch.int8).copy_(codes), SCALES: scales}
+            if param.dim() > 2:
+                expected.state[param][ORDER] = torch.tensor(CHANNELS_LAST)
     for one in (optimizer, expected):
         run(one, range(2, 4))
     assert_same_runs(optimizer, expected)
@@ -266,6 +274,174 @@ def test_a_state_dict_of_distributed_checkpoints_is_loaded_bit_for_bit(wrap, opt
         assert optimizer.state[p].keys() == resumed.state[q].keys()
         assert all(torch.equal(optimizer.state[p][key], resumed.state[q][key]) for key in optimizer.state[p])
     assert [CODES in optimizer.state[param] for param in model.parameters()] == [True, False, False, False]
+
+
+# Memory orders: scales belong to blocks in memory
+
+ORDERED = {  # shape, and the order of dimensions 1 and more in memory
+    "convolution": ((8, 16, 3, 3), (2, 3, 1)),
+    "convolution in 3 dimensions, of whose shape either order could be": ((16, 3, 3, 3, 3), (2, 3, 4, 1)),
+    "convolution in 1 dimension": ((6, 30, 9), (2, 1)),
+    "pointwise convolution": ((16, 70, 1, 1), (2, 3, 1)),
+}
+
+
+def in_memory(tensor, dims):
+    back = sorted(range(len(dims)), key=dims.__getitem__)
+    return tensor.permute(0, *dims).contiguous().permute(0, *(1 + i for i in back))
+
+
+def ordered_layers(is_reordered):
+    random = torch.Generator().manual_seed(5)
+    values = [0.3 * torch.randn(shape, generator=random) for shape, _ in ORDERED.values()]
+    dims = [dims if is_reordered else sorted(dims) for _, dims in ORDERED.values()]
+    params = [torch.nn.Parameter(in_memory(value, order)) for value, order in zip(values, dims, strict=True)]
+    optimizer = optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1, momentum_dtype=torch.int8, min_8bit_size=1)
+    return torch.nn.ParameterList(params), optimizer, dims
+
+
+def step_ordered(params, seed):
+    random = torch.Generator().manual_seed(seed)
+    for param in params:  # rows, and what is beside each other in them, differ much
+        size = torch.logspace(-2, 0, param[0].numel()).reshape(param[0].shape)
+        param.grad = torch.empty_like(param).copy_(size * torch.randn(param.shape, generator=random))
+
+
+def through_checkpoint(source, target, folder, get, put):
+    torch.distributed.checkpoint.save({"optimizer": get(*source)}, checkpoint_id=folder)
+    state = {"optimizer": get(*target)}
+    torch.distributed.checkpoint.load(state, checkpoint_id=folder)
+    put(*target, state["optimizer"])
+
+
+def through_memory(change):
+    def load(source, target, folder):
+        state_dict = change(source[1].state_dict())
+        target[1].load_state_dict(state_dict)
+
+    return load
+
+
+def contiguous(state_dict):
+    state_dict = copy.deepcopy(state_dict)
+    for state in state_dict["state"].values():
+        state.update({name: tensor.contiguous() for name, tensor in state.items()})
+    return state_dict
+
+
+def through_api(**options):
+    given = dcp.StateDictOptions(**options)
+
+    def load(source, target, folder):
+        def put(model, optimizer, state):
+            dcp.set_optimizer_state_dict(model, optimizer, state, options=given)
+
+        through_checkpoint(source, target, folder, lambda *of: dcp.get_optimizer_state_dict(*of, options=given), put)
+
+    return load
+
+
+def through_plain_checkpoint(source, target, folder):
+    through_checkpoint(
+        source, target, folder, lambda _, one: one.state_dict(), lambda _, one, state: one.load_state_dict(state)
+    )
+
+
+LOADS = {
+    "torch.save": through_memory(saved),
+    "as it is": through_memory(lambda state_dict: state_dict),
+    "contiguous copies": through_memory(contiguous),
+    "a checkpoint": through_plain_checkpoint,
+    "a checkpoint by names": through_api(),
+    "a flat checkpoint by names": through_api(flatten_optimizer_state_dict=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.parametrize("to", [False, True], ids=["to contiguous", "to another order"])
+@pytest.mark.parametrize("of", [False, True], ids=["of contiguous", "of another order"])
+@pytest.mark.parametrize("load", LOADS)
+def test_momentum_is_loaded_into_layers_of_any_memory_order(load, of, to, tmp_path, backend):
+    source, target = ordered_layers(of), ordered_layers(to)
+    for (params, optimizer, _), seeds in ((source, (1, 2)), (target, (3,))):
+        for seed in seeds:
+            step_ordered(params, seed)
+            optimizer.step()
+    kept = copy.deepcopy([source[1].state[param] for param in source[0]])
+    LOADS[load](source[:2], target[:2], tmp_path)
+    for param, was, dims, old in zip(target[0], kept, target[2], source[2], strict=True):
+        state, is_pointwise = target[1].state[param], 1 in param.shape  # whose memory is the same in either order
+        assert list(state) == [CODES, SCALES, ORDER]
+        assert is_pointwise or int(state[ORDER]) == int("".join(f"{dim:02}" for dim in dims))
+        assert state[CODES].stride() == param.stride()
+        rows = was[CODES].permute(0, *old).flatten(1)
+        if dims == old or is_pointwise:
+            codes, scales = rows, was[SCALES]
+        else:
+            momentum = rows * was[SCALES].repeat_interleave(128, dim=1)[:, : rows.shape[1]]
+            momentum = momentum.reshape([param.shape[0], *(param.shape[dim] for dim in old)])
+            momentum = momentum.permute(0, *(1 + old.index(dim) for dim in range(1, param.dim())))
+            codes, scales = to_nearest(momentum.permute(0, *dims).flatten(1))
+        assert torch.equal(state[CODES].permute(0, *dims).flatten(1), codes)
+        assert torch.equal(state[SCALES], scales)
+    step_ordered(target[0], 4)
+    target[1].step()
+
+
+def test_a_layer_that_changes_its_memory_order_between_steps_saves_the_new_one(backend):
+    params, optimizer, _ = ordered_layers(True)
+    step_ordered(params, 1)
+    optimizer.step()
+    assert int(optimizer.state[params[0]][ORDER]) == CHANNELS_LAST
+    params[0].data = params[0].data.contiguous()
+    step_ordered(params, 2)
+    optimizer.step()
+    state = optimizer.state[params[0]]
+    assert (state[CODES].is_contiguous(), int(state[ORDER])) == (True, 10203)
+    others, resumed, _ = ordered_layers(True)
+    resumed.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    momentum = state[CODES].flatten(1) * state[SCALES].repeat_interleave(128, dim=1)[:, :144]
+    codes, scales = to_nearest(momentum.reshape(8, 16, 3, 3))
+    state = resumed.state[others[0]]
+    assert int(state[ORDER]) == CHANNELS_LAST
+    assert torch.equal(state[CODES], codes)
+    assert torch.equal(state[SCALES], scales)
+
+
+@pytest.mark.parametrize(
+    ("order", "error", "message"),
+    [
+        (
+            torch.tensor(10204),
+            ValueError,
+            r"momentum_order must name dimensions 1 to 3, two digits each \(got: 10204\)",
+        ),
+        (torch.tensor(102), ValueError, r"dimensions 1 to 3, two digits each \(got: 102\)"),
+        (torch.tensor(5020301), ValueError, r"\(got: 5020301\)"),
+        (torch.tensor(-20301), ValueError, r"\(got: -20301\)"),
+        (torch.tensor(20301.0), ValueError, r"momentum_order must be torch.int64 of shape \(\) \(got: torch.float32"),
+        (torch.tensor([20301]), ValueError, r"momentum_order must be torch.int64 of shape \(\) .*shape \(1,\)"),
+        (20301, TypeError, r"\['momentum_order'\] must be a tensor or None \(got: int\)"),
+    ],
+)
+def test_a_wrong_memory_order_is_refused_and_nothing_is_loaded(order, error, message, backend):
+    params, optimizer, _ = ordered_layers(True)
+    step_ordered(params, 1)
+    optimizer.step()
+    state_dict = copy.deepcopy(optimizer.state_dict())
+    state_dict["state"][0][ORDER] = order
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=message):
+        optimizer.load_state_dict(state_dict)
+    torch.testing.assert_close(snapshot(optimizer), before, rtol=0, atol=0)
+
+
+def test_a_parameter_without_dimensions_has_no_codes(backend):
+    optimizer = sgd([torch.nn.Parameter(torch.tensor(1.0)), torch.nn.Parameter(torch.ones(3))])
+    state_dict = optimizer.state_dict()
+    state_dict["state"][0] = {CODES: torch.zeros((), dtype=torch.int8), SCALES: torch.zeros(1, 1)}
+    with pytest.raises(ValueError, match="a parameter without dimensions has no rows, and cannot have momentum_codes"):
+        optimizer.load_state_dict(state_dict)
 
 
 # State dicts that fit nothing
@@ -350,7 +526,7 @@ def test_a_state_dict_that_has_been_through_steps_of_torchs_sgd_has_the_momentum
         momentum = theirs.state[theirs_param]["momentum_buffer"]
         state = other.state[param]
         if CODES in state:
-            assert set(state) == {CODES, SCALES}
+            assert set(state) == {CODES, SCALES} | ({ORDER} if param.dim() > 2 else set())
             expected = to_nearest(momentum)
             assert all(torch.equal(state[name], one) for name, one in zip((CODES, SCALES), expected, strict=True))
         else:

@@ -74,7 +74,37 @@ def in_rows(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def _in_order(tensor: Tensor, like: Tensor) -> Tensor:
-    return tensor.permute(0, *sorted(range(1, like.dim()), key=like.stride, reverse=True))
+    return tensor.permute(0, *_dims_in_order(like))
+
+
+def order_of(tensor: Tensor) -> int:
+    """Return the dimensions after the first from the outermost in memory to the innermost, in two digits each.
+
+    10203 is the order of contiguous tensors with four dimensions, 20301 that of channels_last.
+    """
+    return int("".join(f"{dim:02}" for dim in _dims_in_order(tensor)))
+
+
+def is_order(number: int, dims: int) -> bool:
+    """Tell whether a number is the order of a tensor with so many dimensions."""
+    return 0 < number < 100 ** (dims - 1) and sorted(_dims_of(number, dims)) == list(range(1, dims))
+
+
+def laid_out(tensor: Tensor, order: int) -> Tensor:
+    """Return a tensor that fills its memory in an order of :func:`order_of`: itself, or a copy."""
+    dims = [0, *_dims_of(order, tensor.dim())]
+    ordered = tensor.permute(dims)
+    if ordered.is_contiguous():  # whatever the strides of dimensions with one index
+        return tensor
+    return ordered.contiguous().permute(sorted(range(len(dims)), key=dims.__getitem__))
+
+
+def _dims_of(order: int, dims: int) -> list[int]:
+    return [order // 100 ** (dims - 1 - dim) % 100 for dim in range(1, dims)]
+
+
+def _dims_in_order(like: Tensor) -> list[int]:
+    return sorted(range(1, like.dim()), key=like.stride, reverse=True)
 
 
 def decode(codes: Tensor, scales: Tensor, like: Tensor | None = None) -> Tensor:

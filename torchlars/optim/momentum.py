@@ -19,8 +19,16 @@ __all__: list[str] = []
 DTYPE_NAMES = {torch.float32: "float32", torch.int8: "int8"}
 #: The keys of a group.
 GROUP_KEYS = ("momentum_dtype", "min_8bit_size")
-#: The keys of one layer's momentum in the state: a buffer, or codes and their scales.
-BUFFER, CODES, SCALES = MOMENTUM_KEYS = ("momentum_buffer", "momentum_codes", "momentum_scales")
+#: The keys of one layer's momentum in the state: a buffer, or codes and their scales. Scales belong to blocks in
+#: memory, whose order checkpoints need not keep: layers with three dimensions or more also have codes.order_of(codes).
+#: That is a tensor, as torch.distributed.checkpoint loads nothing else into state dicts whose keys are integers.
+BUFFER, CODES, SCALES, ORDER = MOMENTUM_KEYS = (
+    "momentum_buffer",
+    "momentum_codes",
+    "momentum_scales",
+    "momentum_order",
+)
+_KINDS: tuple[set[str], ...] = (set(), {BUFFER}, {CODES, SCALES}, {CODES, SCALES, ORDER})
 
 
 def momentum_dtype_of(
@@ -38,7 +46,9 @@ def momentum_dtype_of(
     return momentum_dtype if momentum_dtype is not None and param.dtype.itemsize == 2 else param.dtype
 
 
-def momentum_like(param: Tensor, state: Mapping[str, Any], dtype: torch.dtype, group: int) -> dict[str, Tensor]:
+def momentum_like(
+    param: Tensor, state: Mapping[str, Any], dtype: torch.dtype, group: int, order: int | None = None
+) -> dict[str, Tensor]:
     """Return the momentum of a layer as a kernel takes it: in its parameter's memory order and sharding, and dense.
 
     Args:
@@ -46,10 +56,11 @@ def momentum_like(param: Tensor, state: Mapping[str, Any], dtype: torch.dtype, g
         state: its state, from which momentum is taken over, whatever its kind. Without any it begins with zeros.
         dtype: that of the momentum; int8 for codes.
         group: the parameter's group, for the error.
+        order: the memory order that scales belong to, if that of the codes may be another.
 
     Returns:
         What the state is to hold of :data:`MOMENTUM_KEYS`: the same tensors where they are so already. A buffer that
-        becomes codes is rounded to nearest, half to even.
+        becomes codes is rounded to nearest, half to even; codes of another order or sharding are so, too.
 
     Raises:
         RuntimeError: new tensors are needed while a CUDA graph is captured.
@@ -57,12 +68,14 @@ def momentum_like(param: Tensor, state: Mapping[str, Any], dtype: torch.dtype, g
     found: Tensor | None = state.get(BUFFER)
     if state.get(CODES) is not None:
         old, scales = state[CODES], state[SCALES]
+        here = sharding.local(old)
+        in_order = here if order is None else codes.laid_out(here, order)
         is_placed = sharding.is_placed_like(param, old) and sharding.is_placed_like(param, scales)
-        is_laid_out = is_placed and _is_in_order(param, old) and sharding.local(scales).is_contiguous()
-        if dtype == torch.int8 and is_laid_out:
-            return {CODES: old, SCALES: scales}  # not decoded, as coding anew would round once more
+        is_laid_out = in_order is here and _is_in_order(param, old) and sharding.local(scales).is_contiguous()
+        if dtype == torch.int8 and is_placed and is_laid_out:
+            return _of_codes(old, scales, state.get(ORDER))  # not decoded, as coding anew would round once more
         found = torch.zeros_like(old, dtype=torch.float32)
-        sharding.local(found).copy_(codes.decode(sharding.local(old), sharding.local(scales)))
+        sharding.local(found).copy_(codes.decode(in_order, sharding.local(scales)))
     if found is not None:  # torch begins a sparse one from a sparse gradient
         found = found.to_dense() if found.is_sparse else sharding.placed_like(param, found)
     if dtype == torch.int8:
@@ -86,6 +99,12 @@ def _is_in_order(param: Tensor, tensor: Tensor) -> bool:
     return sharding.local(tensor).stride() == strides
 
 
+def _of_codes(new: Tensor, scales: Tensor, order: Tensor | None = None) -> dict[str, Tensor]:
+    if order is None and new.dim() > 2:
+        order = torch.tensor(codes.order_of(sharding.local(new)))
+    return {CODES: new, SCALES: scales} if order is None else {CODES: new, SCALES: scales, ORDER: order}
+
+
 def _coded(param: Any, momentum: Tensor | None) -> dict[str, Tensor]:
     """Return the codes and scales of a momentum, which is distributed as its parameter; of zeros if it is None."""
     new: Any = torch.zeros_like(param, dtype=torch.int8, requires_grad=False)
@@ -98,7 +117,7 @@ def _coded(param: Any, momentum: Tensor | None) -> dict[str, Tensor]:
         shape = torch.Size(codes.scales_shape(param.shape))
         mesh, placements = param.device_mesh, param.placements
         scales = type(new).from_local(scales, mesh, placements, run_check=False, shape=shape, stride=(shape[1], 1))
-    return {CODES: new, SCALES: scales}
+    return _of_codes(new, scales)
 
 
 def check_can_begin(param: Tensor, group: int) -> None:
@@ -118,27 +137,32 @@ def has_momentum(state: Mapping[str, Any]) -> bool:
 def problem_of_momentum(param: Tensor, state: Mapping[str, Any]) -> str | None:
     """Return why what a state holds of :data:`MOMENTUM_KEYS` cannot be a parameter's momentum, or None."""
     found = {name: state[name] for name in MOMENTUM_KEYS if state.get(name) is not None}
-    if (CODES in found) != (SCALES in found) or (CODES in found and BUFFER in found):
+    if set(found) not in _KINDS:
         return f"momentum must be a {BUFFER}, or {CODES} with their {SCALES} (found: {', '.join(found)})"
+    if CODES in found and param.dim() == 0:
+        return f"a parameter without dimensions has no rows, and cannot have {CODES}"
     for name, tensor in found.items():
         if not isinstance(tensor, Tensor):
             return f"momentum must be a tensor ({name}: {tensor!r})"
         if not ops.has_memory(memory_of(tensor)):
             return f"momentum must have memory (got: {name} whose storage was freed)"
-        shape = tuple(param.shape) if name != SCALES else codes.scales_shape(param.shape)
         if name == BUFFER:
             if tensor.layout not in (torch.strided, torch.sparse_coo):
                 return f"momentum must be strided or sparse COO ({name}: {tensor.layout})"
-            if tensor.shape != shape:
+            if tensor.shape != param.shape:
                 return f"momentum must have its parameter's shape ({name}: {tuple(tensor.shape)})"
         else:
-            dtype = torch.int8 if name == CODES else torch.float32
+            dtype, shape = {
+                CODES: (torch.int8, tuple(param.shape)),
+                SCALES: (torch.float32, codes.scales_shape(param.shape)),
+                ORDER: (torch.int64, ()),
+            }[name]
             if tensor.layout != torch.strided or tensor.dtype != dtype or tensor.shape != shape:
                 return (
                     f"{name} must be {dtype} of shape {shape} (got: {tensor.dtype}, {tensor.layout}, "
                     f"shape {tuple(tensor.shape)})"
                 )
-        if sharding.is_distributed(tensor) != sharding.is_distributed(param):
+        if name != ORDER and sharding.is_distributed(tensor) != sharding.is_distributed(param):
             kind = "a DTensor" if sharding.is_distributed(tensor) else "a whole tensor"
             return f"momentum must be distributed as its parameter is ({name}: {kind})"
     if CODES in found and not sharding.is_placed_like(found[CODES], found[SCALES]):
@@ -234,13 +258,16 @@ class MomentumOptimizer(Optimizer):
             for param, i in zip(group["params"], ids, strict=False):  # the next group goes on with ids
                 saved, dtype = loaded["state"].get(i, {}), self.momentum_dtype_of(param, group)
                 found = {name: saved[name].to(param.device) for name in MOMENTUM_KEYS if saved.get(name) is not None}
-                if found.keys() == {*MOMENTUM_KEYS} and found[CODES].is_floating_point():
+                if found.keys() >= {BUFFER, CODES, SCALES} and found[CODES].is_floating_point():
                     found = {BUFFER: found[BUFFER]}  # torch.optim.SGD has cast the codes, and then begun anew
                 if found.keys() - {BUFFER} or (found and dtype == torch.int8):
                     problem = problem_of_momentum(param, found)
+                    order = int(saved[ORDER]) if problem is None and found.pop(ORDER, None) is not None else None
+                    if order is not None and not codes.is_order(order, param.dim()):
+                        problem = f"{ORDER} must name dimensions 1 to {param.dim() - 1}, two digits each (got: {order})"
                     if problem is not None:
                         raise ValueError(f"{problem} in state_dict['state'][{i!r}]")
-                    set_momentum(self.state[param], momentum_like(param, found, dtype, index))
+                    set_momentum(self.state[param], momentum_like(param, found, dtype, index, order))
                     continue
                 for name in self.momentum_keys:
                     if saved.get(name) is not None:

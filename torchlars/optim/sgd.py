@@ -96,8 +96,10 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
     State dicts are loaded in every direction: a float momentum that becomes codes is rounded to nearest, and codes
     become a ``momentum_buffer`` where a layer is not kept in 8 bits. :class:`torch.optim.SGD` does not know codes, and
     begins its momentum anew. To leave 8 bits, set the groups' ``momentum_dtype`` to None. Scales belong to blocks in
-    the memory order of ``momentum_codes``. :func:`torch.save` keeps that order; :mod:`torch.distributed.checkpoint`
-    does not, and must load into parameters of the memory order that they were saved in.
+    memory: the state of layers with three dimensions or more also holds ``momentum_order``, a number that says how
+    theirs lie (20301: by dimensions 2, 3 and 1 within a row, as channels_last). So a checkpoint of channels_last layers
+    can be loaded into contiguous ones, and the other way, also by :mod:`torch.distributed.checkpoint`, which keeps no
+    memory order: the momentum is then coded anew, rounded to nearest.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or out of its range.
