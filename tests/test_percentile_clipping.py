@@ -651,6 +651,22 @@ def test_defaults():
     assert (clipping.percentile, clipping.history) == (5, 100)
 
 
+def test_the_percentile_may_be_set_between_steps(backend):
+    """Of three norms, 1, 2 and 3, and of 2, 3 and 6."""
+    param = layer()
+    optimizer = SGD([param], lr=0.1)
+    clipping = PercentileClipping(optimizer, percentile=99, history=3)
+    assert [factor(optimizer, param, norm) for norm in (1.0, 2.0, 3.0)] == pytest.approx([1, 1, 1])
+    clipping.percentile = 34
+    assert factor(optimizer, param, 6.0) == pytest.approx(3 / 6)
+    for wrong, error in ((100, ValueError), (5.0, TypeError), ("5", TypeError)):
+        with pytest.raises(error, match=f"percentile must be an integer from 0 to 99 .got: {wrong!r}"):
+            clipping.percentile = wrong
+    assert clipping.percentile == 34
+    with pytest.raises(AttributeError):
+        clipping.history = 5
+
+
 @pytest.mark.parametrize("way", ["copied", "pickled"])
 @pytest.mark.parametrize("is_removed", [False, True])
 def test_a_copy_clips_the_copy_of_its_optimizer(way, is_removed):

@@ -79,11 +79,25 @@ class PercentileClipping:
                 "construct it first: PercentileClipping(torch.optim.SGD(params, lr=0.1))"
             )
         self.optimizer = optimizer
-        self.percentile = _integer("percentile", percentile, 0, 99)
-        self.history = _integer("history", history, 1)
+        self.percentile = percentile
+        self._history = _integer("history", history, 1)
         self._histories: dict[Tensor, Tensor] = {}  # squared norms, the oldest first; zeros if there is none yet
         self._is_removed = False
         self._handle = optimizer.register_step_pre_hook(self._before_step)
+
+    @property
+    def percentile(self) -> int:
+        """An integer from 0 to 99, which may be set between steps."""
+        return self._percentile
+
+    @percentile.setter
+    def percentile(self, percentile: int) -> None:
+        self._percentile = _integer("percentile", percentile, 0, 99)
+
+    @property
+    def history(self) -> int:
+        """How many norms of each layer are kept."""
+        return self._history
 
     def remove(self) -> None:
         """Stop clipping."""
