@@ -601,6 +601,17 @@ WRONG_STATE_DICTS = {
         )
         for value in (-1.0, 0.0, math.nan, math.inf, 1j)
     },
+    **{
+        f"norms that are {name}": (
+            {"percentile": 9, "histories": [HISTORIES[0], history]},
+            ValueError,
+            r"state_dict\['histories'\]\[1\] must hold squared norms \(got: tensor",
+        )
+        for name, history in {
+            "on no device": torch.ones(3, device="meta"),
+            "integers": torch.ones(3, dtype=torch.int64),
+        }.items()
+    },
 }
 
 

@@ -115,7 +115,7 @@ class PercentileClipping:
             self.remove()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the percentile, and the history of every parameter in the order of the groups. Nothing is copied."""
+        """Return the percentile, and the history of every parameter in the order of the groups, not copied."""
         return {"percentile": self.percentile, "histories": [self._history_of(param) for param in self._params()]}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -139,7 +139,8 @@ class PercentileClipping:
             if not isinstance(history, Tensor) or history.shape != (self.history,):
                 got = tuple(history.shape) if isinstance(history, Tensor) else type(history).__name__
                 raise ValueError(f"{where} must be a tensor of shape {(self.history,)} (got: {got})")
-            if history.layout != torch.strided or history.is_complex() or not _are_norms(history):
+            is_readable = history.layout == torch.strided and history.is_floating_point() and not history.is_meta
+            if not is_readable or not _are_norms(history):
                 raise ValueError(f"{where} must hold squared norms (got: {history})")
         copies = [h.to(param.device, torch.float64, copy=True) for h, param in zip(histories, params, strict=True)]
         self.percentile, self._histories = percentile, dict(zip(params, copies, strict=True))
