@@ -292,7 +292,7 @@ inline bool has_rows_in_order(const at::Tensor& tensor) {
 inline bool is_coded(const at::Tensor& param, int64_t min_size) {
   const auto dtype = param.scalar_type();
   return (dtype == c10::kFloat || dtype == c10::kBFloat16 || dtype == c10::kHalf) &&
-         param.numel() >= std::max<int64_t>(min_size, 1) && has_rows_in_order(param) &&
+         param.numel() >= std::max<int64_t>(min_size, 1) && param.dim() <= kMaxDims && has_rows_in_order(param) &&
          row_length(param) >= kMinRowLength;
 }
 

@@ -17,6 +17,7 @@ namespace torchlars {
 
 constexpr int kBlock = 128;  // elements; the last block of a row may have fewer
 constexpr int kMaxCode = 127;
+constexpr int64_t kMaxDims = 10;       // of which state dicts can hold the order in memory
 constexpr int64_t kMinRowLength = 64;  // with fewer elements a row would take more than 1/16 byte an element for scales
 
 // A block of a layer.

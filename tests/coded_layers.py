@@ -21,7 +21,7 @@ LAYERS = {
     "wide": ((10, 128), torch.float64, None, False),
 }
 IS_CODED = [coded for *_, coded in LAYERS.values()]
-CHANNELS_LAST = 20301  # as momentum_order has it
+CHANNELS_LAST = 231  # as momentum_order has it
 KEYS = [[CODES, SCALES] + [ORDER] * (len(shape) > 2) if coded else [BUFFER] for shape, *_, coded in LAYERS.values()]
 OPTIONS = {
     "momentum": {},

@@ -81,6 +81,21 @@ def test_a_first_step_worked_by_hand(backend):
     assert kept[0].tolist() == [[127, 0, -32 + (first >= 0.75)], [127, -64 + (second >= 0.5), 0]]
 
 
+@pytest.mark.parametrize("length", [64, 128, 200])
+@pytest.mark.parametrize(("sign", "param"), [(-1, 0.6538122296333313), (1, 0.891508162021637)])
+def test_no_code_is_beyond_127(sign, param, length, backend):
+    """a * (127 / a) rounds to 127.00001, to which a dither of 0.9999999 is added, or from which 1.8e-7 takes nothing."""
+    largest = 0.9743247032165527
+    bits = [np.float32(x).view(np.uint32).item() for x in (sign * largest, param, largest)]
+    number = sign * np.float32(largest) * (np.float32(127) / np.float32(largest))
+    assert np.floor(np.float32(number + np.float32(dither(*bits, 0)))) == (128 if sign > 0 else -128)
+    layer, grad = torch.full((1, length), param), torch.zeros(1, length)
+    grad[0, 0] = sign * largest
+    kept = fresh(layer)
+    step(layer, grad, kept, lr=0.5)
+    assert kept[0][0, 0] == sign * 127
+
+
 def dither(m, p, a, i):
     mask = 2**32 - 1
     h = (m * 0x9E3779B1 & mask) ^ (p + i * 0x7F4A7C15 + a * 0xC2B2AE3D & mask)

@@ -69,6 +69,9 @@ RULES = {
     "rows of 63": (lambda: parameter(300, 63), {}, plain(300, 63)),
     "rows of 2 times 32": (lambda: parameter(3, 2, 32), {}, coded(3, 2, 32)),
     "one row": (lambda: parameter(1, 200), {}, coded(1, 200)),
+    "one row, whatever its stride": (lambda: torch.nn.Parameter(parameter(2, 200).detach()[::2]), {}, coded(1, 200)),
+    "10 dimensions": (lambda: parameter(2, 64, *[1] * 8), {}, coded(2, 64, *[1] * 8)),
+    "11 dimensions": (lambda: parameter(2, 64, *[1] * 9), {}, plain(2, 64, *[1] * 9)),
     "no elements": (lambda: parameter(0, 200), {}, plain(0, 200)),
     "one dimension": (lambda: parameter(5000), {}, plain(5000)),
     "no dimension": (lambda: parameter(), {}, plain()),
@@ -99,6 +102,22 @@ RULES = {
 def test_which_layers_are_coded(rule, backend):
     param, given, expected = RULES[rule]
     assert state_of(param(), **given) == expected
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64], ids=str)
+def test_the_default_dtype_is_not_asked(dtype, backend):
+    optimizer, expected = sgd(), sgd()
+    default = torch.get_default_dtype()
+    try:
+        for step in range(2):
+            for one, dtype_then in ((optimizer, dtype), (expected, default)):
+                give_gradients(one, step)
+                torch.set_default_dtype(dtype_then)
+                one.step()
+                torch.set_default_dtype(default)
+    finally:
+        torch.set_default_dtype(default)
+    assert_same_runs(optimizer, expected)
 
 
 def test_groups_have_keys_of_their_own(backend):

@@ -372,6 +372,35 @@ def test_gathered_and_offloaded_state_dicts_are_loaded_with_the_same_bits(worker
         assert found == []
 
 
+def step_with_momentum_placed_otherwise(kinds: str) -> bool:
+    """Tell whether momentum that is placed otherwise than its layer is decoded, moved to it, and rounded again."""
+    from torch.distributed.tensor import Replicate, Shard, distribute_tensor
+
+    mesh = mesh_of(dist.get_world_size())
+    of_layer, of_momentum = ({"R": Replicate(), "0": Shard(0), "1": Shard(1)}[kind] for kind in kinds)
+    whole = 0.1 * torch.randn(6, 512, generator=torch.Generator().manual_seed(0))
+    grad = torch.randn(6, 512, generator=torch.Generator().manual_seed(1))
+    runs = []
+    for placement in (None, of_layer):
+        param = nn.Parameter(whole.clone() if placement is None else distribute_tensor(whole, mesh, [placement]))
+        param.grad = grad.clone() if placement is None else distribute_tensor(grad, mesh, [placement])
+        optimizer = torchlars.optim.SGD([param], lr=0.1, momentum=0.9, momentum_dtype=torch.int8, min_8bit_size=0)
+        optimizer.step()
+        state = optimizer.state[param]
+        for name in (CODES, SCALES):
+            if placement is not None:
+                state[name] = state[name].redistribute(mesh, [of_momentum])
+        optimizer.step()
+        runs.append([full(x) for x in (param.detach(), state[CODES], state[SCALES])])
+    return all(map(torch.equal, *runs))
+
+
+@pytest.mark.parametrize("kinds", ["R0", "0R", "R1", "1R", "01", "10"])
+def test_momentum_that_is_placed_otherwise_is_moved_to_its_layer(workers, kinds):
+    """Its codes are those of a largest of 127, which rounding again leaves as they are."""
+    assert workers(2, step_with_momentum_placed_otherwise, kinds) == [True, True]
+
+
 def step_with_scales_placed_otherwise() -> str:
     from torch.distributed.tensor import Replicate, Shard, distribute_tensor
 

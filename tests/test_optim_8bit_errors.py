@@ -169,7 +169,8 @@ WRONG = {
     ),
     "codes in float32": (
         {CODES: torch.zeros(4, 70)},
-        "momentum_codes must be torch.int8 of shape (4, 70) (got: torch.float32, torch.strided, shape (4, 70))",
+        "momentum_codes must be torch.int8 of shape (4, 70) (got: torch.float32, torch.strided, shape (4, 70))"
+        "; if torch.optim.SGD has cast them, delete them, and momentum begins anew",
     ),
     "scales of another shape": (
         {SCALES: torch.zeros(4)},

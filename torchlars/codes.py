@@ -33,6 +33,8 @@ BLOCK = 128
 MAX_CODE = 127
 #: A row with fewer elements would cost more than 1/16 byte an element for its scales.
 MIN_ROW = 64
+#: A number of :func:`order_of` has a decimal digit for each dimension but the first.
+MAX_DIMS = 10
 _INFINITY, _LEAST = 0x7F800000, 0x0D800000  # the bits of infinity and of 2⁻¹⁰⁰
 
 
@@ -63,6 +65,7 @@ def is_coded(param: Tensor, min_size: int) -> bool:
     return (
         param.dtype in (torch.float32, torch.bfloat16, torch.float16)
         and param.numel() >= max(min_size, 1)
+        and param.dim() <= MAX_DIMS
         and has_rows_in_order(param)
         and row_length(param.shape) >= MIN_ROW
     )
@@ -78,20 +81,20 @@ def _in_order(tensor: Tensor, like: Tensor) -> Tensor:
 
 
 def order_of(tensor: Tensor) -> int:
-    """Return the dimensions after the first from the outermost in memory to the innermost, in two digits each.
+    """Return the dimensions after the first from the outermost in memory to the innermost, a digit each.
 
-    10203 is the order of contiguous tensors with four dimensions, 20301 that of channels_last.
+    123 is the order of contiguous tensors with four dimensions, 231 that of channels_last.
     """
-    return int("".join(f"{dim:02}" for dim in _dims_in_order(tensor)))
+    return int("".join(map(str, _dims_in_order(tensor))))
 
 
 def is_order(number: int, dims: int) -> bool:
     """Tell whether a number is the order of a tensor with so many dimensions."""
-    return 0 < number < 100 ** (dims - 1) and sorted(_dims_of(number, dims)) == list(range(1, dims))
+    return 0 < number < 10 ** (dims - 1) and sorted(_dims_of(number, dims)) == list(range(1, dims))
 
 
 def laid_out(tensor: Tensor, order: int) -> Tensor:
-    """Return a tensor that fills its memory in an order of :func:`order_of`: itself, or a copy."""
+    """Return a tensor in a memory order of :func:`order_of`: itself if it has that order, or a copy."""
     dims = [0, *_dims_of(order, tensor.dim())]
     ordered = tensor.permute(dims)
     if ordered.is_contiguous():  # whatever the strides of dimensions with one index
@@ -100,7 +103,7 @@ def laid_out(tensor: Tensor, order: int) -> Tensor:
 
 
 def _dims_of(order: int, dims: int) -> list[int]:
-    return [order // 100 ** (dims - 1 - dim) % 100 for dim in range(1, dims)]
+    return [order // 10 ** (dims - 1 - dim) % 10 for dim in range(1, dims)]
 
 
 def _dims_in_order(like: Tensor) -> list[int]:

@@ -21,7 +21,7 @@ DTYPE_NAMES = {torch.float32: "float32", torch.int8: "int8"}
 GROUP_KEYS = ("momentum_dtype", "min_8bit_size")
 #: The keys of one layer's momentum in the state: a buffer, or codes and their scales. Scales belong to blocks in
 #: memory, whose order checkpoints need not keep: layers with three dimensions or more also have codes.order_of(codes).
-#: That is a tensor, as torch.distributed.checkpoint loads nothing else into state dicts whose keys are integers.
+#: It is a tensor, because torch.distributed.checkpoint restores only tensors in state dicts with integer keys.
 BUFFER, CODES, SCALES, ORDER = MOMENTUM_KEYS = (
     "momentum_buffer",
     "momentum_codes",
@@ -46,9 +46,7 @@ def momentum_dtype_of(
     return momentum_dtype if momentum_dtype is not None and param.dtype.itemsize == 2 else param.dtype
 
 
-def momentum_like(
-    param: Tensor, state: Mapping[str, Any], dtype: torch.dtype, group: int, order: int | None = None
-) -> dict[str, Tensor]:
+def momentum_like(param: Tensor, state: Mapping[str, Any], dtype: torch.dtype, group: int) -> dict[str, Tensor]:
     """Return the momentum of a layer as a kernel takes it: in its parameter's memory order and sharding, and dense.
 
     Args:
@@ -56,11 +54,11 @@ def momentum_like(
         state: its state, from which momentum is taken over, whatever its kind. Without any it begins with zeros.
         dtype: that of the momentum; int8 for codes.
         group: the parameter's group, for the error.
-        order: the memory order that scales belong to, if that of the codes may be another.
 
     Returns:
         What the state is to hold of :data:`MOMENTUM_KEYS`: the same tensors where they are so already. A buffer that
-        becomes codes is rounded to nearest, half to even; codes of another order or sharding are so, too.
+        becomes codes is rounded to nearest, half to even. Codes in another memory order or sharding are decoded, and
+        rounded so again.
 
     Raises:
         RuntimeError: new tensors are needed while a CUDA graph is captured.
@@ -68,12 +66,14 @@ def momentum_like(
     found: Tensor | None = state.get(BUFFER)
     if state.get(CODES) is not None:
         old, scales = state[CODES], state[SCALES]
-        here = sharding.local(old)
-        in_order = here if order is None else codes.laid_out(here, order)
+        here, order = sharding.local(old), state.get(ORDER)
+        in_order = here
+        if order is not None and not torch.compiler.is_compiling():  # which cannot read it
+            in_order = codes.laid_out(here, int(order))
         is_placed = sharding.is_placed_like(param, old) and sharding.is_placed_like(param, scales)
         is_laid_out = in_order is here and _is_in_order(param, old) and sharding.local(scales).is_contiguous()
         if dtype == torch.int8 and is_placed and is_laid_out:
-            return _of_codes(old, scales, state.get(ORDER))  # not decoded, as coding anew would round once more
+            return _of_codes(old, scales, order)  # not decoded, as coding anew would round once more
         found = torch.zeros_like(old, dtype=torch.float32)
         sharding.local(found).copy_(codes.decode(in_order, sharding.local(scales)))
     if found is not None:  # torch begins a sparse one from a sparse gradient
@@ -101,7 +101,7 @@ def _is_in_order(param: Tensor, tensor: Tensor) -> bool:
 
 def _of_codes(new: Tensor, scales: Tensor, order: Tensor | None = None) -> dict[str, Tensor]:
     if order is None and new.dim() > 2:
-        order = torch.tensor(codes.order_of(sharding.local(new)))
+        order = torch.tensor(codes.order_of(sharding.local(new)), device="cpu")
     return {CODES: new, SCALES: scales} if order is None else {CODES: new, SCALES: scales, ORDER: order}
 
 
@@ -110,7 +110,7 @@ def _coded(param: Any, momentum: Tensor | None) -> dict[str, Tensor]:
     new: Any = torch.zeros_like(param, dtype=torch.int8, requires_grad=False)
     here = sharding.local(new)
     if momentum is None:
-        scales = torch.zeros(codes.scales_shape(here.shape), device=here.device)
+        scales = torch.zeros(codes.scales_shape(here.shape), dtype=torch.float32, device=here.device)
     else:
         scales = codes.encode(here, sharding.local(momentum))
     if sharding.is_distributed(param):
@@ -158,10 +158,12 @@ def problem_of_momentum(param: Tensor, state: Mapping[str, Any]) -> str | None:
                 ORDER: (torch.int64, ()),
             }[name]
             if tensor.layout != torch.strided or tensor.dtype != dtype or tensor.shape != shape:
-                return (
-                    f"{name} must be {dtype} of shape {shape} (got: {tensor.dtype}, {tensor.layout}, "
-                    f"shape {tuple(tensor.shape)})"
-                )
+                got = f"{tensor.dtype}, {tensor.layout}, shape {tuple(tensor.shape)}"
+                remedy = "; if torch.optim.SGD has cast them, delete them, and momentum begins anew"
+                is_cast = name == CODES and tensor.is_floating_point()
+                return f"{name} must be {dtype} of shape {shape} (got: {got}){remedy if is_cast else ''}"
+            if name == ORDER and not torch.compiler.is_compiling() and not codes.is_order(int(tensor), param.dim()):
+                return f"{ORDER} must name dimensions 1 to {param.dim() - 1}, a digit each (got: {int(tensor)})"
         if name != ORDER and sharding.is_distributed(tensor) != sharding.is_distributed(param):
             kind = "a DTensor" if sharding.is_distributed(tensor) else "a whole tensor"
             return f"momentum must be distributed as its parameter is ({name}: {kind})"
@@ -257,17 +259,15 @@ class MomentumOptimizer(Optimizer):
         for index, group in enumerate(self.param_groups):
             for param, i in zip(group["params"], ids, strict=False):  # the next group goes on with ids
                 saved, dtype = loaded["state"].get(i, {}), self.momentum_dtype_of(param, group)
-                found = {name: saved[name].to(param.device) for name in MOMENTUM_KEYS if saved.get(name) is not None}
+                found = {name: saved[name] for name in MOMENTUM_KEYS if saved.get(name) is not None}
+                found = {name: x.to("cpu" if name == ORDER else param.device) for name, x in found.items()}
                 if found.keys() >= {BUFFER, CODES, SCALES} and found[CODES].is_floating_point():
                     found = {BUFFER: found[BUFFER]}  # torch.optim.SGD has cast the codes, and then begun anew
                 if found.keys() - {BUFFER} or (found and dtype == torch.int8):
                     problem = problem_of_momentum(param, found)
-                    order = int(saved[ORDER]) if problem is None and found.pop(ORDER, None) is not None else None
-                    if order is not None and not codes.is_order(order, param.dim()):
-                        problem = f"{ORDER} must name dimensions 1 to {param.dim() - 1}, two digits each (got: {order})"
                     if problem is not None:
                         raise ValueError(f"{problem} in state_dict['state'][{i!r}]")
-                    set_momentum(self.state[param], momentum_like(param, found, dtype, index, order))
+                    set_momentum(self.state[param], momentum_like(param, found, dtype, index))
                     continue
                 for name in self.momentum_keys:
                     if saved.get(name) is not None:

@@ -82,24 +82,28 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
 
     **Momentum in 8 bits.** The parameter is updated by the exact momentum, which is then kept as codes with a scale for
     each 128 elements, rounded with a dither that makes the rounding unbiased and needs no generator: the same bits on
-    every run, for any number of threads, and for sharded and whole layers (contiguous ones: a DTensor whose local part
-    lies in another memory order has another dither). :mod:`torchlars.codes` has the formulas. The
+    every run, for any number of threads, and for sharded and whole layers. That holds for contiguous layers: a sharded
+    layer in another memory order has another dither than the whole one. :mod:`torchlars.codes` has the formulas. The
     state holds ``momentum_codes`` (int8, of the parameter's shape) and ``momentum_scales`` in the place of
     ``momentum_buffer``. A momentum that is NaN or infinite makes its whole block NaN.
 
-    Layers are kept in 8 bits if they have ``min_8bit_size`` elements or more, a dtype of at most 32 bits, 64 elements
-    or more for each index of dimension 0, and that dimension outermost in memory (contiguous, channels_last). All
-    others, biases among them, have the momentum that ``torch.float32`` gives. So have shards whose rows are cut
-    elsewhere than at multiples of 128 elements, as tensor parallelism over columns may; a warning names them. Gradients
-    of layers in 8 bits must be dense and of at most 32 bits.
+    Layers are kept in 8 bits if they have ``min_8bit_size`` elements or more, a dtype of at most 32 bits, at most ten
+    dimensions, 64 elements or more for each index of dimension 0, and that dimension outermost in memory (contiguous,
+    channels_last). All others, biases among them, have the momentum that ``torch.float32`` gives. So have shards whose
+    rows are not cut at multiples of 128 elements, as tensor parallelism over columns may cut them; a warning names
+    them. Gradients of layers in 8 bits must be dense and of at most 32 bits.
 
     State dicts are loaded in every direction: a float momentum that becomes codes is rounded to nearest, and codes
     become a ``momentum_buffer`` where a layer is not kept in 8 bits. :class:`torch.optim.SGD` does not know codes, and
-    begins its momentum anew. To leave 8 bits, set the groups' ``momentum_dtype`` to None. Scales belong to blocks in
-    memory: the state of layers with three dimensions or more also holds ``momentum_order``, a number that says how
-    theirs lie (20301: by dimensions 2, 3 and 1 within a row, as channels_last). So a checkpoint of channels_last layers
-    can be loaded into contiguous ones, and the other way, also by :mod:`torch.distributed.checkpoint`, which keeps no
-    memory order: the momentum is then coded anew, rounded to nearest.
+    begins its momentum anew. A state dict brings its groups' ``momentum_dtype`` along, if they have one. To enter or
+    leave 8 bits, set that of the groups, after loading or between any steps: the next step converts the momentum.
+    :mod:`torch.distributed.checkpoint` loads into what is there: load into groups of the ``momentum_dtype`` that was
+    saved, and then set another.
+
+    A block is consecutive in memory, so that the memory order of a layer says which elements it has. The state of
+    layers with three dimensions or more therefore also holds ``momentum_order``, the dimensions after the first from
+    the outermost to the innermost: 123 is contiguous, 231 channels_last. Into layers of another order, momentum is
+    rounded to nearest once more by ``load_state_dict``, which must get what torch.distributed.checkpoint has loaded.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or out of its range.
