@@ -90,20 +90,16 @@ def order_of(tensor: Tensor) -> int:
 
 def is_order(number: int, dims: int) -> bool:
     """Tell whether a number is the order of a tensor with so many dimensions."""
-    return 0 < number < 10 ** (dims - 1) and sorted(_dims_of(number, dims)) == list(range(1, dims))
+    return sorted(str(number)) == [str(dim) for dim in range(1, dims)]
 
 
 def laid_out(tensor: Tensor, order: int) -> Tensor:
     """Return a tensor in a memory order of :func:`order_of`: itself if it has that order, or a copy."""
-    dims = [0, *_dims_of(order, tensor.dim())]
+    dims = [0, *map(int, str(order))]
     ordered = tensor.permute(dims)
     if ordered.is_contiguous():  # whatever the strides of dimensions with one index
         return tensor
     return ordered.contiguous().permute(sorted(range(len(dims)), key=dims.__getitem__))
-
-
-def _dims_of(order: int, dims: int) -> list[int]:
-    return [order // 10 ** (dims - 1 - dim) % 10 for dim in range(1, dims)]
 
 
 def _dims_in_order(like: Tensor) -> list[int]:
