@@ -384,7 +384,8 @@ def step_with_momentum_placed_otherwise(kinds: str) -> bool:
     for placement in (None, of_layer):
         param = nn.Parameter(whole.clone() if placement is None else distribute_tensor(whole, mesh, [placement]))
         param.grad = grad.clone() if placement is None else distribute_tensor(grad, mesh, [placement])
-        optimizer = torchlars.optim.SGD([param], lr=0.1, momentum=0.9, momentum_dtype=torch.int8, min_8bit_size=0)
+        given = {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.1}
+        optimizer = torchlars.optim.SGD([param], **given, momentum_dtype=torch.int8, min_8bit_size=0)
         optimizer.step()
         state = optimizer.state[param]
         for name in (CODES, SCALES):

@@ -159,9 +159,9 @@ TORCHLARS_INLINE void sgd_block_loop(T* __restrict param, const T* __restrict gr
 template <bool kDecays, bool kNesterov, typename T>
 TORCHLARS_INLINE void sgd_block_loop(T* param, const T* grad, int8_t* codes, float& scale, const Block& block,
                                      const SgdNumbers<float>& numbers) {
-  block.count == kBlock&& numbers.inv_scale == 1 && numbers.undampened == 1
-      ? sgd_block_loop<kDecays, kNesterov, true>(param, grad, codes, scale, block, numbers)
-      : sgd_block_loop<kDecays, kNesterov, false>(param, grad, codes, scale, block, numbers);
+  const bool is_usual = block.count == kBlock && numbers.inv_scale == 1 && numbers.undampened == 1;
+  is_usual ? sgd_block_loop<kDecays, kNesterov, true>(param, grad, codes, scale, block, numbers)
+           : sgd_block_loop<kDecays, kNesterov, false>(param, grad, codes, scale, block, numbers);
 }
 
 template <typename T, typename Compute>

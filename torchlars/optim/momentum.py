@@ -69,6 +69,7 @@ def momentum_like(param: Tensor, state: Mapping[str, Any], dtype: torch.dtype, g
         here, order = sharding.local(old), state.get(ORDER)
         in_order = here
         if order is not None and not torch.compiler.is_compiling():  # which cannot read it
+            order = order.cpu()  # also where all of the state was moved: the next step is not to wait for the device
             in_order = codes.laid_out(here, int(order))
         is_placed = sharding.is_placed_like(param, old) and sharding.is_placed_like(param, scales)
         is_laid_out = in_order is here and _is_in_order(param, old) and sharding.local(scales).is_contiguous()

@@ -103,7 +103,7 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
     A block is consecutive in memory, so that the memory order of a layer says which elements it has. The state of
     layers with three dimensions or more therefore also holds ``momentum_order``, the dimensions after the first from
     the outermost to the innermost: 123 is contiguous, 231 channels_last. Where it is loaded into a layer of another
-    order, the momentum is rounded to nearest once more. That is up to ``load_state_dict``: call it also with what
+    order, the momentum is rounded to nearest once more. It is ``load_state_dict`` that does so: call it also with what
     :mod:`torch.distributed.checkpoint` has loaded in place.
 
     Raises:
