@@ -741,7 +741,7 @@ def test_a_sparse_momentum_is_not_made_dense_in_a_capture(monkeypatch):
     optimizer = torchlars.optim.SGD([param], lr=0.1, momentum=0.9)
     momentum = torch.ones_like(param).detach().to_sparse()
     optimizer.state[param]["momentum_buffer"] = momentum
-    monkeypatch.setattr(torchlars.optim.momentum, "is_capturing", lambda device: True)
+    monkeypatch.setattr(torchlars.optim.fused, "is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match=r"\(group: 0, shape: \(2,\)\); take a step before the capture"):
         optimizer.step()
     assert optimizer.state[param]["momentum_buffer"] is momentum

@@ -666,7 +666,7 @@ def test_what_is_distributed_in_two_ways_is_refused(workers):
             assert messages[name] == f"{as_they_are}(parameter: a DTensor, gradient: a whole tensor){where}"
         assert messages["sharded gradient"] == f"{as_they_are}(parameter: a whole tensor, gradient: a DTensor){where}"
         assert messages["another mesh"].startswith("RuntimeError: gradients must be on their parameter's device mesh (")
-        momentum = "RuntimeError: momentum must be distributed as its parameter is (momentum_buffer: a whole tensor)"
+        momentum = "RuntimeError: momentum_buffer must be distributed as its parameter is (got: a whole tensor)"
         assert messages["whole momentum"] == f"{momentum}{where}"
 
 

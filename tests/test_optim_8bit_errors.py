@@ -162,7 +162,7 @@ def test_a_float64_gradient_is_refused_and_nothing_changes(under_lars, backend):
 
 
 WRONG = {
-    "codes that are no tensor": ({CODES: 3.0}, "momentum must be a tensor (momentum_codes: 3.0)"),
+    "codes that are no tensor": ({CODES: 3.0}, "momentum_codes must be a tensor (got: 3.0)"),
     "codes of another shape": (
         {CODES: torch.zeros(70, 4, dtype=torch.int8)},
         "momentum_codes must be torch.int8 of shape (4, 70) (got: torch.int8, torch.strided, shape (70, 4))",

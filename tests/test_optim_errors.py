@@ -147,7 +147,7 @@ def test_momentum_that_is_no_tensor_is_refused_and_nothing_changes(under_lars, b
     optimizer = optim.SGD(small_groups(), lr=0.5, momentum=0.9, weight_decay=0.1)
     optimizer = LARS(optimizer) if under_lars else optimizer
     optimizer.state[optimizer.param_groups[1]["params"][0]]["momentum_buffer"] = 3.0
-    raises_and_changes_nothing(optimizer, RuntimeError, r"momentum must be a tensor \(momentum_buffer: 3.0\)")
+    raises_and_changes_nothing(optimizer, RuntimeError, r"momentum_buffer must be a tensor \(got: 3.0\)")
 
 
 @unders
@@ -156,7 +156,7 @@ def test_momentum_of_another_shape_is_refused_and_nothing_changes(under_lars, ba
     optimizer = LARS(optimizer) if under_lars else optimizer
     optimizer.step()
     optimizer.state[optimizer.param_groups[1]["params"][0]]["momentum_buffer"] = torch.zeros(7)
-    message = r"momentum must have its parameter's shape \(momentum_buffer: \(7,\)\) \(group: 1, parameter: 0"
+    message = r"momentum_buffer must have its parameter's shape \(got: \(7,\)\) \(group: 1, parameter: 0"
     raises_and_changes_nothing(optimizer, RuntimeError, message)
 
 

@@ -350,7 +350,7 @@ BAD_CALLS = {
     "momentum infinite": ({"momentums": [0.9, math.inf]}, r"non-negative numbers \(momentums\[1\]: inf\)"),
     "more dampenings": ({"dampenings": [0.0] * 3}, r"one length \(grads: 2, dampenings: 3\)"),
     "dampening NaN": ({"dampenings": [0.0, math.nan]}, r"finite numbers \(dampenings\[1\]: nan\)"),
-    "fewer buffers": ({"momentum_buffers": [x]}, r"one length \(grads: 2, momentum_buffers: 1\)"),
+    "fewer buffers": ({"momentum_buffers": [x]}, r"one length \(params: 2, momentum_buffers: 1\)"),
     "mixed buffers": (
         {"momentum_buffers": [x, y.double()]},
         r"one dtype \(momentum_buffers\[0\]: .*, momentum_buffers\[1\]: ",

@@ -155,7 +155,9 @@ class Bucket:
         return self.adaptation.multiplies_gradients and not self.is_sparse and not self.process_groups
 
     def measure(self) -> Tensor:
-        """Measure the local part of each layer. Return the squared norms, to be completed in place."""
+        """Return the squared norms of the local part of each layer, to be completed in place."""
+        if self.squared_norms is not None:
+            return self.squared_norms
         how = self.adaptation
         params = self.local_params
         if (

@@ -499,6 +499,17 @@ class Step:
             buckets = [self._bucket_for_base("update", *of_group) for of_group in layers]
             return self._decide_for_base(buckets)
 
+    def decide_updates(self, layers: Iterable[tuple[int, Sequence[Tensor], Tensor]]) -> list[Tensor | None]:
+        """Return the same, given squared norms of what is here of parameters and updates."""
+        with torch.no_grad():
+            buckets = []
+            for index, params, squared_norms in layers:
+                bucket = self._bucket_for_base("update", index, params)
+                if bucket is not None:
+                    bucket.squared_norms = squared_norms
+                buckets.append(bucket)
+            return self._decide_for_base(buckets)
+
     def report(self, params: Sequence[Tensor], ratios: Tensor) -> None:
         """Take note of ratios that were applied."""
         self.reported.append((params, ratios))
@@ -514,9 +525,9 @@ class Step:
         how = self._adaptation_for_base(index, ratio_of)
         if how is None:
             return None
-        if updates is not None:
+        if ratio_of == "update":
             how = replace(how, lr=1.0)  # which the base has not multiplied by yet
-            if len(updates) != len(params):
+            if updates is not None and len(updates) != len(params):
                 raise ValueError(
                     f"updates must be one for each of params (group: {index}, params: {len(params)}, "
                     f"updates: {len(updates)})"
@@ -532,7 +543,7 @@ class Step:
                 raise ValueError(f"params must be of the group (group: {index}, got one of shape {tuple(param.shape)})")
             if param.grad is None:
                 raise ValueError(f"params must have gradients (group: {index}, parameter: {position})")
-            if updates is None:
+            if ratio_of == "gradient":
                 check_layer(index, position, param, how.weight_decay, self._wrapper.optim)
             else:
                 check_update(index, position, param)
@@ -546,8 +557,10 @@ class Step:
                     f"params must be sharded over the same ranks (group: {index}, parameter: {position}, "
                     f"shape: {tuple(param.shape)})"
                 )
-            if updates is None:
+            if ratio_of == "gradient":
                 bucket.add(param, how, readable_gradient(param))
+            elif updates is None:
+                bucket.add(param, how)
             else:
                 if updates[i].shape != param.shape:
                     raise ValueError(

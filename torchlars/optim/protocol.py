@@ -69,6 +69,15 @@ class TrustRatios(Protocol):
             TypeError, ValueError, RuntimeError: a parameter or update does not allow it; the message names it.
         """
 
+    def decide_updates(self, layers: Iterable[tuple[int, Sequence[Tensor], Tensor]]) -> list[Tensor | None]:
+        """Return what :meth:`measure_updates` returns, for a base that measures by itself.
+
+        Args:
+            layers: for each vector a group's index, n parameters, and a float64 vector of 2n squared norms: those of
+                what is here of the parameters, and of their updates. Norms of sharded layers are completed over the
+                ranks here, in place.
+        """
+
     def update_options(self, index: int) -> Mapping[str, Any] | None:
         """Return how a group's ratios of updates are decided, or None for a group that has none.
 

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.sgd import sgd as torch_sgd
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchlars import amp, ops, sharding
-from torchlars.amp import GradScale
 from torchlars.codes import BLOCK, is_coded
-from torchlars.layers import WRONG_DTYPE, memory_of, problem_of_gradient, problem_of_memory
+from torchlars.optim import fused
+from torchlars.optim.fused import FusedOptimizer, check_can_begin, is_for_torch
 from torchlars.optim.momentum import (
     BUFFER,
     CODES,
-    DTYPE_NAMES,
     MOMENTUM_KEYS,
-    MomentumOptimizer,
-    check_can_begin,
+    ORDER,
+    SCALES,
     has_momentum,
     momentum_dtype_of,
     momentum_like,
@@ -32,7 +30,6 @@ from torchlars.optim.momentum import (
 from torchlars.optim.protocol import TrustRatios
 from torchlars.options import (
     Group,
-    GroupReader,
     finite_number,
     learning_rate,
     non_negative_integer,
@@ -47,7 +44,108 @@ __all__: list[str] = []
 MIN_8BIT_SIZE = 4096
 
 
-class SGD(MomentumOptimizer, torch.optim.SGD):
+@dataclass
+class HyperParameters(fused.HyperParameters):
+    """The hyper-parameters of a group of SGD."""
+
+    momentum: float
+    dampening: float
+    nesterov: bool
+    momentum_in_float32: bool
+    min_8bit_size: int | None  # None: no momentum is in 8 bits
+
+    fast_kind = "SgdOptions"
+
+    def momentum_dtype_of(self, param: Tensor) -> torch.dtype:
+        """Return the dtype of a parameter's momentum, int8 for codes."""
+        return momentum_dtype_of(param, torch.float32 if self.momentum_in_float32 else None, self.min_8bit_size)
+
+    def wants_codes(self, param: Tensor) -> bool:
+        """Tell whether a parameter is to have momentum in 8 bits, if its shards allow it."""
+        return self.momentum != 0 and self.min_8bit_size is not None and is_coded(param, self.min_8bit_size)
+
+    def codes(self, param: Tensor) -> bool:
+        """Tell whether a parameter has momentum, and that in 8 bits."""
+        return self.momentum != 0 and self.momentum_dtype_of(param) == torch.int8
+
+
+@dataclass
+class Bucket(fused.Bucket):
+    """Layers of one group that one call can update."""
+
+    hyper: HyperParameters
+
+    def update(self, inv_scale: Tensor | None) -> None:
+        """Take the step, unless ``inv_scale`` is 0."""
+        if is_for_torch(self.params[0], self.grads[0]):
+            self._update_by_torch()
+            return
+        layers = len(self.params)
+        dampenings = [self.hyper.dampening] * layers
+        momenta: list[dict[str, Tensor]] = []
+        if self.hyper.momentum != 0:
+            for i, param in enumerate(self.params):
+                if not has_momentum(self.state[param]):
+                    dampenings[i] = 0.0  # m ← d: from zeros, undampened
+                momenta.append(momentum_like(param, self.state[param], self.hyper.momentum_dtype_of(param), self.group))
+        kept = [list(momentum.values()) for momentum in momenta]  # a buffer, or codes and their scales
+        in_8bit = self.hyper.codes(self.params[0])
+        places = [sharding.place_of_rows(param) for param in self.params if in_8bit]
+        ops.sgd_(
+            self.local_params,
+            self.grads,
+            [sharding.local(tensors[0]) for tensors in kept],
+            momentum_scales=[sharding.local(tensors[1]) for tensors in kept] if in_8bit else None,
+            row_lengths=[place[1] for place in places if place is not None],
+            offsets=[place[0] for place in places if place is not None],
+            maximize=self.hyper.maximize,
+            weight_decays=[self.hyper.weight_decay] * layers,
+            **self.hyper.lr_arguments(layers, self.params[0].device),
+            momentums=[self.hyper.momentum] * layers,
+            dampenings=dampenings,
+            nesterov=self.hyper.nesterov,
+            ratios=self.ratios,
+            inv_scale=inv_scale,
+        )
+        for param, momentum in zip(self.params, momenta, strict=self.hyper.momentum != 0):
+            set_momentum(self.state[param], momentum)
+        if sharding.is_distributed(self.params[0]):
+            sharding.note_writes([*self.params, *(tensor for tensors in kept for tensor in tensors)])
+
+    def _update_by_torch(self) -> None:
+        """Take the step by torch's own functions, which support sparse gradients, subclasses and lazy parameters."""
+        for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
+            weight_decay = self.hyper.weight_decay
+            if self.ratios is not None:
+                if weight_decay != 0:
+                    grad = grad.add(param, alpha=-weight_decay if self.hyper.maximize else weight_decay)
+                grad, weight_decay = self.ratios[i] * grad, 0.0
+            buffers: list[Tensor | None] = [None]
+            if self.hyper.momentum != 0:
+                state = self.state[param]
+                if state.get(CODES) is not None:  # of a group that was in 8 bits
+                    set_momentum(state, momentum_like(param, state, self.hyper.momentum_dtype_of(param), self.group))
+                buffers = [state.get(BUFFER)]
+                if buffers[0] is None:
+                    check_can_begin(param, self.group)
+            torch_sgd(
+                [param],
+                [grad],
+                buffers,
+                has_sparse_grad=grad.is_sparse,
+                foreach=False,
+                weight_decay=weight_decay,
+                momentum=self.hyper.momentum,
+                lr=self.hyper.lr,  # type: ignore[arg-type]
+                dampening=self.hyper.dampening,
+                nesterov=self.hyper.nesterov,
+                maximize=self.hyper.maximize,
+            )
+            if self.hyper.momentum != 0:
+                self.state[param][BUFFER] = buffers[0]
+
+
+class SGD(FusedOptimizer, torch.optim.SGD):
     r"""Stochastic gradient descent in one pass over memory, with the trust ratios of LARS or without.
 
     .. math::
@@ -116,9 +214,12 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
         >>> optimizer = LARS(torchlars.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=1e-4))
     """
 
-    #: Tells LARS to pass trust ratios to :meth:`step` and leave gradients alone.
-    takes_trust_ratios = True
-    momentum_keys = ("momentum_buffer",)
+    fast_kind = "SgdLayers"
+    bucket_type = Bucket
+    torch_keys = ("momentum_buffer",)
+    state_keys = MOMENTUM_KEYS
+    own_keys = ("momentum_dtype", "min_8bit_size")
+    dtype_names = {torch.float32: "float32", torch.int8: "int8"}  # noqa: RUF012
 
     def __init__(
         self,
@@ -135,36 +236,14 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
     ) -> None:
         given = {"lr": lr, "momentum": momentum, "dampening": dampening, "weight_decay": weight_decay}
         given |= {"nesterov": nesterov, "maximize": maximize}
-        self.check_group("", {**given, "momentum_dtype": momentum_dtype, "min_8bit_size": min_8bit_size})
-        self._reader = GroupReader(needs_lr=lambda hyper: True)
+        self.hyper_parameters("", {**given, "momentum_dtype": momentum_dtype, "min_8bit_size": min_8bit_size})
         super().__init__(params, lr, momentum, dampening, weight_decay, nesterov, maximize=maximize)
         own: Group = {}  # without these, groups hold the keys of torch's SGD, and no other
         if momentum_dtype is not None:
             own["momentum_dtype"] = momentum_dtype
         if momentum_dtype is torch.int8 or min_8bit_size != MIN_8BIT_SIZE:
             own["min_8bit_size"] = min_8bit_size
-        self.defaults.update(own)
-        for group in self.param_groups:
-            for key, value in own.items():
-                group.setdefault(key, value)
-
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group, if its hyper-parameters are possible."""
-        if isinstance(param_group, dict):  # else torch says so
-            self.check_group(f" of parameter group {len(self.param_groups)}", {**self.defaults, **param_group})
-        super().add_param_group(param_group)
-
-    def check_group(self, of_group: str, group: Group) -> None:
-        """Raise if no step can be taken with the hyper-parameters of a group."""
-        _hyper_parameters(of_group, group)
-
-    def momentum_dtype_of(self, param: Tensor, group: Group) -> torch.dtype:
-        """Return the dtype of a parameter's momentum, int8 for codes, as its group asks for it."""
-        return _hyper_parameters("", {**self.defaults, **group}).momentum_dtype_of(param)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self._reader = GroupReader(needs_lr=lambda hyper: True)
+        self._add_own(own)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # type: ignore[override]
@@ -175,64 +254,18 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
         """
         dampened = [group for group in self.param_groups if group["dampening"] != 0]
         return not amp.begins_momentum(self, dampened) and not any(
-            param.grad is not None and _is_for_torch(param, param.grad)
+            param.grad is not None and is_for_torch(param, param.grad)
             for group in self.param_groups
             for param in group["params"]
         )
 
-    def step(self, closure: Callable[[], Any] | None = None, *, trust_ratios: TrustRatios | None = None) -> Any:
-        """Take one step.
-
-        Args:
-            closure: evaluates the model anew and returns the loss. Called once, with gradients enabled.
-            trust_ratios: passed by LARS. See :mod:`torchlars.optim`.
-
-        Returns:
-            What the closure returns.
-
-        Raises:
-            TypeError, ValueError, RuntimeError: a group, parameter or gradient does not allow the step; the message
-                names it. Nothing has changed then.
-        """
-        loss = None
-        try:
-            if closure is not None:
-                with torch.enable_grad():
-                    loss = closure()
-            self._step(trust_ratios)
-        except BaseException:
-            amp.drop_scale(self)
-            raise
-        return loss
-
-    @torch.no_grad()
-    def _step(self, trust_ratios: TrustRatios | None) -> None:
-        """Gather, then update. Errors are raised while gathering, but for momentum that cannot begin in a capture."""
-        grad_scale = GradScale.of(self)
-        fast_buckets, other_buckets = self._gather(trust_ratios)
-        for fast_bucket in fast_buckets:
-            ratios = fast_bucket.update(grad_scale.inv_scale(fast_bucket.params[0].device))
-            if trust_ratios is not None and ratios is not None:
-                trust_ratios.report(fast_bucket.params, ratios)
-        for bucket in other_buckets:
-            bucket.update(grad_scale.inv_scale(bucket.params[0].device))
-
-    def _gather(self, trust_ratios: TrustRatios | None) -> tuple[Sequence[Any], list[Bucket]]:
-        """Return all layers to update in buckets: those on the fast path, and the others with their trust ratios."""
-        fast_layers, buckets = self._gather_but_for_ratios(trust_ratios)
-        if fast_layers.shares_memory or buckets:
-            overlapping = self._overlapping_layers()
-            if overlapping:
-                fast_layers, buckets = self._gather_but_for_ratios(trust_ratios, overlapping)
-        if trust_ratios is not None and buckets:  # of all groups at once: shards are completed together
-            measured = trust_ratios.measure_all([(bucket.group, bucket.params) for bucket in buckets])
-            for bucket, ratios in zip(buckets, measured, strict=True):
-                bucket.ratios = ratios
+    def _gather(self, trust_ratios: TrustRatios | None) -> tuple[Sequence[Any], list[fused.Bucket]]:
+        fast_buckets, buckets = super()._gather(trust_ratios)
         if not torch.compiler.is_compiling():
             self._warn_of_cut_layers(buckets)
-        return fast_layers.buckets, buckets
+        return fast_buckets, buckets
 
-    def _warn_of_cut_layers(self, buckets: Iterable[Bucket]) -> None:
+    def _warn_of_cut_layers(self, buckets: Iterable[fused.Bucket]) -> None:
         """Warn of layers whose momentum begins in float32 because of how they are sharded."""
         cut = [
             f"group: {bucket.group}, shape: {tuple(param.shape)}, placements: {getattr(param, 'placements', ())}"
@@ -247,266 +280,66 @@ class SGD(MomentumOptimizer, torch.optim.SGD):
                 f"not in 8 bits ({cut[0]}{more}); shard dimension 0, or choose sizes that the ranks divide so"
             )
 
-    def _gather_but_for_ratios(
-        self, trust_ratios: TrustRatios | None, overlapping: Collection[Tensor] = ()
-    ) -> tuple[Any, list[Bucket]]:
-        """Return all layers to update in buckets. Each overlapping layer has a bucket and a gradient of its own.
-
-        Buckets are updated one after the other, which gives overlapping layers the order that they are listed in.
-        """
-        fast_layers = ops.NoFastPath() if overlapping else ops.fast_layers("SgdLayers")
-        groups = self.param_groups
-        hypers = self._reader.read(groups, self._read_group, self._context)
-        options = [None if trust_ratios is None else trust_ratios.options(index) for index in range(len(groups))]
-        fast_options = [hyper.fast_options(how) for hyper, how in zip(hypers, options, strict=True)]
-        others: dict[int, list[tuple[int, Tensor]]] = {}
-        seen: set[Tensor] = set()
-        for index, position in fast_layers.add(list(zip(groups, fast_options, strict=True)), self.state):
-            param = groups[index]["params"][position]
-            if param.grad is not None and param not in seen:
-                seen.add(param)
-                others.setdefault(index, []).append((position, param))
-        buckets: list[Bucket] = []
-        for index, layers in others.items():
-            buckets += self._slow_path(index, layers, hypers[index], overlapping)
-        return fast_layers, buckets
-
-    def _context(self) -> list[Any]:
-        return [*self.defaults, *self.defaults.values()]
-
-    def _read_group(self, index: int, group: Group) -> HyperParameters:
-        return _hyper_parameters(f" of parameter group {index}", {**self.defaults, **group})
-
-    def _overlapping_layers(self) -> Collection[Tensor]:
-        """Return the layers of which a parameter, gradient or momentum overlaps another tensor of the step."""
-        if torch.compiler.is_compiling():  # memory has no address there
-            return ()
-        params = [param for group in self.param_groups for param in group["params"] if param.grad is not None]
-        params = list(dict.fromkeys(params))
-        memory: list[tuple[Tensor, Tensor]] = []
-        for param in params:
-            state = self.state.get(param, {})
-            kept = (param, param.grad, *(state.get(name) for name in MOMENTUM_KEYS))
-            memory += [(param, memory_of(x)) for x in kept if isinstance(x, Tensor)]
-        return {memory[i][0] for i in ops.overlapping([tensor for _, tensor in memory])}
-
-    def _slow_path(
-        self, index: int, layers: list[tuple[int, Tensor]], hyper: HyperParameters, overlapping: Collection[Tensor]
-    ) -> Iterable[Bucket]:
-        """Return the buckets of those layers of a group that are not on the fast path."""
-        buckets: dict[Any, Bucket] = {}
-        for position, param in layers:
-            grad = _gradient(index, position, param, hyper, self.state.get(param, {}))
-            own: Any = None
-            if param in overlapping:
-                own, grad = param, grad.clone()
-            kind = (type(param), sharding.process_groups(param), _is_for_torch(param, grad), hyper.codes(param))
-            key = (param.device, param.dtype, grad.dtype, grad.layout, own, *kind)
-            if key not in buckets:
-                buckets[key] = Bucket(index, self.state, hyper)
-            buckets[key].params.append(param)
-            buckets[key].local_params.append(sharding.local(param))
-            buckets[key].grads.append(sharding.local(grad))
-        return buckets.values()
-
-
-@dataclass
-class HyperParameters:
-    """The hyper-parameters of a group, as an update takes them."""
-
-    lr: float | Tensor
-    momentum: float
-    dampening: float
-    weight_decay: float
-    nesterov: bool
-    maximize: bool
-    momentum_in_float32: bool
-    min_8bit_size: int | None  # None: no momentum is in 8 bits
-
-    def momentum_dtype_of(self, param: Tensor) -> torch.dtype:
-        """Return the dtype of a parameter's momentum, int8 for codes."""
-        return momentum_dtype_of(param, torch.float32 if self.momentum_in_float32 else None, self.min_8bit_size)
-
-    def wants_codes(self, param: Tensor) -> bool:
-        """Tell whether a parameter is to have momentum in 8 bits, if its shards allow it."""
-        return self.momentum != 0 and self.min_8bit_size is not None and is_coded(param, self.min_8bit_size)
-
-    def codes(self, param: Tensor) -> bool:
-        """Tell whether a parameter has momentum, and that in 8 bits."""
-        return self.momentum != 0 and self.momentum_dtype_of(param) == torch.int8
-
-    def __post_init__(self) -> None:
-        self._fast: tuple[Mapping[str, Any] | None, Any] | None = None  # the last options of LARS, and both together
-
-    def fast_options(self, options: Mapping[str, Any] | None) -> Any:
-        """Return the hyper-parameters, and the options of LARS if there are any, as the fast path takes them."""
-        if self._fast is None or self._fast[0] is not options:
-            ours = {name: value for name, value in vars(self).items() if name != "_fast"}
-            if options is not None:  # while lr is in the momentum, the group's own reads 1
-                ours |= {name: value for name, value in options.items() if name != "lr" or value is not None}
-            self._fast = options, ops.fast_options("SgdOptions", **ours)
-        return self._fast[1]
-
-
-@dataclass
-class Bucket:
-    """Layers of one group that one call can update."""
-
-    group: int
-    state: Any
-    hyper: HyperParameters
-    params: list[Tensor] = field(default_factory=list)
-    local_params: list[Tensor] = field(default_factory=list)  # what is here of each
-    grads: list[Tensor] = field(default_factory=list)  # likewise
-    ratios: Tensor | None = None
-
-    def update(self, inv_scale: Tensor | None) -> None:
-        """Take the step, unless ``inv_scale`` is 0."""
-        if _is_for_torch(self.params[0], self.grads[0]):
-            self._update_by_torch()
-            return
-        layers = len(self.params)
-        dampenings = [self.hyper.dampening] * layers
-        momenta: list[dict[str, Tensor]] = []
-        if self.hyper.momentum != 0:
-            for i, param in enumerate(self.params):
-                if not has_momentum(self.state[param]):
-                    dampenings[i] = 0.0  # m ← d: from zeros, undampened
-                momenta.append(momentum_like(param, self.state[param], self.hyper.momentum_dtype_of(param), self.group))
-        kept = [list(momentum.values()) for momentum in momenta]  # a buffer, or codes and their scales
-        in_8bit = self.hyper.codes(self.params[0])
-        places = [sharding.place_of_rows(param) for param in self.params if in_8bit]
-        lr, lr_tensor = self.hyper.lr, None
-        if isinstance(lr, Tensor):
-            lr_tensor = ops.lr_tensor(lr, self.params[0].device)
-            lr = 1.0
-        ops.sgd_(
-            self.local_params,
-            self.grads,
-            [sharding.local(tensors[0]) for tensors in kept],
-            momentum_scales=[sharding.local(tensors[1]) for tensors in kept] if in_8bit else None,
-            row_lengths=[place[1] for place in places if place is not None],
-            offsets=[place[0] for place in places if place is not None],
-            maximize=self.hyper.maximize,
-            weight_decays=[self.hyper.weight_decay] * layers,
-            lrs=[lr] * layers,
-            lr_tensor=lr_tensor,
-            momentums=[self.hyper.momentum] * layers,
-            dampenings=dampenings,
-            nesterov=self.hyper.nesterov,
-            ratios=self.ratios,
-            inv_scale=inv_scale,
-        )
-        for param, momentum in zip(self.params, momenta, strict=self.hyper.momentum != 0):
-            set_momentum(self.state[param], momentum)
-        if sharding.is_distributed(self.params[0]):
-            sharding.note_writes([*self.params, *(tensor for tensors in kept for tensor in tensors)])
-
-    def _update_by_torch(self) -> None:
-        """Take the step by torch's own functions, which support sparse gradients, subclasses and lazy parameters."""
-        for i, (param, grad) in enumerate(zip(self.params, self.grads, strict=True)):
-            weight_decay = self.hyper.weight_decay
-            if self.ratios is not None:
-                if weight_decay != 0:
-                    grad = grad.add(param, alpha=-weight_decay if self.hyper.maximize else weight_decay)
-                grad, weight_decay = self.ratios[i] * grad, 0.0
-            buffers: list[Tensor | None] = [None]
-            if self.hyper.momentum != 0:
-                state = self.state[param]
-                if state.get(CODES) is not None:  # of a group that was in 8 bits
-                    set_momentum(state, momentum_like(param, state, self.hyper.momentum_dtype_of(param), self.group))
-                buffers = [state.get(BUFFER)]
-                if buffers[0] is None:
-                    check_can_begin(param, self.group)
-            torch_sgd(
-                [param],
-                [grad],
-                buffers,
-                has_sparse_grad=grad.is_sparse,
-                foreach=False,
-                weight_decay=weight_decay,
-                momentum=self.hyper.momentum,
-                lr=self.hyper.lr,  # type: ignore[arg-type]
-                dampening=self.hyper.dampening,
-                nesterov=self.hyper.nesterov,
-                maximize=self.hyper.maximize,
+    def hyper_parameters(self, of_group: str, group: Group) -> HyperParameters:
+        """Return the hyper-parameters of a group, or raise."""
+        lr = learning_rate(f"lr{of_group}", group["lr"])
+        if group.get("differentiable", False):
+            raise ValueError(f"differentiable{of_group} must be False (got: True): the step writes in place")
+        momentum_dtype = group.get("momentum_dtype")
+        if momentum_dtype not in (None, *self.dtype_names):
+            raise ValueError(
+                f"momentum_dtype{of_group} must be None, torch.float32 or torch.int8 (got: {momentum_dtype!r})"
             )
-            if self.hyper.momentum != 0:
-                self.state[param][BUFFER] = buffers[0]
-
-
-def _is_for_torch(param: Tensor, grad: Tensor) -> bool:
-    """Tell whether no op of ours can update a layer: torch lets none write a list of lazily conjugated tensors."""
-    if grad.is_sparse or (is_traceable_wrapper_subclass(param) and not sharding.is_distributed(param)):
-        return True
-    return not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg())  # asking would cause a graph break
-
-
-def _hyper_parameters(of_group: str, group: Group) -> HyperParameters:
-    """Return hyper-parameters as an update takes them, or raise."""
-    lr = learning_rate(f"lr{of_group}", group["lr"])
-    if group.get("differentiable", False):
-        raise ValueError(f"differentiable{of_group} must be False (got: True): the step writes in place")
-    momentum_dtype = group.get("momentum_dtype")
-    if momentum_dtype not in (None, *DTYPE_NAMES):
-        raise ValueError(
-            f"momentum_dtype{of_group} must be None, torch.float32 or torch.int8 (got: {momentum_dtype!r})"
+        min_8bit_size = non_negative_integer(f"min_8bit_size{of_group}", group.get("min_8bit_size", MIN_8BIT_SIZE))
+        names = f"momentum{of_group}", f"dampening{of_group}", f"weight_decay{of_group}"
+        hyper = HyperParameters(
+            lr=lr,
+            momentum=non_negative_number(names[0], number_in(names[0], group["momentum"])),
+            dampening=finite_number(names[1], number_in(names[1], group["dampening"])),
+            weight_decay=non_negative_number(names[2], number_in(names[2], group["weight_decay"])),
+            nesterov=bool(group["nesterov"]),
+            maximize=bool(group["maximize"]),
+            momentum_in_float32=momentum_dtype is not None,
+            min_8bit_size=min(min_8bit_size, sys.maxsize) if momentum_dtype is torch.int8 else None,
         )
-    min_8bit_size = non_negative_integer(f"min_8bit_size{of_group}", group.get("min_8bit_size", MIN_8BIT_SIZE))
-    names = f"momentum{of_group}", f"dampening{of_group}", f"weight_decay{of_group}"
-    hyper = HyperParameters(
-        lr=lr,
-        momentum=non_negative_number(names[0], number_in(names[0], group["momentum"])),
-        dampening=finite_number(names[1], number_in(names[1], group["dampening"])),
-        weight_decay=non_negative_number(names[2], number_in(names[2], group["weight_decay"])),
-        nesterov=bool(group["nesterov"]),
-        maximize=bool(group["maximize"]),
-        momentum_in_float32=momentum_dtype is not None,
-        min_8bit_size=min(min_8bit_size, sys.maxsize) if momentum_dtype is torch.int8 else None,
-    )
-    if hyper.nesterov and (hyper.momentum == 0 or hyper.dampening != 0):
-        raise ValueError(
-            f"nesterov{of_group} needs momentum and no dampening "
-            f"(momentum: {hyper.momentum}, dampening: {hyper.dampening})"
-        )
-    return hyper
+        if hyper.nesterov and (hyper.momentum == 0 or hyper.dampening != 0):
+            raise ValueError(
+                f"nesterov{of_group} needs momentum and no dampening "
+                f"(momentum: {hyper.momentum}, dampening: {hyper.dampening})"
+            )
+        return hyper
 
+    def kind_of(self, param: Tensor, grad: Tensor, hyper: HyperParameters) -> tuple[Any, ...]:
+        """Return whether torch takes the step of a layer, and whether its momentum is in 8 bits."""
+        return is_for_torch(param, grad), hyper.codes(param)
 
-def _gradient(group: int, position: int, param: Tensor, hyper: HyperParameters, state: Mapping[str, Any]) -> Tensor:
-    """Return a parameter's gradient, distributed as it is, or raise if the step cannot be taken with it."""
-    grad = param.grad
-    assert grad is not None
-    problem = _problem_of(param, grad, hyper, state)
-    if problem is not None:
-        raise RuntimeError(f"{problem} (group: {group}, parameter: {position}, shape: {tuple(param.shape)})")
-    if grad.is_sparse:
-        return grad.coalesce()
-    placed = sharding.placed_like(param, grad)
-    if placed is not grad:
-        param.grad = placed  # so that it is redistributed once
-    return placed
+    def problem_of(self, param: Tensor, grad: Tensor, hyper: HyperParameters, state: Mapping[str, Any]) -> str | None:
+        """Return why no step can be taken with a layer and its momentum, or None."""
+        problem = problem_of_momentum(param, state) if hyper.momentum != 0 else None
+        if problem is not None:
+            return problem
+        is_kept_apart = hyper.momentum != 0 and hyper.momentum_dtype_of(param) != param.dtype
+        if is_kept_apart and is_for_torch(param, grad):
+            return (
+                "momentum_dtype must be None for sparse gradients, tensor subclasses and lazily negated parameters "
+                f"(dtype: {param.dtype})"
+            )
+        if grad.dtype == torch.float64 and hyper.codes(param):
+            return f"gradients of a layer with momentum in 8 bits must have at most 32 bits (gradient: {grad.dtype})"
+        return None
 
-
-def _problem_of(param: Tensor, grad: Tensor, hyper: HyperParameters, state: Mapping[str, Any]) -> str | None:
-    """Return why no step can be taken with a parameter, its gradient and its momentum, or None."""
-    problem = problem_of_memory(param)
-    if problem is None and param.dtype not in ops.DTYPES:
-        problem = f"{WRONG_DTYPE} (dtype: {param.dtype})"
-    problem = problem or problem_of_gradient(param, hyper.weight_decay)
-    if problem is None and hyper.momentum != 0:
-        problem = problem_of_momentum(param, state)
-    if problem is not None:
-        return problem
-    if (sharding.is_distributed(param) or not is_traceable_wrapper_subclass(param)) and not grad.is_sparse:
-        here = sharding.local(param)
-        if not ops.is_writable_in_place(here):
-            return f"elements of a parameter must not share memory (strides: {here.stride()})"
-    is_kept_apart = hyper.momentum != 0 and hyper.momentum_dtype_of(param) != param.dtype
-    if is_kept_apart and _is_for_torch(param, grad):
-        return (
-            "momentum_dtype must be None for sparse gradients, tensor subclasses and lazily negated parameters "
-            f"(dtype: {param.dtype})"
-        )
-    if grad.dtype == torch.float64 and hyper.codes(param):
-        return f"gradients of a layer with momentum in 8 bits must have at most 32 bits (gradient: {grad.dtype})"
-    return None
+    def load_layer(self, param: Tensor, saved: Mapping[str, Any], group: int) -> None:
+        """Load the momentum of a parameter. A float one that becomes codes is rounded to nearest."""
+        hyper = self._read_group(group, self.param_groups[group])
+        dtype = hyper.momentum_dtype_of(param)
+        found = {name: saved[name] for name in MOMENTUM_KEYS if saved.get(name) is not None}
+        found = {name: x.to("cpu" if name == ORDER else param.device) for name, x in found.items()}
+        if found.keys() >= {BUFFER, CODES, SCALES} and found[CODES].is_floating_point():
+            found = {BUFFER: found[BUFFER]}  # torch.optim.SGD has cast the codes, and then begun anew
+        if found.keys() - {BUFFER} or (found and dtype == torch.int8):
+            problem = problem_of_momentum(param, found)
+            if problem is not None:
+                raise ValueError(problem)
+            set_momentum(self.state[param], momentum_like(param, found, dtype, group))
+        elif found:
+            self.state[param][BUFFER] = found[BUFFER].to(dtype=dtype)
