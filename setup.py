@@ -123,8 +123,10 @@ def extension(torch, with_cuda):
     from torch.utils.cpp_extension import CppExtension, CUDAExtension
 
     # No contraction into fused multiply-adds: results are then those of the source on every processor. Nobody asks for
-    # floating-point exceptions, and GCC vectorises std::floor only where it need not keep them.
-    flags = ["/O2", "/openmp"] if os.name == "nt" else ["-O3", "-ffp-contract=off", "-fno-trapping-math"]
+    # floating-point exceptions and errno, and GCC vectorises std::floor and std::sqrt only where it need not set them.
+    flags = ["-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
+    if os.name == "nt":
+        flags = ["/O2", "/openmp"]
     link_flags = []
     if sys.platform == "linux":  # at::parallel_for is compiled here, and without OpenMP it is a plain loop
         flags, link_flags = [*flags, "-fopenmp"], ["-fopenmp"]

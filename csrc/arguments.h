@@ -121,6 +121,39 @@ struct SgdArguments {
   }
 };
 
+struct AdamArguments {
+  static constexpr const char* kOp = "adam_";
+  using Result = void;
+
+  at::TensorList params;
+  at::TensorList grads;  // empty: moments and steps are updated already
+  at::TensorList exp_avgs;
+  at::TensorList exp_avg_sqs;
+  at::TensorList steps;
+  bool maximize = false;
+  at::ArrayRef<double> weight_decays;
+  bool decoupled_weight_decay = false;
+  double beta1 = 0;
+  double beta2 = 0;
+  double adam_eps = 0;
+  bool decayed_norm = false;
+  at::ArrayRef<double> lrs;
+  std::optional<at::Tensor> lr_tensor;
+  bool of_updates = false;
+  std::optional<at::Tensor> ratios;
+  at::ArrayRef<double> trust_coefs;
+  at::ArrayRef<double> eps;
+  bool clip = false;
+  std::optional<at::Tensor> squared_norms;  // given: no parameter is updated
+  std::optional<at::Tensor> inv_scale;
+
+  auto tie() const {
+    return std::tie(params, grads, exp_avgs, exp_avg_sqs, steps, maximize, weight_decays, decoupled_weight_decay, beta1,
+                    beta2, adam_eps, decayed_norm, lrs, lr_tensor, of_updates, ratios, trust_coefs, eps, clip,
+                    squared_norms, inv_scale);
+  }
+};
+
 // Whether the op measures trust ratios and writes them.
 template <typename Arguments>
 bool measures(const Arguments& arguments) {

@@ -247,7 +247,7 @@ inline void check(const TrustRatiosArguments& arguments) {
             arguments.clip || arguments.of_updates);
 }
 
-// What scale_gradients_ and sgd_ have in common.
+// What scale_gradients_, sgd_ and adam_ have in common.
 template <typename Arguments>
 void check_layers(const Arguments& arguments, bool lrs_are_needed, at::ArrayRef<double> free_where_zero) {
   const char* const op = Arguments::kOp;
@@ -328,6 +328,23 @@ inline void check_codes(const SgdArguments& arguments, at::TensorList scales) {
   check_writable(op, "momentum_buffers", codes);
 }
 
+// A list of tensors that an optimizer keeps for its parameters.
+inline void check_state(const char* op, const char* name, at::TensorList state, at::TensorList params) {
+  check_tensors(op, name, state);
+  check_length(op, name, state.size(), "params", params.size());
+  check_writable(op, name, state);
+  const at::Tensor& first = state[0];
+  const at::Tensor& param = params[0];
+  TORCH_CHECK(first.device() == param.device(), op, ": expected tensors on one device (params[0]: ", param.device(),
+              ", ", name, "[0]: ", first.device(), ")");
+  TORCH_CHECK(
+      first.scalar_type() == param.scalar_type() || (param.element_size() == 2 && first.scalar_type() == c10::kFloat),
+      op, ": expected ", name,
+      " of the dtype of params, or of float32 for 16-bit ones (params[0]: ", param.scalar_type(), ", ", name,
+      "[0]: ", first.scalar_type(), ")");
+  check_shapes(op, "params", params, name, state);
+}
+
 inline void check(const SgdArguments& arguments) {
   const char* const op = SgdArguments::kOp;
   const size_t layers = arguments.grads.size();
@@ -355,20 +372,45 @@ inline void check(const SgdArguments& arguments) {
     check_codes(arguments, *arguments.momentum_scales);
     return;
   }
-  check_tensors(op, "momentum_buffers", buffers);
-  check_length(op, "momentum_buffers", buffers.size(), "grads", layers);
-  check_writable(op, "momentum_buffers", buffers);
-  const at::Tensor& param = arguments.params[0];
-  const at::Tensor& buffer = buffers[0];
-  TORCH_CHECK(buffer.device() == param.device(), op, ": expected tensors on one device (params[0]: ", param.device(),
-              ", momentum_buffers[0]: ", buffer.device(), ")");
-  TORCH_CHECK(
-      buffer.scalar_type() == param.scalar_type() || (param.element_size() == 2 && buffer.scalar_type() == c10::kFloat),
-      op,
-      ": expected momentum_buffers of the dtype of params, or of float32 for 16-bit ones "
-      "(params[0]: ",
-      param.scalar_type(), ", momentum_buffers[0]: ", buffer.scalar_type(), ")");
-  check_shapes(op, "params", arguments.params, "momentum_buffers", buffers);
+  check_state(op, "momentum_buffers", buffers, arguments.params);
+}
+
+inline void check(const AdamArguments& given) {
+  const char* const op = AdamArguments::kOp;
+  AdamArguments arguments = given;
+  if (given.grads.empty()) {
+    arguments.grads = given.params;  // in whose place nothing is read
+    check_needs(op, "grads", "are empty", true, "of_updates", given.of_updates);
+    check_needs(op, "grads", "are empty", true, "no trust_coefs", !measures(given));
+    check_needs(op, "grads", "are empty", true, "no squared_norms", !given.squared_norms.has_value());
+  }
+  check_layers(arguments, /*lrs_are_needed=*/true, /*free_where_zero=*/{});
+  check_writable(op, "params", arguments.params);
+  check_state(op, "exp_avgs", arguments.exp_avgs, arguments.params);
+  check_state(op, "exp_avg_sqs", arguments.exp_avg_sqs, arguments.params);
+  TORCH_CHECK(arguments.exp_avgs[0].scalar_type() == arguments.exp_avg_sqs[0].scalar_type(), op,
+              ": expected exp_avgs and exp_avg_sqs of one dtype (exp_avgs[0]: ", arguments.exp_avgs[0].scalar_type(),
+              ", exp_avg_sqs[0]: ", arguments.exp_avg_sqs[0].scalar_type(), ")");
+  check_length(op, "steps", arguments.steps.size(), "grads", arguments.params.size());
+  for (const at::Tensor& step : arguments.steps) {
+    check_scale(op, "each of steps", step, c10::kFloat, arguments.params[0].device());
+  }
+  for (const auto& [name, beta] : {std::pair("beta1", arguments.beta1), std::pair("beta2", arguments.beta2)}) {
+    TORCH_CHECK(0 <= beta && beta < 1, op, ": expected ", name, " in [0, 1) (got: ", beta, ")");
+  }
+  TORCH_CHECK(is_non_negative(arguments.adam_eps), op, ": expected a non-negative adam_eps (got: ", arguments.adam_eps,
+              ")");
+  check_needs(op, "of_updates", "is True", arguments.of_updates, "no decayed_norm", !arguments.decayed_norm);
+  if (arguments.squared_norms.has_value()) {
+    check_needs(op, "squared_norms", "are given", true, "of_updates", arguments.of_updates);
+    check_needs(op, "squared_norms", "are given", true, "no ratios", !arguments.ratios.has_value());
+    check_squared_norms(op, "squared_norms", *arguments.squared_norms);
+    check_length(op, "squared_norms", arguments.squared_norms->size(0), "twice the params",
+                 2 * arguments.params.size());
+    TORCH_CHECK(arguments.squared_norms->device() == arguments.params[0].device(), op,
+                ": expected tensors on one device (params[0]: ", arguments.params[0].device(),
+                ", squared_norms: ", arguments.squared_norms->device(), ")");
+  }
 }
 
 }  // namespace torchlars

@@ -481,7 +481,36 @@ struct SgdBucket {
   }
 };
 
-class SgdLayers {
+// Whether kernels can take values of an optimizer's state, and whether what they write may share its memory.
+class StateReader {
+ public:
+  bool shares_memory = false;  // whether any parameter or tensor of the state may share its memory
+
+ protected:
+  // Whether a kernel can take a value of the state. If so, notes whether it may share its memory.
+  bool is_state(const py::object& value, c10::ScalarType dtype, c10::Device device, at::IntArrayRef sizes) {
+    if (!value || !THPVariable_CheckExact(value.ptr())) {
+      return false;
+    }
+    const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
+    if (!is_plain(tensor) || tensor.scalar_type() != dtype || tensor.device() != device || tensor.sizes() != sizes) {
+      return false;
+    }
+    // The references that are known: the caller's and that of the state.
+    shares_memory = shares_memory || Py_REFCNT(value.ptr()) > 2 || may_share_memory(tensor);
+    return true;
+  }
+
+  // The same of one that has its parameter's shape and memory order.
+  bool is_state_of(const at::Tensor& param, const py::object& value, c10::ScalarType dtype) {
+    return is_state(value, dtype, param.device(), param.sizes()) &&
+           same_strides(param, THPVariable_Unpack(value.ptr()));
+  }
+
+  Seen seen_;
+};
+
+class SgdLayers : public StateReader {
  public:
   // state: the optimizer's. A layer without a momentum buffer, or with one that a kernel cannot take, is left to the
   // slow path, which makes one.
@@ -492,7 +521,6 @@ class SgdLayers {
   }
 
   std::vector<std::shared_ptr<SgdBucket>> buckets;
-  bool shares_memory = false;  // whether any parameter or momentum buffer may share its memory
 
  private:
   std::vector<int64_t> add_group(const py::sequence& params, const py::dict& state, const SgdOptions& options) {
@@ -523,13 +551,12 @@ class SgdLayers {
           }
         }
         found = item_of(own_state, names[is_in_8bit ? 1 : 0]);
-        if (!is_momentum(found, *key.momentum_dtype, param.device(), param.sizes()) ||
-            !same_strides(param, THPVariable_Unpack(found.ptr()))) {
+        if (!is_state_of(param, found, *key.momentum_dtype)) {
           return false;
         }
         if (is_in_8bit) {
           scales = item_of(own_state, names[2]);
-          if (!is_momentum(scales, c10::kFloat, param.device(), scales_shape(param)) ||
+          if (!is_state(scales, c10::kFloat, param.device(), scales_shape(param)) ||
               !THPVariable_Unpack(scales.ptr()).is_contiguous()) {
             return false;
           }
@@ -557,22 +584,136 @@ class SgdLayers {
       return true;
     });
   }
+};
 
-  // Whether a kernel can take a value of the state. If so, notes whether it may share its memory.
-  bool is_momentum(const py::object& value, c10::ScalarType dtype, c10::Device device, at::IntArrayRef sizes) {
-    if (!value || !THPVariable_CheckExact(value.ptr())) {
-      return false;
+// The hyper-parameters of a group of Adam, with trust ratios of gradients or updates or, where there is no trust_coef,
+// without. lr_in_momentum is never set.
+struct AdamOptions : Dialect {
+  double weight_decay = 0;
+  bool decoupled_weight_decay = false;
+  bool maximize = false;
+  Lr lr = 0.0;
+  double beta1 = 0;
+  double beta2 = 0;
+  double adam_eps = 0;
+  bool state_in_float32 = false;
+  bool of_updates = false;
+  std::optional<double> trust_coef;
+  std::optional<double> eps;
+};
+
+// Layers of which Adam takes the step in one call.
+struct AdamBucket {
+  struct Key {
+    c10::Device device;
+    c10::ScalarType dtype;
+    c10::ScalarType state_dtype;
+    const c10::TensorImpl* lr;  // null: a number
+    double beta1, beta2, adam_eps;
+    bool decoupled_weight_decay, maximize, is_adapted, of_updates;
+    Dialect dialect;
+
+    auto tie() const {
+      return std::tie(device, dtype, state_dtype, lr, beta1, beta2, adam_eps, decoupled_weight_decay, maximize,
+                      is_adapted, of_updates, dialect);
     }
-    const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
-    if (!is_plain(tensor) || tensor.scalar_type() != dtype || tensor.device() != device || tensor.sizes() != sizes) {
-      return false;
+    bool operator==(const Key& other) const { return tie() == other.tie(); }
+  };
+
+  explicit AdamBucket(const Key& key) : key(key) {}
+
+  Key key;
+  PyTensors params;
+  Tensors grads;
+  PyTensors exp_avgs;
+  PyTensors exp_avg_sqs;
+  PyTensors steps;
+  std::optional<at::Tensor> lr;
+  Numbers weight_decays;
+  Numbers trust_coefs;
+  Numbers eps;
+  Numbers lrs;
+
+  // Takes the step. Returns the trust ratios, if there are any.
+  std::optional<at::Tensor> update(const std::optional<at::Tensor>& inv_scale) const {
+    AdamArguments arguments;
+    arguments.params = params.tensors();
+    arguments.grads = grads;
+    arguments.exp_avgs = exp_avgs.tensors();
+    arguments.exp_avg_sqs = exp_avg_sqs.tensors();
+    arguments.steps = steps.tensors();
+    arguments.maximize = key.maximize;
+    arguments.weight_decays = weight_decays;
+    arguments.decoupled_weight_decay = key.decoupled_weight_decay;
+    arguments.beta1 = key.beta1;
+    arguments.beta2 = key.beta2;
+    arguments.adam_eps = key.adam_eps;
+    arguments.lrs = lrs;
+    arguments.lr_tensor = lr_tensor_of(lr, key.device);
+    arguments.inv_scale = inv_scale;
+    if (key.is_adapted) {
+      arguments.decayed_norm = key.dialect.decayed_norm;
+      arguments.of_updates = key.of_updates;
+      arguments.ratios = empty_ratios(grads);
+      arguments.trust_coefs = trust_coefs;
+      arguments.eps = eps;
+      arguments.clip = key.dialect.clip;
     }
-    // The references that are known: the caller's and that of the state.
-    shares_memory = shares_memory || Py_REFCNT(value.ptr()) > 2 || may_share_memory(tensor);
-    return true;
+    call(arguments);
+    return arguments.ratios;
+  }
+};
+
+class AdamLayers : public StateReader {
+ public:
+  // state: the optimizer's. A layer without state, or with one that a kernel cannot take, is left to the slow path,
+  // which makes one.
+  Positions add(const Groups<AdamOptions>& groups, const py::dict& state) {
+    return for_groups(groups, [&](const py::sequence& params, const AdamOptions& options) {
+      return add_group(params, state, options);
+    });
   }
 
-  Seen seen_;
+  std::vector<std::shared_ptr<AdamBucket>> buckets;
+
+ private:
+  std::vector<int64_t> add_group(const py::sequence& params, const py::dict& state, const AdamOptions& options) {
+    static PyObject* const names[] = {PyUnicode_InternFromString("exp_avg"), PyUnicode_InternFromString("exp_avg_sq"),
+                                      PyUnicode_InternFromString("step")};
+    return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
+      const py::object own_state = item_of(state, object);
+      if (!own_state || !PyDict_Check(own_state.ptr())) {
+        return false;
+      }
+      const auto dtype = param.scalar_type();
+      const auto state_dtype = options.state_in_float32 && param.element_size() == 2 ? c10::kFloat : dtype;
+      const py::object exp_avg = item_of(own_state, names[0]);
+      const py::object exp_avg_sq = item_of(own_state, names[1]);
+      const py::object step = item_of(own_state, names[2]);
+      if (!is_state_of(param, exp_avg, state_dtype) || !is_state_of(param, exp_avg_sq, state_dtype) ||
+          !is_state(step, c10::kFloat, param.device(), {})) {
+        return false;
+      }
+      shares_memory = shares_memory || may_share_memory(param);
+      AdamBucket& bucket = bucket_for(
+          buckets, AdamBucket::Key{param.device(), dtype, state_dtype, key_of(options.lr), options.beta1, options.beta2,
+                                   options.adam_eps, options.decoupled_weight_decay, options.maximize,
+                                   options.trust_coef.has_value(), options.of_updates, options});
+      bucket.params.add(object);
+      bucket.grads.push_back(std::move(grad));
+      bucket.exp_avgs.add(exp_avg.ptr());
+      bucket.exp_avg_sqs.add(exp_avg_sq.ptr());
+      bucket.steps.add(step.ptr());
+      if (tensor_in(options.lr)) {
+        bucket.lr = *tensor_in(options.lr);
+      }
+      bucket.weight_decays.push_back(options.weight_decay);
+      bucket.trust_coefs.push_back(options.trust_coef.value_or(0));
+      bucket.eps.push_back(options.eps.value_or(0));
+      bucket.lrs.push_back(number_of(options.lr));
+      return true;
+    });
+  }
 };
 
 // The positions of those tensors whose memory overlaps that of another one. Where a storage's pointer need not be an
@@ -615,6 +756,38 @@ std::vector<int64_t> overlapping(const Tensors& tensors) {
   return positions;
 }
 
+// What the options of a fused base have in common.
+template <typename Options>
+void bind_hyper_parameters(py::class_<Options>& options) {
+  options.def(py::init<>())
+      .def_readwrite("weight_decay", &Options::weight_decay)
+      .def_readwrite("maximize", &Options::maximize)
+      .def_readwrite("lr", &Options::lr)
+      .def_readwrite("trust_coef", &Options::trust_coef)
+      .def_readwrite("eps", &Options::eps)
+      .def_readwrite("decayed_norm", &Options::decayed_norm)
+      .def_readwrite("clip", &Options::clip)
+      .def_readwrite("lr_in_momentum", &Options::lr_in_momentum);
+}
+
+// The layers and buckets of a fused base.
+template <typename Bucket, typename Layers>
+void bind_layers(py::module_& m, const char* bucket, const char* layers) {
+  py::class_<Bucket, std::shared_ptr<Bucket>>(m, bucket, "Layers of which one call takes the step.")
+      .def_property_readonly("params", [](const Bucket& self) { return self.params.objects(); })
+      .def("update", &Bucket::update, py::arg("inv_scale") = py::none(), py::call_guard<py::gil_scoped_release>(),
+           "Take the step. Return the trust ratios, or None if there are none.");
+  py::class_<Layers>(m, layers, "The layers of one step of a fused base on the fast path, in buckets.")
+      .def(py::init<>())
+      .def(
+          "add", &Layers::add, py::arg("groups"), py::arg("state"),
+          "Take the plain layers of pairs of a group and its options. Return the position of the pair and the position "
+          "in the group of those that are left to the slow path.")
+      .def_readonly("buckets", &Layers::buckets)
+      .def_readonly("shares_memory", &Layers::shares_memory,
+                    "Whether any parameter or tensor of the state may share its memory.");
+}
+
 }  // namespace
 
 void bind_fast_path(py::module_& m) {
@@ -650,22 +823,23 @@ void bind_fast_path(py::module_& m) {
       .def_readwrite("clip", &LarsOptions::clip)
       .def_readwrite("lr_in_momentum", &LarsOptions::lr_in_momentum)
       .def_readwrite("lr", &LarsOptions::lr);
-  py::class_<SgdOptions>(m, "SgdOptions",
-                         "The hyper-parameters of a group of SGD, with its options under LARS, if any.")
-      .def(py::init<>())
-      .def_readwrite("weight_decay", &SgdOptions::weight_decay)
-      .def_readwrite("maximize", &SgdOptions::maximize)
-      .def_readwrite("lr", &SgdOptions::lr)
-      .def_readwrite("momentum", &SgdOptions::momentum)
+  auto sgd_options = py::class_<SgdOptions>(
+      m, "SgdOptions", "The hyper-parameters of a group of SGD, with its options under LARS, if any.");
+  bind_hyper_parameters(sgd_options);
+  sgd_options.def_readwrite("momentum", &SgdOptions::momentum)
       .def_readwrite("dampening", &SgdOptions::dampening)
       .def_readwrite("nesterov", &SgdOptions::nesterov)
       .def_readwrite("momentum_in_float32", &SgdOptions::momentum_in_float32)
-      .def_readwrite("min_8bit_size", &SgdOptions::min_8bit_size)
-      .def_readwrite("trust_coef", &SgdOptions::trust_coef)
-      .def_readwrite("eps", &SgdOptions::eps)
-      .def_readwrite("decayed_norm", &SgdOptions::decayed_norm)
-      .def_readwrite("clip", &SgdOptions::clip)
-      .def_readwrite("lr_in_momentum", &SgdOptions::lr_in_momentum);
+      .def_readwrite("min_8bit_size", &SgdOptions::min_8bit_size);
+  auto adam_options = py::class_<AdamOptions>(
+      m, "AdamOptions", "The hyper-parameters of a group of Adam, with its options under LARS or LAMB, if any.");
+  bind_hyper_parameters(adam_options);
+  adam_options.def_readwrite("decoupled_weight_decay", &AdamOptions::decoupled_weight_decay)
+      .def_readwrite("beta1", &AdamOptions::beta1)
+      .def_readwrite("beta2", &AdamOptions::beta2)
+      .def_readwrite("adam_eps", &AdamOptions::adam_eps)
+      .def_readwrite("state_in_float32", &AdamOptions::state_in_float32)
+      .def_readwrite("of_updates", &AdamOptions::of_updates);
   py::class_<LarsBucket, std::shared_ptr<LarsBucket>>(m, "LarsBucket", "Layers whose gradients one call scales.")
       .def_property_readonly("params", [](const LarsBucket& bucket) { return bucket.params.objects(); })
       .def("adapt", &LarsBucket::adapt, py::arg("inv_scale") = py::none(), no_gil,
@@ -680,19 +854,8 @@ void bind_fast_path(py::module_& m) {
       .def_readonly("shares_memory", &LarsLayers::shares_memory, "Whether any gradient may share its memory.")
       .def_readonly("same_layout", &LarsLayers::same_layout, "Whether all gradients lie in memory as parameters do.")
       .def_readonly("versions", &LarsLayers::versions, "The sum of the versions of all parameters.");
-  py::class_<SgdBucket, std::shared_ptr<SgdBucket>>(m, "SgdBucket", "Layers of which one call takes the step.")
-      .def_property_readonly("params", [](const SgdBucket& bucket) { return bucket.params.objects(); })
-      .def("update", &SgdBucket::update, py::arg("inv_scale") = py::none(), no_gil,
-           "Take the step. Return the trust ratios, or None if there are none.");
-  py::class_<SgdLayers>(m, "SgdLayers", "The layers of one step of SGD on the fast path, in buckets.")
-      .def(py::init<>())
-      .def(
-          "add", &SgdLayers::add, py::arg("groups"), py::arg("state"),
-          "Take the plain layers of pairs of a group and its options. Return the position of the pair and the position "
-          "in the group of those that are left to the slow path.")
-      .def_readonly("buckets", &SgdLayers::buckets)
-      .def_readonly("shares_memory", &SgdLayers::shares_memory,
-                    "Whether any parameter or momentum buffer may share its memory.");
+  bind_layers<SgdBucket, SgdLayers>(m, "SgdBucket", "SgdLayers");
+  bind_layers<AdamBucket, AdamLayers>(m, "AdamBucket", "AdamLayers");
 }
 
 }  // namespace torchlars

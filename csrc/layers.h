@@ -72,6 +72,13 @@ struct Pair {
   Swept param;
 };
 
+// A tensor of the optimizer's state beside its parameter, in its own dtype if kernels take that beside the parameter's.
+inline Swept state_beside(const at::Tensor& param, const at::Tensor& state) {
+  const auto kept = state.scalar_type();
+  const bool is_kept = kept == c10::kChar || (kept == c10::kFloat && param.scalar_type() != c10::kDouble);
+  return beside(param, state, is_kept ? kept : param.scalar_type());
+}
+
 // The tensors of a layer in a step of SGD. momentum is undefined where there is none.
 struct Triple {
   Triple(const at::Tensor& param, const at::Tensor& grad, const at::Tensor* momentum) {
@@ -79,15 +86,32 @@ struct Triple {
     this->param = dense(param, dtype);
     this->grad = beside(*this->param, grad, dtype);
     if (momentum != nullptr) {
-      const auto kept = momentum->scalar_type();  // in it
-      const bool is_kept = kept == c10::kChar || (kept == c10::kFloat && dtype != c10::kDouble);
-      this->momentum = beside(*this->param, *momentum, is_kept ? kept : dtype);
+      this->momentum = state_beside(*this->param, *momentum);
     }
   }
 
   Swept param;
   Swept grad;
   Swept momentum;
+};
+
+// The tensors of the i-th layer in a step of Adam. grad is undefined where there are none.
+struct AdamTensors {
+  AdamTensors(const AdamArguments& arguments, size_t i) {
+    const at::Tensor& like = arguments.grads.empty() ? arguments.params[i] : arguments.grads[i];
+    const auto dtype = swept_dtype(like, arguments.params[i]);
+    param = dense(arguments.params[i], dtype);
+    if (!arguments.grads.empty()) {
+      grad = beside(*param, arguments.grads[i], dtype);
+    }
+    exp_avg = state_beside(*param, arguments.exp_avgs[i]);
+    exp_avg_sq = state_beside(*param, arguments.exp_avg_sqs[i]);
+  }
+
+  Swept param;
+  Swept grad;
+  Swept exp_avg;
+  Swept exp_avg_sq;
 };
 
 // How the i-th layer is cut into blocks, where momentum is in 8 bits.
@@ -119,7 +143,7 @@ std::vector<double> decays_in_norm(const Arguments& arguments) {
   return scales;
 }
 
-// How scale_gradients_ and sgd_ decide trust ratios.
+// How scale_gradients_, sgd_ and adam_ decide trust ratios of gradients.
 template <typename Arguments>
 RatioOptions ratio_options(const Arguments& arguments) {
   RatioOptions options;

@@ -21,6 +21,7 @@ at::Tensor trust_ratios(const TrustRatiosArguments& arguments);
 void scale_gradients_(const ScaleGradientsArguments& arguments);
 void scale_updates_(const ScaleUpdatesArguments& arguments);
 void sgd_(const SgdArguments& arguments);
+void adam_(const AdamArguments& arguments);
 }  // namespace torchlars::cpu
 
 #ifdef TORCHLARS_WITH_CUDA
@@ -102,6 +103,12 @@ TORCH_LIBRARY(torchlars, m) {
       "float[] weight_decays, bool decayed_norm=False, float[] lrs, bool lr_in_momentum=False, Tensor? lr_tensor=None, "
       "float[] momentums, float[] dampenings, bool nesterov=False, Tensor(d!)? ratios=None, float[] trust_coefs=[], "
       "float[] eps=[], bool clip=False, Tensor? inv_scale=None) -> ()");
+  m.def(
+      "adam_(Tensor(a!)[] params, Tensor[] grads, Tensor(b!)[] exp_avgs, Tensor(c!)[] exp_avg_sqs, "
+      "Tensor(d!)[] steps, *, bool maximize, float[] weight_decays, bool decoupled_weight_decay, float beta1, "
+      "float beta2, float adam_eps, bool decayed_norm=False, float[] lrs, Tensor? lr_tensor=None, "
+      "bool of_updates=False, Tensor(e!)? ratios=None, float[] trust_coefs=[], float[] eps=[], bool clip=False, "
+      "Tensor(f!)? squared_norms=None, Tensor? inv_scale=None) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(torchlars, CPU, m) {
@@ -111,6 +118,7 @@ TORCH_LIBRARY_IMPL(torchlars, CPU, m) {
   implement<ScaleGradientsArguments, cpu::scale_gradients_>(m);
   implement<ScaleUpdatesArguments, cpu::scale_updates_>(m);
   implement<SgdArguments, cpu::sgd_>(m);
+  implement<AdamArguments, cpu::adam_>(m);
 }
 
 #ifdef TORCHLARS_WITH_CUDA

@@ -64,6 +64,37 @@ class SgdLayers:
     @property
     def shares_memory(self) -> bool: ...
 
+class AdamBucket:
+    @property
+    def params(self) -> list[Tensor]: ...
+    def update(self, inv_scale: Tensor | None = None) -> Tensor | None: ...
+
+class AdamOptions:
+    weight_decay: float
+    decoupled_weight_decay: bool
+    maximize: bool
+    lr: float | Tensor
+    beta1: float
+    beta2: float
+    adam_eps: float
+    state_in_float32: bool
+    of_updates: bool
+    trust_coef: float | None
+    eps: float | None
+    decayed_norm: bool
+    clip: bool
+    lr_in_momentum: bool
+
+class AdamLayers:
+    def __init__(self) -> None: ...
+    def add(
+        self, groups: Sequence[tuple[dict[str, Any], AdamOptions]], state: Mapping[Tensor, Any]
+    ) -> list[tuple[int, int]]: ...
+    @property
+    def buckets(self) -> list[AdamBucket]: ...
+    @property
+    def shares_memory(self) -> bool: ...
+
 def has_memory(tensor: Tensor) -> bool: ...
 def positions_of_other_layout(params: list[Tensor]) -> list[int]: ...
 def overlapping(tensors: Sequence[Tensor]) -> list[int]: ...

@@ -63,10 +63,7 @@ def squared_norms(op: str, a: Arguments) -> None:
 def trust_ratios(op: str, a: Arguments) -> None:
     than, (params, grads) = "param_squared_norms", (a["param_squared_norms"], a["grad_squared_norms"])
     for name in (than, "grad_squared_norms"):
-        _check(
-            a[name].dim() == 1 and a[name].dtype == torch.float64 and a[name].is_contiguous(),
-            f"{op}: expected a contiguous vector of float64 ({name}: shape {list(a[name].shape)}, {a[name].dtype})",
-        )
+        _check_squared_norms(op, name, a[name])
     layers = len(params)
     _check_length(op, "grad_squared_norms", grads, than, layers)
     _check(
@@ -125,20 +122,59 @@ def sgd_(op: str, a: Arguments) -> None:
     if scales is not None:
         _check_codes(op, a, scales)
         return
-    _check_tensors(op, "momentum_buffers", buffers)
-    _check_length(op, "momentum_buffers", buffers, "grads", layers)
-    _check_writable(op, "momentum_buffers", buffers)
-    buffer, param = buffers[0], params[0]
+    _check_state(op, "momentum_buffers", buffers, params)
+
+
+def adam_(op: str, a: Arguments) -> None:
+    params, ratios, norms, measures = a["params"], a["ratios"], a["squared_norms"], len(a["trust_coefs"]) > 0
+    if len(a["grads"]) == 0:
+        _check_needs(op, "grads", "are empty", True, "of_updates", a["of_updates"])
+        _check_needs(op, "grads", "are empty", True, "no trust_coefs", not measures)
+        _check_needs(op, "grads", "are empty", True, "no squared_norms", norms is None)
+    _check_layers(op, a if len(a["grads"]) > 0 else {**a, "grads": params}, True, ())
+    _check_writable(op, "params", params)
+    exp_avgs, exp_avg_sqs = a["exp_avgs"], a["exp_avg_sqs"]
+    _check_state(op, "exp_avgs", exp_avgs, params)
+    _check_state(op, "exp_avg_sqs", exp_avg_sqs, params)
     _check(
-        buffer.device == param.device,
-        f"{op}: expected tensors on one device (params[0]: {param.device}, momentum_buffers[0]: {buffer.device})",
+        exp_avgs[0].dtype == exp_avg_sqs[0].dtype,
+        f"{op}: expected exp_avgs and exp_avg_sqs of one dtype (exp_avgs[0]: {exp_avgs[0].dtype}, "
+        f"exp_avg_sqs[0]: {exp_avg_sqs[0].dtype})",
+    )
+    _check_length(op, "steps", a["steps"], "params", len(params))
+    for step in a["steps"]:
+        _check_scale(op, "each of steps", step, torch.float32, params[0].device)
+    for name in ("beta1", "beta2"):
+        _check(0 <= a[name] < 1, f"{op}: expected {name} in [0, 1) (got: {a[name]})")
+    _check(0 <= a["adam_eps"] < math.inf, f"{op}: expected a non-negative adam_eps (got: {a['adam_eps']})")
+    _check_needs(op, "of_updates", "is True", a["of_updates"], "no decayed_norm", not a["decayed_norm"])
+    if norms is not None:
+        _check_needs(op, "squared_norms", "are given", True, "of_updates", a["of_updates"])
+        _check_needs(op, "squared_norms", "are given", True, "no ratios", ratios is None)
+        _check_squared_norms(op, "squared_norms", norms)
+        _check_length(op, "squared_norms", norms, "twice the params", 2 * len(params))
+        _check(
+            norms.device == params[0].device,
+            f"{op}: expected tensors on one device (params[0]: {params[0].device}, squared_norms: {norms.device})",
+        )
+
+
+def _check_state(op: str, name: str, state: Sequence[Tensor], params: Sequence[Tensor]) -> None:
+    """Check a list of tensors that an optimizer keeps for its parameters."""
+    _check_tensors(op, name, state)
+    _check_length(op, name, state, "params", len(params))
+    _check_writable(op, name, state)
+    first, param = state[0], params[0]
+    _check(
+        first.device == param.device,
+        f"{op}: expected tensors on one device (params[0]: {param.device}, {name}[0]: {first.device})",
     )
     _check(
-        buffer.dtype in (param.dtype, torch.float32) if param.dtype.itemsize == 2 else buffer.dtype == param.dtype,
-        f"{op}: expected momentum_buffers of the dtype of params, or of float32 for 16-bit ones "
-        f"(params[0]: {param.dtype}, momentum_buffers[0]: {buffer.dtype})",
+        first.dtype in (param.dtype, torch.float32) if param.dtype.itemsize == 2 else first.dtype == param.dtype,
+        f"{op}: expected {name} of the dtype of params, or of float32 for 16-bit ones "
+        f"(params[0]: {param.dtype}, {name}[0]: {first.dtype})",
     )
-    _check_shapes(op, "params", params, "momentum_buffers", buffers)
+    _check_shapes(op, "params", params, name, state)
 
 
 def _check_codes(op: str, a: Arguments, scales: Sequence[Tensor]) -> None:
@@ -294,7 +330,7 @@ def _check_lrs(
 
 
 def _check_layers(op: str, a: Arguments, lrs_are_needed: bool, free_where_zero: Sequence[float]) -> None:
-    """Check what ``scale_gradients_`` and ``sgd_`` have in common."""
+    """Check what ``scale_gradients_``, ``sgd_`` and ``adam_`` have in common."""
     grads, params = a["grads"], a["params"]
     _check_pairs(op, "grads", grads, "params", params)
     _check_numbers(op, "weight_decays", a["weight_decays"], "grads", len(grads))
@@ -326,6 +362,14 @@ def _check_ratios(op: str, a: Arguments, name: str, tensors: Sequence[Tensor], p
             ratios.device == tensors[0].device,
             f"{op}: expected tensors on one device ({name}[0]: {tensors[0].device}, ratios: {ratios.device})",
         )
+
+
+def _check_squared_norms(op: str, name: str, squared_norms: Tensor) -> None:
+    _check(
+        squared_norms.dim() == 1 and squared_norms.dtype == torch.float64 and squared_norms.is_contiguous(),
+        f"{op}: expected a contiguous vector of float64 "
+        f"({name}: shape {list(squared_norms.shape)}, {squared_norms.dtype})",
+    )
 
 
 # Dtypes and memory.

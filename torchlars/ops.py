@@ -19,6 +19,7 @@ from torchlars._extension import extension
 
 __all__ = [
     "DTYPES",
+    "adam_",
     "changed_groups",
     "compute_dtype",
     "empty_ratios",
@@ -42,7 +43,7 @@ __all__ = [
 Parameters = ParamSpec("Parameters")
 Result = TypeVar("Result")
 
-OPS = ("squared_norms", "trust_ratios", "scale_gradients_", "scale_updates_", "sgd_")
+OPS = ("squared_norms", "trust_ratios", "scale_gradients_", "scale_updates_", "sgd_", "adam_")
 _backend: Any = reference  # tests replace it
 if extension is not None:
     _backend = torch.ops.torchlars
@@ -73,7 +74,7 @@ def fast_layers(kind: str) -> Any:
     cannot be traced.
 
     Args:
-        kind: ``"LarsLayers"`` or ``"SgdLayers"``.
+        kind: ``"LarsLayers"``, ``"SgdLayers"`` or ``"AdamLayers"``.
     """
     if torch.compiler.is_compiling() or _backend is reference:
         return NoFastPath()
@@ -84,7 +85,7 @@ def fast_options(kind: str, **values: Any) -> Any:
     """Return the options of a group as ``add`` of :func:`fast_layers` takes them.
 
     Args:
-        kind: ``"LarsOptions"`` or ``"SgdOptions"``.
+        kind: ``"LarsOptions"``, ``"SgdOptions"`` or ``"AdamOptions"``.
         **values: by the names in ``_C.pyi``.
     """
     options = None if extension is None or torch.compiler.is_compiling() else getattr(extension, kind)()
@@ -209,3 +210,4 @@ trust_ratios = _op(reference.trust_ratios)
 scale_gradients_ = _op(reference.scale_gradients_)
 scale_updates_ = _op(reference.scale_updates_)
 sgd_ = _op(reference.sgd_)
+adam_ = _op(reference.adam_)

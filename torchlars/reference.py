@@ -18,7 +18,7 @@ from torch import Tensor
 from torchlars import _checks, codes
 from torchlars._checks import checked_by, compute_dtype
 
-__all__ = ["scale_gradients_", "scale_updates_", "sgd_", "squared_norms", "trust_ratios"]
+__all__ = ["adam_", "scale_gradients_", "scale_updates_", "sgd_", "squared_norms", "trust_ratios"]
 
 
 @checked_by(_checks.squared_norms)
@@ -53,13 +53,12 @@ def squared_norms(
             or a scale is not finite.
     """
     if others is None:
-        sums = [_wide(tensor).abs().square().sum() for tensor in tensors]
-    else:
-        sums = []
-        for x, y, scale in zip(tensors, others, scales, strict=True):
-            s = scale if inv_scale is None else scale / inv_scale.double().reshape(())
-            total = _wide(_real(x)) + s * _wide(_real(y)) if scale != 0 else _wide(_real(x))
-            sums.append(total.square().sum())
+        return _unscaled(_squared_norms(tensors), inv_scale)
+    sums = []
+    for x, y, scale in zip(tensors, others, scales, strict=True):
+        s = scale if inv_scale is None else scale / inv_scale.double().reshape(())
+        total = _wide(_real(x)) + s * _wide(_real(y)) if scale != 0 else _wide(_real(x))
+        sums.append(total.square().sum())
     return _unscaled(torch.stack(sums), inv_scale)
 
 
@@ -363,6 +362,144 @@ def sgd_(
         _write(param, w - lr * direction, inv_scale)
 
 
+@checked_by(_checks.adam_)
+def adam_(
+    params: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    exp_avgs: Sequence[Tensor],
+    exp_avg_sqs: Sequence[Tensor],
+    steps: Sequence[Tensor],
+    *,
+    maximize: bool,
+    weight_decays: Sequence[float],
+    decoupled_weight_decay: bool,
+    beta1: float,
+    beta2: float,
+    adam_eps: float,
+    decayed_norm: bool = False,
+    lrs: Sequence[float],
+    lr_tensor: Tensor | None = None,
+    of_updates: bool = False,
+    ratios: Tensor | None = None,
+    trust_coefs: Sequence[float] = (),
+    eps: Sequence[float] = (),
+    clip: bool = False,
+    squared_norms: Tensor | None = None,
+    inv_scale: Tensor | None = None,
+) -> None:
+    """Take a step of Adam or AdamW in place, with trust ratios of gradients or of updates, or without.
+
+    t ← t + 1, m ← β₁m + (1 − β₁)d and v ← β₂v + (1 − β₂)d², then w ← w − γsu with
+    u = m / (1 − β₁ᵗ) / (√v / √(1 − β₂ᵗ) + ε). With ``decoupled_weight_decay`` d = r · σg, and λw is added to u;
+    without, d = r · (σg + λw).
+
+    The trust ratios are r, and s is 1; or, with ``of_updates``, they are s, and r is 1. They are
+
+    - 1 if ``ratios`` are not given: plain Adam;
+    - read from ``ratios`` if these are given without ``trust_coefs``;
+    - measured, decided and written to ``ratios`` if ``trust_coefs`` are given: r as in :func:`scale_gradients_`, with
+      λ = 0 where the decay is decoupled, s = η‖w‖ / (‖u‖ + eps).
+
+    A step with ratios of updates can be taken in two calls, between which norms are completed over several ranks. The
+    first is given ``squared_norms``: it updates t, m and v, and measures. The second has no ``grads``: it updates w, by
+    ``ratios`` that are given. The bits are those of one call.
+
+    u is that of m and v as they are stored, rounded to their dtype; where gradients have another dtype than parameters,
+    one call may take it before they are rounded. Kernels compute in float32 (float64 for float64 layers), and on a CPU
+    float32 moments in float64. A parameter and each moment are rounded once, when they are written.
+
+    Args:
+        params: n parameters w, written in place.
+        grads: n gradients g, of the parameters' shapes; or none, if t, m and v are those of this step already.
+        exp_avgs: n first moments m, of the parameters' shapes, written in place. Of the parameters' dtype, or of
+            float32 for bfloat16 and float16 ones.
+        exp_avg_sqs: n second moments v, likewise, of the dtype of ``exp_avgs``. Of complex layers, real and imaginary
+            parts are numbers of their own.
+        steps: n numbers of steps t that were taken, 0 before the first: float32 tensors of one element on the
+            parameters' device, written in place. The host does not read them.
+        maximize: whether to ascend: g is negated first.
+        weight_decays: λ ≥ 0 of each layer.
+        decoupled_weight_decay: whether λw is added to u, as in AdamW, and not to g.
+        beta1: 0 ≤ β₁ < 1.
+        beta2: 0 ≤ β₂ < 1.
+        adam_eps: ε ≥ 0 in the denominator of u.
+        decayed_norm: as in :func:`scale_gradients_`.
+        lrs: γ ≥ 0 of each layer.
+        lr_tensor: multiplies all lrs if given, as in :func:`trust_ratios`.
+        of_updates: whether trust ratios are those of updates.
+        ratios: as in :func:`scale_gradients_`. With ``of_updates`` they are 1 for a step that is skipped.
+        trust_coefs: likewise.
+        eps: likewise.
+        clip: whether r is min(r / γ, 1), or s is min(s, 1). Needs ``trust_coefs``.
+        squared_norms: a contiguous float64 vector of 2n: if given, ‖w‖² of all layers and ‖u‖² of all layers are
+            written there, and parameters are not written. Zeros for a step that is skipped.
+        inv_scale: σ, as in :func:`squared_norms`. Where it is 0 the step is skipped: neither parameters nor moments nor
+            t are written.
+
+    Raises:
+        RuntimeError: lengths, shapes, devices or dtypes disagree, a number is out of its range, an argument is given
+            without the one that it needs, or elements of a tensor to write share memory. Nothing was written then.
+    """
+    if len(trust_coefs) > 0 and not of_updates:
+        _decide(
+            ratios,
+            grads,
+            params,
+            maximize=maximize,
+            weight_decays=[0.0] * len(params) if decoupled_weight_decay else weight_decays,
+            decayed_norm=decayed_norm,
+            trust_coefs=trust_coefs,
+            eps=eps,
+            clip=clip,
+            lrs=lrs,
+            lr_tensor=lr_tensor,
+            inv_scale=inv_scale,
+        )
+    factors = [1.0] * len(params) if ratios is None or of_updates else ratios
+    for i, grad in enumerate(grads):
+        direction = _times(_real(grad).double(), inv_scale)
+        if maximize:
+            direction = -direction
+        if not decoupled_weight_decay and weight_decays[i] != 0:
+            direction = direction + weight_decays[i] * _real(params[i]).double()
+        direction = factors[i] * direction
+        for moments, beta, new in ((exp_avgs, beta1, direction), (exp_avg_sqs, beta2, direction.square())):
+            _write(moments[i], beta * _real(moments[i]).double() + (1 - beta) * new, inv_scale)
+        _write(steps[i], steps[i] + 1, inv_scale)
+    updates = []
+    for i, param in enumerate(params):
+        t = steps[i].double().reshape(())
+        root = _real(exp_avg_sqs[i]).double().sqrt() / (1 - beta2**t).sqrt()
+        update = _real(exp_avgs[i]).double() / (1 - beta1**t) / (root + adam_eps)
+        if decoupled_weight_decay and weight_decays[i] != 0:
+            update = update + weight_decays[i] * _real(param).double()
+        updates.append(update)
+    if squared_norms is not None or (of_updates and len(trust_coefs) > 0):
+        measured = torch.cat([_squared_norms(params), _squared_norms(updates)])
+        if inv_scale is not None:
+            measured = torch.where(inv_scale.reshape(()) == 0, 0.0, measured)
+        if squared_norms is not None:
+            squared_norms.copy_(measured)
+            return
+        assert ratios is not None
+        decided = trust_ratios(
+            *measured.chunk(2),
+            weight_decays=[0.0] * len(params),
+            trust_coefs=trust_coefs,
+            eps=eps,
+            dtype=ratios.dtype,
+            clip=clip,
+            lrs=[1.0] * len(params),
+            of_updates=True,
+        )
+        ratios.copy_(decided)
+    factors = _scaled(lrs, lr_tensor, params[0])
+    if ratios is not None and of_updates:
+        factors = factors * ratios
+    for param, update, factor in zip(params, updates, factors, strict=True):
+        _write(param, _real(param).double() - factor * update, inv_scale)
+
+
 def _decide(
     ratios: Tensor | None,
     grads: Sequence[Tensor],
@@ -398,6 +535,10 @@ def _decide(
         lr_tensor=lr_tensor,
     )
     ratios.copy_(measured)
+
+
+def _squared_norms(tensors: Sequence[Tensor]) -> Tensor:
+    return torch.stack([_wide(tensor).abs().square().sum() for tensor in tensors])
 
 
 def _ones(grads: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:

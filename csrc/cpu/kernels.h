@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <type_traits>
 
+#include "../adam.h"
 #include "../codes.h"
 #include "../sgd.h"
 #include "../trust_ratio.h"
@@ -164,6 +165,52 @@ TORCHLARS_INLINE void sgd_block_loop(T* param, const T* grad, int8_t* codes, flo
            : sgd_block_loop<kDecays, kNesterov, false>(param, grad, codes, scale, block, numbers);
 }
 
+// The type in which a CPU updates moments of type M: that of the result is then the only rounding of float32 ones.
+template <typename M>
+using MomentType = std::conditional_t<sizeof(M) == 8, double, float>;
+
+// A part of a step of Adam: kMoments: updates the moments; kApplies: updates the parameter, else writes the updates.
+template <bool kMoments, bool kApplies, bool kDecays, bool kDecoupled, typename T, typename M, typename Compute>
+TORCHLARS_INLINE void adam_loop(T* __restrict param, const T* __restrict grad, M* __restrict exp_avg,
+                                M* __restrict exp_avg_sq, Compute* __restrict updates, int64_t count,
+                                const AdamNumbers<double>& given, Compute lr) {
+  using Wide = MomentType<M>;
+  const AdamNumbers<Wide> wide(given);  // local copies, which cannot alias the outputs
+  const AdamNumbers<Compute> numbers(given);
+  for (int64_t i = 0; i < count; ++i) {
+    if constexpr (kMoments) {
+      auto m = static_cast<Wide>(exp_avg[i]);
+      auto v = static_cast<Wide>(exp_avg_sq[i]);
+      update_moments<kDecays && !kDecoupled>(static_cast<Wide>(param[i]), static_cast<Wide>(grad[i]), m, v, wide);
+      exp_avg[i] = static_cast<M>(m);
+      exp_avg_sq[i] = static_cast<M>(v);
+    }
+    const auto w = static_cast<Compute>(param[i]);
+    const Compute update = adam_update < kDecays && kDecoupled > (w, static_cast<Compute>(exp_avg[i]),
+                                                                  static_cast<Compute>(exp_avg_sq[i]), numbers);
+    if constexpr (kApplies) {
+      param[i] = static_cast<T>(w - lr * update);
+    } else {
+      updates[i] = update;
+    }
+  }
+}
+
+// Without grad, the moments are those of this step already. With updates, these are written instead of the parameter.
+template <bool kDecays, bool kDecoupled, typename T, typename M, typename Compute>
+TORCHLARS_INLINE void adam_loop(T* param, const T* grad, M* exp_avg, M* exp_avg_sq, Compute* updates, int64_t count,
+                                const AdamNumbers<double>& numbers, Compute lr) {
+  if (grad == nullptr) {
+    updates == nullptr
+        ? adam_loop<false, true, kDecays, kDecoupled>(param, grad, exp_avg, exp_avg_sq, updates, count, numbers, lr)
+        : adam_loop<false, false, kDecays, kDecoupled>(param, grad, exp_avg, exp_avg_sq, updates, count, numbers, lr);
+  } else {
+    updates == nullptr
+        ? adam_loop<true, true, kDecays, kDecoupled>(param, grad, exp_avg, exp_avg_sq, updates, count, numbers, lr)
+        : adam_loop<true, false, kDecays, kDecoupled>(param, grad, exp_avg, exp_avg_sq, updates, count, numbers, lr);
+  }
+}
+
 template <typename T, typename Compute>
 TORCHLARS_INLINE void scale_update_loop(T* __restrict param, const T* __restrict old_param, int64_t count,
                                         Compute ratio) {
@@ -228,6 +275,18 @@ TORCHLARS_CLONES double join(const Lanes& lanes) { return join_lanes<Lanes::kCou
     }                                                                                                       \
   }
 
+#define TORCHLARS_ADAM(T, M, Compute)                                                                             \
+  TORCHLARS_CLONES void adam(T* param, const T* grad, M* exp_avg, M* exp_avg_sq, Compute* updates, int64_t count, \
+                             const AdamNumbers<double>& numbers, Compute lr) {                                    \
+    if (numbers.decoupled_weight_decay != 0) {                                                                    \
+      adam_loop<true, true>(param, grad, exp_avg, exp_avg_sq, updates, count, numbers, lr);                       \
+    } else if (numbers.weight_decay != 0) {                                                                       \
+      adam_loop<true, false>(param, grad, exp_avg, exp_avg_sq, updates, count, numbers, lr);                      \
+    } else {                                                                                                      \
+      adam_loop<false, false>(param, grad, exp_avg, exp_avg_sq, updates, count, numbers, lr);                     \
+    }                                                                                                             \
+  }
+
 TORCHLARS_SUM(double)
 // The square of a float is exact in double, so a fused multiply-add gives the same bits and is faster.
 #if defined(__GNUC__) && !defined(__clang__)
@@ -254,6 +313,10 @@ TORCHLARS_SGD(c10::BFloat16, c10::BFloat16, float)
 TORCHLARS_SGD(c10::BFloat16, float, float)
 TORCHLARS_SGD_BLOCK(float)
 TORCHLARS_SGD_BLOCK(c10::BFloat16)
+TORCHLARS_ADAM(double, double, double)
+TORCHLARS_ADAM(float, float, float)
+TORCHLARS_ADAM(c10::BFloat16, c10::BFloat16, float)
+TORCHLARS_ADAM(c10::BFloat16, float, float)
 
 #undef TORCHLARS_SUM
 #undef TORCHLARS_SUM_OF_SUMS
@@ -261,6 +324,7 @@ TORCHLARS_SGD_BLOCK(c10::BFloat16)
 #undef TORCHLARS_ADAPT
 #undef TORCHLARS_SGD
 #undef TORCHLARS_SGD_BLOCK
+#undef TORCHLARS_ADAM
 
 // float16 is converted tile by tile and takes the loops of float: compilers do not vectorise its conversions.
 constexpr int64_t kHalfTile = 1024;
@@ -344,6 +408,44 @@ inline void sgd_block(c10::Half* param, const c10::Half* grad, int8_t* codes, fl
   to_float(grad, grad_block, block.count);
   sgd_block(param_block, grad_block, codes, scale, block, nesterov, numbers);
   to_half(param_block, param, block.count);
+}
+
+// M: the type of the moments, c10::Half or float.
+template <typename M>
+inline void adam(c10::Half* param, const c10::Half* grad, M* exp_avg, M* exp_avg_sq, float* updates, int64_t count,
+                 const AdamNumbers<double>& numbers, float lr) {
+  float param_block[kHalfTile];
+  float grad_block[kHalfTile];
+  float exp_avg_block[kHalfTile];
+  float exp_avg_sq_block[kHalfTile];
+  float unused[kHalfTile];
+  for (int64_t i = 0; i < count; i += kHalfTile) {
+    const int64_t size = std::min(kHalfTile, count - i);
+    float* const to_write = updates == nullptr ? nullptr : updates + i;
+    const float* new_grad = grad == nullptr ? nullptr : grad_block;
+    to_float(param + i, param_block, size);
+    if (grad != nullptr) {
+      to_float(grad + i, grad_block, size);
+    }
+    if constexpr (std::is_same_v<M, float>) {
+      adam(param_block, new_grad, exp_avg + i, exp_avg_sq + i, to_write, size, numbers, lr);
+    } else {
+      to_float(exp_avg + i, exp_avg_block, size);
+      to_float(exp_avg_sq + i, exp_avg_sq_block, size);
+      if (grad != nullptr) {  // the moments first, as updates are those of rounded ones
+        adam(param_block, new_grad, exp_avg_block, exp_avg_sq_block, unused, size, numbers, lr);
+        to_half(exp_avg_block, exp_avg + i, size);
+        to_half(exp_avg_sq_block, exp_avg_sq + i, size);
+        to_float(exp_avg + i, exp_avg_block, size);
+        to_float(exp_avg_sq + i, exp_avg_sq_block, size);
+      }
+      adam(param_block, static_cast<const float*>(nullptr), exp_avg_block, exp_avg_sq_block, to_write, size, numbers,
+           lr);
+    }
+    if (updates == nullptr) {
+      to_half(param_block, param + i, size);
+    }
+  }
 }
 
 }  // namespace torchlars::cpu

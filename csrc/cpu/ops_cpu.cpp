@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "../adam.h"
 #include "../arguments.h"
 #include "../layers.h"
 #include "../plan.h"
@@ -78,6 +79,17 @@ AddSquaresOfSums add_squares_of_sums_of(c10::ScalarType dtype) {
   return function;
 }
 
+// The sum of each tensor's partial sums, in the order of its chunks.
+std::vector<double> sums_of(const Plan& plan, const std::vector<double>& partials) {
+  std::vector<double> sums;
+  sums.reserve(plan.numel.size());
+  for (size_t tensor = 0; tensor < plan.numel.size(); ++tensor) {
+    const auto first = partials.begin() + plan.first_chunk[tensor];
+    sums.push_back(std::accumulate(first, first + num_chunks(plan.numel[tensor]), 0.0));
+  }
+  return sums;
+}
+
 // Squared norms of several lists of tensors of the same sizes, one vector for each list. The tensors of the last list
 // are multiplied by inv_scale, and then their addends are added. A thread measures the same chunk of all lists, as it
 // scales them together later.
@@ -137,12 +149,10 @@ std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::arr
   });
   std::array<std::vector<double>, kLists> squared_norms;
   for (size_t list = 0; list < kLists; ++list) {
-    squared_norms[list].reserve(plan.numel.size());
-    for (size_t tensor = 0; tensor < plan.numel.size(); ++tensor) {
-      const auto first = partials[list].begin() + plan.first_chunk[tensor];
-      const double sum = std::accumulate(first, first + num_chunks(plan.numel[tensor]), 0.0);
-      squared_norms[list].push_back(list == kLast ? unscaled_squared_norm(sum, inv_scale) : sum);
-    }
+    squared_norms[list] = sums_of(plan, partials[list]);
+  }
+  for (double& squared_norm : squared_norms[kLast]) {
+    squared_norm = unscaled_squared_norm(squared_norm, inv_scale);
   }
   return squared_norms;
 }
@@ -352,6 +362,126 @@ void update(const SgdArguments& arguments, const Plan& plan, Range run, at::Arra
   }
 }
 
+// A part of a layer's step of Adam: with a grad it updates the moments, without lanes it updates the parameter. Lanes
+// get the squares of the parameter and of the update.
+using Adam = void (*)(void* param, const void* grad, void* exp_avg, void* exp_avg_sq, std::array<Lanes, 2>* lanes,
+                      Range range, const AdamNumbers<double>& numbers, double lr);
+
+template <typename T, typename M>
+void adam_range(void* param, const void* grad, void* exp_avg, void* exp_avg_sq, std::array<Lanes, 2>* lanes,
+                Range range, const AdamNumbers<double>& numbers, double lr) {
+  using Compute = at::opmath_type<T>;
+  constexpr int64_t kTile = 512;  // elements
+  Compute updates[kTile];
+  for (int64_t i = range.begin; i < range.end; i += kTile) {
+    const int64_t count = std::min(kTile, range.end - i);
+    T* const w = static_cast<T*>(param) + i;
+    cpu::adam(w, grad == nullptr ? nullptr : static_cast<const T*>(grad) + i, static_cast<M*>(exp_avg) + i,
+              static_cast<M*>(exp_avg_sq) + i, lanes == nullptr ? nullptr : updates, count, numbers,
+              static_cast<Compute>(lr));
+    if (lanes != nullptr) {
+      cpu::add_squares((*lanes)[0], static_cast<const T*>(w), count);
+      cpu::add_squares((*lanes)[1], static_cast<const Compute*>(updates), count);
+    }
+  }
+}
+
+Adam adam_of(c10::ScalarType dtype, c10::ScalarType moment_dtype) {
+  Adam function = nullptr;
+  TORCHLARS_DISPATCH(dtype, "adam_", [&] {
+    using compute_t = at::opmath_type<scalar_t>;
+    function = moment_dtype == dtype ? adam_range<scalar_t, scalar_t> : adam_range<scalar_t, compute_t>;
+  });
+  return function;
+}
+
+// The layers of a run in a step of Adam, given the trust ratios of all layers and their lrs. Its passes are to be
+// called when the step is not skipped.
+class AdamRun {
+ public:
+  AdamRun(const AdamArguments& arguments, const Plan& plan, Range run, at::ArrayRef<double> grad_ratios,
+          at::ArrayRef<double> lrs)
+      : arguments_(arguments), plan_(plan), run_(run), lrs_(lrs) {
+    const auto count = static_cast<size_t>(run.end - run.begin);
+    layers_.reserve(count);
+    written_.reserve(count);
+    numbers_.reserve(count);
+    for (int64_t i = run.begin; i < run.end; ++i) {
+      const AdamTensors& layer = layers_.emplace_back(arguments, i);
+      written_.push_back({writable(layer.param), writable(layer.exp_avg), writable(layer.exp_avg_sq)});
+      auto* const step = arguments.steps[i].mutable_data_ptr<float>();
+      *step += has_grads() ? 1 : 0;
+      numbers_.emplace_back(grad_ratios[i], arguments.weight_decays[i], arguments.decoupled_weight_decay,
+                            arguments.maximize, arguments.beta1, arguments.beta2, arguments.adam_eps,
+                            bias_corrections(arguments.beta1, arguments.beta2, *step), value_of(arguments.inv_scale));
+    }
+    adam_ = adam_of(real_dtype(*layers_[0].param), real_dtype(*layers_[0].exp_avg));
+  }
+
+  // Updates the moments, and returns the squared norms of parameters and updates.
+  std::array<std::vector<double>, 2> measure() {
+    std::array<std::vector<double>, 2> partials{std::vector<double>(plan_.chunks), std::vector<double>(plan_.chunks)};
+    for_chunks(plan_, bytes_per_element(), Order::kForwards, [&](int64_t i, int64_t chunk, Range range) {
+      std::array<Lanes, 2> lanes;
+      sweep(i, range, layers_[i].grad->const_data_ptr(), &lanes, 0);
+      partials[0][chunk] = join(lanes[0]);
+      partials[1][chunk] = join(lanes[1]);
+    });
+    write_back_moments();
+    return {sums_of(plan_, partials[0]), sums_of(plan_, partials[1])};
+  }
+
+  // Updates the parameters, whose moments are those of this step already, by updates times the trust ratios of all
+  // layers.
+  void apply(at::ArrayRef<double> ratios, Order order) {
+    for_chunks(plan_, bytes_per_element(), order, [&](int64_t i, int64_t, Range range) {
+      sweep(i, range, nullptr, nullptr, lrs_[run_.begin + i] * ratios[run_.begin + i]);
+    });
+    write_back_params();
+  }
+
+  // The same, and updates the moments first.
+  void update(at::ArrayRef<double> ratios, Order order) {
+    for_chunks(plan_, bytes_per_element(), order, [&](int64_t i, int64_t, Range range) {
+      sweep(i, range, layers_[i].grad->const_data_ptr(), nullptr, lrs_[run_.begin + i] * ratios[run_.begin + i]);
+    });
+    write_back_moments();
+    write_back_params();
+  }
+
+ private:
+  bool has_grads() const { return !arguments_.grads.empty(); }
+  int64_t bytes_per_element() const { return real_size(*layers_[0].param); }
+
+  void sweep(int64_t i, Range range, const void* grad, std::array<Lanes, 2>* lanes, double lr) const {
+    const auto [param, exp_avg, exp_avg_sq] = written_[i];
+    adam_(param, grad, exp_avg, exp_avg_sq, lanes, range, numbers_[i], lr);
+  }
+
+  void write_back_params() {
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      write_back(layers_[i].param, arguments_.params[run_.begin + i]);
+    }
+  }
+
+  void write_back_moments() {
+    for (size_t i = 0; i < layers_.size(); ++i) {
+      write_back(layers_[i].exp_avg, arguments_.exp_avgs[run_.begin + i]);
+      write_back(layers_[i].exp_avg_sq, arguments_.exp_avg_sqs[run_.begin + i]);
+      note_write(arguments_.steps[run_.begin + i]);
+    }
+  }
+
+  const AdamArguments& arguments_;
+  const Plan& plan_;
+  Range run_;
+  at::ArrayRef<double> lrs_;
+  std::vector<AdamTensors> layers_;
+  std::vector<std::array<void*, 3>> written_;
+  std::vector<AdamNumbers<double>> numbers_;
+  Adam adam_;
+};
+
 at::Tensor vector_of(const std::vector<double>& values) {
   at::Tensor vector = at::empty({static_cast<int64_t>(values.size())}, at::TensorOptions(c10::kDouble));
   std::copy(values.begin(), values.end(), vector.mutable_data_ptr<double>());
@@ -372,37 +502,53 @@ struct RatioNumbers {
   RatioOptions options;
 };
 
-// Measures layers in runs, and writes their trust ratios. Gradients are multiplied by inv_scale, and scales[i] *
-// params[i] is added to them unless scales is empty. After each run, sweep(its plan, its layers, all ratios so far)
-// scales it while it is in cache.
-template <typename Sweep>
-void measure_and_sweep(at::TensorList params, at::TensorList grads, double inv_scale, const RatioNumbers& numbers,
-                       at::ArrayRef<double> scales, Order order, const at::Tensor& ratios, const Sweep& sweep) {
+// Consecutive layers of so many bytes that a second pass over them reads from cache.
+std::vector<Range> runs_of(at::TensorList params, at::TensorList grads, Order order) {
   std::vector<int64_t> bytes;
   bytes.reserve(grads.size());
   for (size_t i = 0; i < grads.size(); ++i) {
     bytes.push_back(static_cast<int64_t>(grads[i].nbytes() + params[i].nbytes()));
   }
-  std::vector<double> values(grads.size());
   std::vector<Range> runs = runs_within(bytes, kRunBytes);
   if (order == Order::kBackwards) {
     std::reverse(runs.begin(), runs.end());
   }
+  return runs;
+}
+
+// Measures layers in runs, and writes their trust ratios. measure(run, its plan) returns the squared norms of
+// parameters and of gradients or updates; after each run, sweep(run, its plan, all ratios so far) scales it while it is
+// in cache.
+template <typename Measure, typename Sweep>
+void measure_and_sweep(const std::vector<Range>& runs, at::TensorList params, const RatioNumbers& numbers,
+                       const at::Tensor& ratios, const Measure& measure, const Sweep& sweep) {
+  std::vector<double> values(params.size());
   for (const Range& run : runs) {
     const auto count = static_cast<size_t>(run.end - run.begin);
-    const auto run_params = params.slice(run.begin, count);
-    const Addends addends{run_params, scales.empty() ? scales : scales.slice(run.begin, count)};
-    const Plan plan = plan_of(run_params);
-    const auto [param_norms, grad_norms] =
-        measure<2>(plan, {run_params, grads.slice(run.begin, count)}, inv_scale, addends);
+    const Plan plan = plan_of(params.slice(run.begin, count));
+    const auto [param_norms, other_norms] = measure(run, plan);
     for (size_t i = 0; i < count; ++i) {
-      const double ratio = numbers.of(run.begin + i, param_norms[i], grad_norms[i]);
+      const double ratio = numbers.of(run.begin + i, param_norms[i], other_norms[i]);
       values[run.begin + i] = ratios.scalar_type() == c10::kDouble ? ratio : static_cast<float>(ratio);
     }
-    sweep(plan, run, values);
+    sweep(run, plan, values);
   }
   ratios.copy_(vector_of(values));
   note_write(ratios);
+}
+
+// The same of gradients, multiplied by inv_scale, to which scales[i] * params[i] is added unless scales is empty.
+template <typename Sweep>
+void measure_gradients_and_sweep(at::TensorList params, at::TensorList grads, double inv_scale,
+                                 const RatioNumbers& numbers, at::ArrayRef<double> scales, Order order,
+                                 const at::Tensor& ratios, const Sweep& sweep) {
+  const auto measure_run = [&](Range run, const Plan& plan) {
+    const auto count = static_cast<size_t>(run.end - run.begin);
+    const auto run_params = params.slice(run.begin, count);
+    const Addends addends{run_params, scales.empty() ? scales : scales.slice(run.begin, count)};
+    return measure<2>(plan, {run_params, grads.slice(run.begin, count)}, inv_scale, addends);
+  };
+  measure_and_sweep(runs_of(params, grads, order), params, numbers, ratios, measure_run, sweep);
 }
 
 Range all_of(at::TensorList tensors) { return {0, static_cast<int64_t>(tensors.size())}; }
@@ -439,10 +585,11 @@ void scale_gradients_(const ScaleGradientsArguments& arguments) {
     return;
   }
   // From the last layer to the first: the base optimizer reads the first ones next, from cache.
-  measure_and_sweep(params, grads, value_of(arguments.inv_scale), numbers, decays_in_norm(arguments), Order::kBackwards,
-                    *arguments.ratios, [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
-                      scale_gradients(arguments, plan, run, ratios, numbers.lrs);
-                    });
+  measure_gradients_and_sweep(params, grads, value_of(arguments.inv_scale), numbers, decays_in_norm(arguments),
+                              Order::kBackwards, *arguments.ratios,
+                              [&](Range run, const Plan& plan, at::ArrayRef<double> ratios) {
+                                scale_gradients(arguments, plan, run, ratios, numbers.lrs);
+                              });
 }
 
 void scale_updates_(const ScaleUpdatesArguments& arguments) {
@@ -457,9 +604,9 @@ void scale_updates_(const ScaleUpdatesArguments& arguments) {
   const RatioNumbers numbers{
       {}, arguments.trust_coefs, arguments.eps, values_of(arguments.lrs, arguments.lr_tensor), options};
   const std::vector<double> scales(params.size(), -1);
-  measure_and_sweep(
+  measure_gradients_and_sweep(
       old_params, params, /*inv_scale=*/1, numbers, scales, Order::kBackwards, arguments.ratios,
-      [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) { scale_updates(arguments, plan, run, ratios); });
+      [&](Range run, const Plan& plan, at::ArrayRef<double> ratios) { scale_updates(arguments, plan, run, ratios); });
 }
 
 void sgd_(const SgdArguments& arguments) {
@@ -471,10 +618,68 @@ void sgd_(const SgdArguments& arguments) {
            Order::kForwards);
     return;
   }
-  measure_and_sweep(params, grads, value_of(arguments.inv_scale), numbers, decays_in_norm(arguments), Order::kForwards,
-                    *arguments.ratios, [&](const Plan& plan, Range run, at::ArrayRef<double> ratios) {
-                      update(arguments, plan, run, ratios, numbers.lrs, Order::kBackwards);
-                    });
+  measure_gradients_and_sweep(params, grads, value_of(arguments.inv_scale), numbers, decays_in_norm(arguments),
+                              Order::kForwards, *arguments.ratios,
+                              [&](Range run, const Plan& plan, at::ArrayRef<double> ratios) {
+                                update(arguments, plan, run, ratios, numbers.lrs, Order::kBackwards);
+                              });
+}
+
+void adam_(const AdamArguments& arguments) {
+  const auto& [params, grads] = std::tie(arguments.params, arguments.grads);
+  const double inv_scale = value_of(arguments.inv_scale);
+  const bool is_skipped = inv_scale == 0;
+  const std::vector<double> lrs = values_of(arguments.lrs, arguments.lr_tensor);
+  const std::vector<double> ones(params.size(), 1);
+  RatioOptions options = ratio_options(arguments);
+  options.of_updates = arguments.of_updates;
+  if (!measures(arguments)) {
+    if (is_skipped) {
+      if (arguments.squared_norms.has_value()) {
+        arguments.squared_norms->zero_();
+      }
+      return;
+    }
+    const std::vector<double> ratios = values_of_ratios(arguments.ratios, params.size());
+    const Plan plan = plan_of(params);
+    AdamRun layers(arguments, plan, all_of(params), arguments.of_updates ? ones : ratios, lrs);
+    if (arguments.squared_norms.has_value()) {
+      auto [squared_norms, of_updates] = layers.measure();
+      squared_norms.insert(squared_norms.end(), of_updates.begin(), of_updates.end());
+      arguments.squared_norms->copy_(vector_of(squared_norms));
+      note_write(*arguments.squared_norms);
+    } else if (grads.empty()) {
+      layers.apply(ratios, Order::kForwards);
+    } else {
+      layers.update(arguments.of_updates ? ratios : ones, Order::kForwards);
+    }
+  } else if (arguments.of_updates) {
+    const RatioNumbers numbers{{}, arguments.trust_coefs, arguments.eps, {}, options};
+    std::optional<AdamRun> layers;
+    measure_and_sweep(
+        runs_of(params, grads, Order::kForwards), params, numbers, *arguments.ratios,
+        [&](Range run, const Plan& plan) {
+          const std::vector<double> zeros(run.end - run.begin);
+          return is_skipped ? std::array<std::vector<double>, 2>{zeros, zeros}
+                            : layers.emplace(arguments, plan, run, ones, lrs).measure();
+        },
+        [&](Range, const Plan&, at::ArrayRef<double> ratios) {
+          if (!is_skipped) {
+            layers->apply(ratios, Order::kBackwards);
+          }
+        });
+  } else {
+    const at::ArrayRef<double> none, weight_decays = arguments.decoupled_weight_decay ? none : arguments.weight_decays;
+    const RatioNumbers numbers{weight_decays, arguments.trust_coefs, arguments.eps, lrs, options};
+    const std::vector<double> scales =
+        arguments.decoupled_weight_decay ? std::vector<double>() : decays_in_norm(arguments);
+    measure_gradients_and_sweep(params, grads, inv_scale, numbers, scales, Order::kForwards, *arguments.ratios,
+                                [&](Range run, const Plan& plan, at::ArrayRef<double> ratios) {
+                                  if (!is_skipped) {
+                                    AdamRun(arguments, plan, run, ratios, lrs).update(ones, Order::kBackwards);
+                                  }
+                                });
+  }
 }
 
 }  // namespace torchlars::cpu

@@ -52,14 +52,15 @@ Such a base computes its updates before it writes a parameter, and LAMB keeps no
 survive the rounding of a parameter: in bfloat16 they are as precise as the base computes them.
 
 A base that measures by itself, in one pass with its update, asks for ``options`` or ``update_options`` instead, and
-hands the ratios to ``report``. It leaves sharded parameters (``DTensor``) to ``measure_all`` or ``measure_updates``,
-which sum their norms over the ranks. A base may have both attributes: it is asked for ratios of one kind at a time, and
-the methods of the other kind return None. A base with parameters of several devices or dtypes in a group asks for those
-of each. A subclass whose ``step`` does not accept the keyword sets the attribute to False, and is adapted as any other
-base.
+hands the ratios to ``report``. It leaves sharded parameters (``DTensor``) to ``measure_all``, ``measure_updates`` or
+``decide_updates``, which sum their norms over the ranks. A base may have both attributes: it is asked for ratios of one
+kind at a time, and the methods of the other kind return None. A base with parameters of several devices or dtypes in a
+group asks for those of each. A subclass whose ``step`` does not accept the keyword sets the attribute to False, and is
+adapted as any other base.
 """
 
+from torchlars.optim.adam import Adam, AdamW
 from torchlars.optim.protocol import TrustRatios
 from torchlars.optim.sgd import SGD
 
-__all__ = ["SGD", "TrustRatios"]
+__all__ = ["SGD", "Adam", "AdamW", "TrustRatios"]
