@@ -49,6 +49,8 @@ BASES = {
     "Adam": lambda groups: Adam(groups, lr=0.02, fused=True),
     "AdamW": lambda groups: AdamW(groups, lr=0.02, fused=True),
     "Adagrad": lambda groups: Adagrad(groups, lr=0.02, fused=True),
+    "torchlars Adam": lambda groups: torchlars.optim.Adam(groups, lr=0.02),
+    "torchlars AdamW": lambda groups: torchlars.optim.AdamW(groups, lr=0.02),
     "torchlars SGD": lambda groups: torchlars.optim.SGD(groups, lr=0.4),
     "torchlars SGD with momentum": lambda groups: torchlars.optim.SGD(groups, lr=0.4, momentum=0.9, nesterov=True),
     "torchlars SGD with dampening": lambda groups: torchlars.optim.SGD(groups, lr=0.4, momentum=0.9, dampening=0.5),

@@ -4,6 +4,8 @@ import io
 
 import torch
 
+import torchlars
+
 
 def network(seed=0, dtype=torch.float64):
     torch.manual_seed(seed)
@@ -23,7 +25,11 @@ def adam(model, **options):
     return torch.optim.Adam(model.parameters(), **{"lr": 0.1, "weight_decay": 0.1, **options})
 
 
-BASES = {"SGD": sgd, "Adam": adam}
+def torchlars_adamw(model, **options):
+    return torchlars.optim.AdamW(model.parameters(), **{"lr": 0.1, "weight_decay": 0.1, **options})
+
+
+BASES = {"SGD": sgd, "Adam": adam, "torchlars AdamW": torchlars_adamw}
 
 
 def wrapped(wrap, model, base=sgd, **options):
