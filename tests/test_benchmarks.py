@@ -116,7 +116,8 @@ def test_nothing_is_timed_beside_a_wrong_floor_or_a_wrong_torchlars(step_time, m
     (entrant,) = [each for each in contestants.contestants("fused") if each.form == form]
     off = contestants.Hyper(**{**vars(agreement.HYPER), "lr": 0.9})
     wrong = dataclasses.replace(entrant, build=lambda params, hyper: entrant.build(params, off))
-    monkeypatch.setattr(module("step_time.main"), "contestants", lambda base: [wrong])
+    everyone = [wrong if each.form == form else each for each in contestants.contestants("fused")]
+    monkeypatch.setattr(module("step_time.main"), "contestants", lambda base: everyone)
     with pytest.raises(agreement.Disagreement, match=re.escape(f"{entrant.name} does not compute {entrant.formula}")):
         step_time()
     assert not list(tmp_path.iterdir())
@@ -217,8 +218,8 @@ def test_targets_and_floors(module):
     assert targets.target("wrapper", "cpu", "resnet50", 8, "float32") is None
     gpu = targets.target("wrapper", "cuda", "resnet50", 8, "float32")
     assert [targets.verdict(gpu, ratio)[1] for ratio in (1.7, 2.0, 2.2)] == ["met", "first met", "missed"]
-    assert [targets.byte_floor(10, 2, reuse) for reuse in (1, 0, None)] == [1.6, 2.0, 1.0]
-    assert [targets.byte_floor(7, 2, reuse) for reuse in (1, 0, 0.5)] == [1.0, 1.4, 1.2]
+    assert [targets.byte_floor(10, 2, reuse, 5) for reuse in (1, 0, None)] == [1.6, 2.0, 1.0]
+    assert [targets.byte_floor(7, 2, reuse, 5) for reuse in (1, 0, 0.5)] == [1.0, 1.4, 1.2]
 
 
 def test_ratios_are_taken_within_rounds(module):

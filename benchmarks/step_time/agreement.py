@@ -33,7 +33,7 @@ def check(entrants: Iterable[Contestant], device: torch.device) -> tuple[dict[st
     A contestant of someone else that is off by more than the tolerance is left out.
 
     Raises:
-        Disagreement: torchlars, or the SGD that all ratios are of, is off by more than the tolerance.
+        Disagreement: torchlars, or the floor that all ratios are of, is off by more than the tolerance.
     """
     weights, gradients = inputs(device)
     errors: dict[str, float] = {}
@@ -64,7 +64,7 @@ def check(entrants: Iterable[Contestant], device: torch.device) -> tuple[dict[st
 
 
 def is_decisive(entrant: Contestant) -> bool:
-    """Return whether no figure means anything without a contestant: torchlars, and the SGD that all ratios are of."""
+    """Return whether no figure means anything without a contestant: torchlars, and the floor that all ratios are of."""
     return entrant.form == "floor" or entrant.name == PART or entrant.name.startswith(("LARS(", "torchlars.optim."))
 
 

@@ -25,7 +25,6 @@ from benchmarks.step_time.contestants import (
     Hyper,
     contestants,
     in_runs,
-    sgd,
 )
 from benchmarks.step_time.sets import SETS, LayerSet
 from torchlars import _extension
@@ -67,10 +66,14 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, comm
         return {}
     found = common.environment(device)
     print(common.describe(found), flush=True)
-    base = "fused" if fused_sgd_updates(device, dtype) else "foreach"
-    if base != "fused":
-        print(f"SGD(fused=True) does not update all of a {args.dtype} parameter here; SGD foreach stands in for it")
-    entrants, left_out = select(args, contestants(base))
+    everyone = contestants("fused")
+    floor = floor_of(everyone)
+    if not updates(floor, device, dtype):
+        everyone = contestants("foreach")
+        instead = floor_of(everyone)
+        print(f"{floor.name} does not update all of a {args.dtype} parameter here; {instead.name} stands in for it")
+        floor = instead
+    entrants, left_out = select(args, everyone)
     ours = [entrant for entrant in entrants if entrant.form in ("wrapper", "fused")]
     entrants += [in_runs(entrant, megabytes) for entrant in ours for megabytes in args.run_mb]
 
@@ -99,8 +102,8 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, comm
         if reason:
             print(f"\n{name} is skipped: {reason}")
             continue
-        report["sets"][name] = time_set(name, layers, entrants, args, device, layers.dtype or dtype, base)
-        finish(name, layers, report, base)
+        report["sets"][name] = time_set(name, layers, entrants, args, device, layers.dtype or dtype, floor)
+        finish(name, report)
         print(f"\n{section(name, report)}", flush=True)
 
     file_name = args.name or "_".join(
@@ -144,14 +147,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
-def fused_sgd_updates(device: torch.device, dtype: torch.dtype) -> bool:
-    """Return whether SGD(fused=True) updates all of a parameter.
+def floor_of(entrants: list[Contestant]) -> Contestant:
+    """Return the contestant that all ratios are of."""
+    (floor,) = (entrant for entrant in entrants if entrant.form == "floor")
+    return floor
 
-    On a CPU, torch 2.12 and 2.13 update of a half-precision one only what is left over after whole SIMD vectors.
+
+def updates(entrant: Contestant, device: torch.device, dtype: torch.dtype) -> bool:
+    """Return whether a contestant updates all of a parameter.
+
+    On a CPU, SGD(fused=True) of torch 2.12 and 2.13 updates of a half-precision one only what is left over after whole
+    SIMD vectors.
     """
     param = Parameter(torch.ones(1024, device=device, dtype=dtype))
     param.grad = torch.ones_like(param)
-    sgd([param], Hyper(lr=0.5, weight_decay=0.0), "fused").step()
+    entrant.build([param], Hyper(lr=0.5, weight_decay=0.0))()
     return bool((param != 1).all())
 
 
@@ -170,8 +180,8 @@ def wanted(args: argparse.Namespace, entrant: Contestant) -> bool:
 
 
 def number_of_states(entrants: list[Contestant], all_of_them: bool) -> int:
-    """Return how many contestants have a momentum of their own on a large set."""
-    return sum((entrant.is_core or all_of_them) and entrant.name not in (PART, OLD_PART) for entrant in entrants)
+    """Return how many tensors of a parameter's size all contestants on a large set keep together."""
+    return sum(entrant.states for entrant in entrants if entrant.is_core or all_of_them)
 
 
 def reason_to_skip(layers: LayerSet, device: torch.device, dtype: torch.dtype, states: int) -> str | None:
@@ -180,7 +190,7 @@ def reason_to_skip(layers: LayerSet, device: torch.device, dtype: torch.dtype, s
         return None
     if device.type != "cuda":
         return "it is for GPUs"
-    # Weights, gradients and their master copy; a momentum each; some room.
+    # Weights, gradients and their master copy; everyone's state; some room.
     needed = int((3 + states + 0.1) * layers.elements() * (layers.dtype or dtype).itemsize)
     free, _ = torch.cuda.mem_get_info(device)
     if free < needed:
@@ -195,7 +205,7 @@ def time_set(
     args: argparse.Namespace,
     device: torch.device,
     dtype: torch.dtype,
-    base: str,
+    floor: Contestant,
 ) -> dict[str, Any]:
     """Time all contestants on one set. They share weights and gradients; each has its own state."""
     params, restore = make_layers(layers, device, dtype)
@@ -229,13 +239,13 @@ def time_set(
         timed[entrant_name] |= entry.facts | {"formula": entry.contestant.formula, "form": entry.contestant.form}
         if entry.contestant.accesses is not None and (layers.reuse is not None or entry.contestant.form == "wrapper"):
             accesses = entry.contestant.accesses + entry.contestant.code_bytes / dtype.itemsize
-            floor = targets.byte_floor(accesses, entry.contestant.cacheable, layers.reuse)
-            timed[entrant_name] |= {"accesses": accesses, "byte_floor": floor}
+            byte_floor = targets.byte_floor(accesses, entry.contestant.cacheable, layers.reuse, floor.accesses)
+            timed[entrant_name] |= {"accesses": accesses, "byte_floor": byte_floor}
     return {
         "tensors": len(params),
         "elements": layers.elements(),
         "dtype": str(dtype).removeprefix("torch."),
-        "floor": f"SGD {base}",
+        "floor": floor.name,
         "left_out": left_out,
         "contestants": timed,
     }
@@ -300,14 +310,14 @@ def prepare(entrant: Contestant, params: list[Parameter], restore: Callable[[], 
     return entry
 
 
-def finish(name: str, layers: LayerSet, report: dict[str, Any], base: str) -> None:
+def finish(name: str, report: dict[str, Any]) -> None:
     """Add to the times of a set what follows from them: ratios, targets, bandwidths and comparisons."""
     result = report["sets"][name]
     timed, device = result["contestants"], report["device"]
     threads = report["environment"]["threads"]
     for entry in timed.values():
         for clock, times in entry["clocks"].items():
-            times["ratio"] = common.ratio(times["rounds"], timed[f"SGD {base}"]["clocks"][clock]["rounds"])
+            times["ratio"] = common.ratio(times["rounds"], timed[result["floor"]]["clocks"][clock]["rounds"])
         main_clock = next(iter(entry["clocks"].values()))
         goal = targets.target(entry["form"], device, name, threads, result["dtype"])
         entry["target"], entry["verdict"] = targets.verdict(goal, main_clock["ratio"])

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-SGD_ACCESSES = 5  # SGD with momentum reads w, g and m, and writes w and m
-
 
 class Target(NamedTuple):
     """The ratio to the floor contestant that a form of torchlars is to reach."""
@@ -61,9 +59,9 @@ def verdict(goal: Target | None, ratio: float) -> tuple[str, str]:
     return f"≤ {goal.first}, then ≤ {goal.at_most}", outcome
 
 
-def byte_floor(accesses: float, cacheable: int, reuse: float | None) -> float:
-    """Return the memory accesses per element, relative to those of SGD.
+def byte_floor(accesses: float, cacheable: int, reuse: float | None, floor_accesses: int) -> float:
+    """Return the memory accesses per element, relative to those of the floor contestant.
 
-    With ``reuse`` None the bytes are so few that all forms could take the time of SGD.
+    With ``reuse`` None the bytes are so few that all forms could take the time of the floor.
     """
-    return 1.0 if reuse is None else (accesses - reuse * cacheable) / SGD_ACCESSES
+    return 1.0 if reuse is None else (accesses - reuse * cacheable) / floor_accesses
