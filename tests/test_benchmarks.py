@@ -13,9 +13,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 QUICK = ["--rounds", "2", "--min-time", "1e-6"]
 PEERS = {
-    "timm": "timm Lars",
-    "pytorch_optimizer": "pytorch_optimizer LARS",
-    "bitsandbytes": "bitsandbytes LARS",
+    "timm": ("timm Lars", "timm Lamb"),
+    "pytorch_optimizer": ("pytorch_optimizer LARS", "pytorch_optimizer Lamb"),
+    "bitsandbytes": ("bitsandbytes LARS", "bitsandbytes LAMB"),
 }
 
 
@@ -69,10 +69,39 @@ def test_step_time_writes_what_the_table_needs(step_time, tmp_path, capsys):
     assert "agree with their formulas" in capsys.readouterr().out
 
 
-def test_peers_that_are_missing_are_left_out_with_a_reason(step_time):
-    report = step_time("--contestants", "LARS(SGD fused)", *PEERS.values())
-    assert list(report["sets"]["smoke"]["contestants"]) == ["SGD fused", "LARS(SGD fused)"]
-    for peer, name in PEERS.items():
+def test_lamb_stands_beside_adamw(step_time, tmp_path):
+    step_time("--optimizer", "lamb")
+    report = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
+    result = report["sets"]["smoke"]
+    timed = result["contestants"]
+    assert result["floor"] == "AdamW fused"
+    assert timed["AdamW fused"]["clocks"]["wall"]["ratio"] == 1
+    assert {"AdamW loop", "AdamW foreach", "torchlars.optim.AdamW"} <= timed.keys()
+    assert {"LAMB(AdamW fused)", "LAMB(torchlars.optim.AdamW)", "_foreach_ LAMB"} <= timed.keys()
+    assert {"apex FusedLAMB algorithm", "DeepSpeed FusedLamb algorithm"} <= timed.keys()
+    assert not [name for name in timed if "LARS" in name or "SGD" in name]
+    formulas = {"AdamW", "LAMB", "LAMB without bias correction"}
+    assert {entry["formula"] for entry in timed.values()} == formulas
+    assert report["errors"].keys() == timed.keys()
+    table = (tmp_path / "run.md").read_text(encoding="utf-8")
+    assert all(f"| {name} " in table for name in timed)
+
+
+def test_lamb_has_files_of_its_own(module, tmp_path):
+    argv = ["--sets", "smoke", "--out", str(tmp_path), *QUICK, "--threads", "1", "--contestants"]
+    module("step_time.main").main([*argv, "LARS(SGD fused)"])
+    module("step_time.main").main([*argv, "LAMB(AdamW fused)", "--optimizer", "lamb"])
+    names = {"cpu_float32_1_threads.md", "lamb_cpu_float32_1_threads.md"}
+    assert {path.name for path in tmp_path.iterdir() if path.suffix == ".md"} == names
+
+
+@pytest.mark.parametrize(("optimizer", "floor"), [("lars", "SGD fused"), ("lamb", "AdamW fused")])
+def test_peers_that_are_missing_are_left_out_with_a_reason(step_time, optimizer, floor):
+    ours = f"{optimizer.upper()}({floor})"
+    peers = {peer: names[optimizer == "lamb"] for peer, names in PEERS.items()}
+    report = step_time("--optimizer", optimizer, "--contestants", ours, *peers.values())
+    assert list(report["sets"]["smoke"]["contestants"]) == [floor, ours]
+    for peer, name in peers.items():
         assert peer in report["left_out"][name]
 
 
@@ -110,16 +139,27 @@ def test_a_rival_with_a_wrong_formula_is_left_out(step_time, module, monkeypatch
     assert "apex LARC algorithm" in report["sets"]["smoke"]["contestants"]
 
 
-@pytest.mark.parametrize("form", ["floor", "wrapper", "fused"])
-def test_nothing_is_timed_beside_a_wrong_floor_or_a_wrong_torchlars(step_time, module, monkeypatch, tmp_path, form):
-    contestants, agreement = module("step_time.contestants"), module("step_time.agreement")
-    (entrant,) = [each for each in contestants.contestants("fused") if each.form == form]
-    off = contestants.Hyper(**{**vars(agreement.HYPER), "lr": 0.9})
+def test_a_rival_with_a_wrong_lamb_is_left_out(step_time, module, monkeypatch):
+    monkeypatch.setattr(module("step_time.lamb"), "trust_ratio", lambda w, u: w / u)  # no rule for zeros
+    report = step_time("--optimizer", "lamb")
+    wrong = {name for name, reason in report["left_out"].items() if "does not compute LAMB" in reason}
+    assert wrong == {"_foreach_ LAMB + AdamW fused", "_foreach_ LAMB", "apex FusedLAMB algorithm"}
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "lamb"])
+@pytest.mark.parametrize("form", ["floor", "base", "wrapper", "fused"])
+def test_nothing_is_timed_beside_a_wrong_floor_or_a_wrong_torchlars(
+    step_time, module, monkeypatch, tmp_path, form, optimizer
+):
+    main, agreement = module("step_time.main"), module("step_time.agreement")
+    everyone = main.CONTESTANTS[optimizer]("fused")
+    (entrant,) = [each for each in everyone if each.form == form]
+    off = dataclasses.replace(agreement.HYPER, lr=0.9)
     wrong = dataclasses.replace(entrant, build=lambda params, hyper: entrant.build(params, off))
-    everyone = [wrong if each.form == form else each for each in contestants.contestants("fused")]
-    monkeypatch.setattr(module("step_time.main"), "contestants", lambda base: everyone)
+    everyone = [wrong if each is entrant else each for each in everyone]
+    monkeypatch.setitem(main.CONTESTANTS, optimizer, lambda base: everyone)
     with pytest.raises(agreement.Disagreement, match=re.escape(f"{entrant.name} does not compute {entrant.formula}")):
-        step_time()
+        step_time("--optimizer", optimizer)
     assert not list(tmp_path.iterdir())
 
 
@@ -141,15 +181,49 @@ def test_runs_are_skipped_where_the_extension_has_none(step_time, extension, mon
     assert "everything is skipped: --run-mb needs torchlars._C.set_run_bytes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("change", [{"momentum": 0.8}, {"weight_decay": 0.4}, {"trust_coef": 0.021}, {"lr": 0.9}])
-def test_the_check_sees_every_hyper_parameter(module, change):
-    contestants, agreement = module("step_time.contestants"), module("step_time.agreement")
-    (entrant,) = [each for each in contestants.contestants("fused") if each.name == "LARS(SGD fused)"]
-    off = contestants.Hyper(**{**vars(agreement.HYPER), **change})
-    wrong = contestants.Contestant(entrant.name, entrant.formula, lambda params, hyper: entrant.build(params, off))
-    assert agreement.check([entrant], torch.device("cpu"))[0].keys() == {"LARS(SGD fused)"}
-    with pytest.raises(agreement.Disagreement, match="LARS\\(SGD fused\\) does not compute LARS-SGD"):
+CHANGES = {
+    "LARS(SGD fused)": [{"momentum": 0.8}, {"weight_decay": 0.4}, {"trust_coef": 0.021}, {"lr": 0.9}],
+    "LAMB(AdamW fused)": [
+        *({"betas": (0.81, 0.95)}, {"betas": (0.8, 0.94)}, {"adam_eps": 0.011}, {"weight_decay": 0.4}, {"lr": 0.9})
+    ],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "change"), [(name, change) for name, changes in CHANGES.items() for change in changes]
+)
+def test_the_check_sees_every_hyper_parameter(module, name, change):
+    main, agreement = module("step_time.main"), module("step_time.agreement")
+    everyone = [each for contestants in main.CONTESTANTS.values() for each in contestants("fused")]
+    (entrant,) = [each for each in everyone if each.name == name]
+    off = dataclasses.replace(agreement.HYPER, **change)
+    wrong = dataclasses.replace(entrant, build=lambda params, hyper: entrant.build(params, off))
+    assert agreement.check([entrant], torch.device("cpu"))[0].keys() == {name}
+    with pytest.raises(agreement.Disagreement, match=re.escape(f"{name} does not compute {entrant.formula}")):
         agreement.check([wrong], torch.device("cpu"))
+
+
+def lamb_step(module, build, weight, grad, **options):
+    """Return a layer of four equal weights after a step with equal gradients, on which decay and eps count."""
+    param = torch.nn.Parameter(torch.full((4,), weight))
+    param.grad = torch.full((4,), grad)
+    hyper = module("step_time.contestants").Hyper(lr=0.1, weight_decay=0.01, betas=(0.5, 0.75), adam_eps=0.5)
+    getattr(module("step_time.lamb"), build)([param], hyper, **options)()
+    return param.detach()
+
+
+@pytest.mark.parametrize(("weight", "ratio"), [(0.001, 0.01), (0.5, 0.5 / 0.505), (200.0, 10.0)])
+def test_deepspeeds_algorithm_bounds_the_ratio(module, weight, ratio):
+    update = 0.5 / (0.5 + 0.5) + 0.01 * weight  # a first moment of 0.5, and a second of 0.25
+    moved = lamb_step(module, "deepspeed_lamb", weight, 1.0)
+    torch.testing.assert_close(moved, torch.full((4,), weight - 0.1 * ratio * update))
+
+
+def test_apexs_algorithm_can_clip_the_norm_of_all_gradients(module):
+    clipped = lamb_step(module, "foreach_lamb", 0.5, 2.0, max_grad_norm=1.0)
+    torch.testing.assert_close(clipped, lamb_step(module, "foreach_lamb", 0.5, 0.5))
+    unclipped = lamb_step(module, "apex_lamb", 0.5, 2.0)
+    torch.testing.assert_close(unclipped, lamb_step(module, "foreach_lamb", 0.5, 2.0))
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
@@ -212,14 +286,36 @@ def test_a_large_set_is_skipped_for_the_memory_of_those_who_take_part(module, mo
 
 def test_targets_and_floors(module):
     targets = module("step_time.targets")
-    cpu = targets.target("wrapper", "cpu", "resnet50", 2, "float32")
+    cpu = targets.target("lars", "wrapper", "cpu", "resnet50", 2, "float32")
     assert [targets.verdict(cpu, ratio)[1] for ratio in (1.9, 1.91)] == ["met", "missed"]
-    assert targets.target("wrapper", "cpu", "resnet50", 2, "bfloat16") is None
-    assert targets.target("wrapper", "cpu", "resnet50", 8, "float32") is None
-    gpu = targets.target("wrapper", "cuda", "resnet50", 8, "float32")
+    assert targets.target("lars", "wrapper", "cpu", "resnet50", 2, "bfloat16") is None
+    assert targets.target("lars", "wrapper", "cpu", "resnet50", 8, "float32") is None
+    gpu = targets.target("lars", "wrapper", "cuda", "resnet50", 8, "float32")
     assert [targets.verdict(gpu, ratio)[1] for ratio in (1.7, 2.0, 2.2)] == ["met", "first met", "missed"]
     assert [targets.byte_floor(10, 2, reuse, 5) for reuse in (1, 0, None)] == [1.6, 2.0, 1.0]
     assert [targets.byte_floor(7, 2, reuse, 5) for reuse in (1, 0, 0.5)] == [1.0, 1.4, 1.2]
+    lamb = [targets.target("lamb", form, "cpu", "tiny", 2, "float32").at_most for form in ("wrapper", "fused", "base")]
+    assert lamb == [1.4, 0.6, 1.0]
+
+
+def test_floors_of_lamb(module):
+    main, targets = module("step_time.main"), module("step_time.targets")
+    everyone = main.CONTESTANTS["lamb"]("fused")
+    floor = main.floor_of(everyone)
+    floors = {
+        each.name: [
+            round(targets.byte_floor(each.accesses, each.cacheable, reuse, floor.accesses), 2) for reuse in (1, 0)
+        ]
+        for each in everyone
+        if each.accesses
+    }
+    assert floors == {
+        "AdamW fused": [1.0, 1.0],
+        "torchlars.optim.AdamW": [1.0, 1.0],
+        "LAMB(AdamW fused)": [1.71, 2.0],
+        "LAMB(torchlars.optim.AdamW)": [1.0, 1.43],
+    }
+    assert main.number_of_states(everyone, False) == 6  # two moments of three
 
 
 def test_ratios_are_taken_within_rounds(module):
@@ -332,7 +428,7 @@ def test_ratios_beside_targets_are_those_of_the_results(module):
     for layers, threads, rest in rows:
         expected = []
         for form, name in (("wrapper", "LARS(SGD fused)"), ("fused", "LARS(torchlars.optim.SGD)")):
-            target = targets.target(form, "cpu", layers, int(threads), "float32")
+            target = targets.target("lars", form, "cpu", layers, int(threads), "float32")
             expected.append(f"{target.at_most:.1f}" if target else "–")
             expected.append(ratios_of(f"cpu_float32_{threads}_threads.md")[layers][name])
         assert cells_of(rest) == expected, layers

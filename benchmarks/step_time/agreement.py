@@ -20,7 +20,7 @@ STEPS = 3
 TOLERANCE = 1e-5
 
 #: Large enough that every term counts: a trust ratio of 0.02 or so, and half of it weight decay's.
-HYPER = Hyper(lr=0.75, weight_decay=0.5, trust_coef=0.02)
+HYPER = Hyper(lr=0.75, weight_decay=0.5, trust_coef=0.02, betas=(0.8, 0.95), adam_eps=0.01)
 
 
 class Disagreement(Exception):
@@ -65,7 +65,11 @@ def check(entrants: Iterable[Contestant], device: torch.device) -> tuple[dict[st
 
 def is_decisive(entrant: Contestant) -> bool:
     """Return whether no figure means anything without a contestant: torchlars, and the floor that all ratios are of."""
-    return entrant.form == "floor" or entrant.name == PART or entrant.name.startswith(("LARS(", "torchlars.optim."))
+    return (
+        entrant.form == "floor"
+        or entrant.name == PART
+        or entrant.name.startswith(("LARS(", "LAMB(", "torchlars.optim."))
+    )
 
 
 def reason_to_leave_out(entrant: Contestant, error: Exception) -> str:
@@ -108,15 +112,19 @@ def outcome(entrant: Contestant, weights: list[Tensor], gradients: list[list[Ten
 def expected(formula: str, weights: list[Tensor], gradients: list[list[Tensor]]) -> list[Tensor]:
     """Return what :func:`outcome` must be, in float64."""
     params = [Parameter(weight.double()) for weight in weights]
-    is_lars, is_sgd, is_adam = formula.startswith("LARS"), formula.endswith("SGD"), formula.endswith("Adam")
-    weight_decay = 0.0 if is_lars else HYPER.weight_decay
+    if formula.startswith("LAMB"):
+        is_corrected = formula == "LAMB"
+        updated = [lamb(param.detach(), grads, is_corrected) for param, *grads in zip(params, *gradients, strict=True)]
+        return results(formula, [Parameter(param) for param in updated], weights)
+    is_lars = formula.startswith("LARS")
+    loop = {"weight_decay": 0.0 if is_lars else HYPER.weight_decay, "foreach": False, "fused": False}
     base: torch.optim.Optimizer | None = None
-    if is_sgd:
-        base = torch.optim.SGD(
-            params, HYPER.lr, momentum=HYPER.momentum, weight_decay=weight_decay, foreach=False, fused=False
-        )
-    elif is_adam:
-        base = torch.optim.Adam(params, HYPER.lr, weight_decay=weight_decay, foreach=False, fused=False)
+    if formula.endswith("SGD"):
+        base = torch.optim.SGD(params, HYPER.lr, momentum=HYPER.momentum, **loop)
+    elif formula.endswith("Adam"):
+        base = torch.optim.Adam(params, HYPER.lr, **loop)
+    elif formula == "AdamW":
+        base = torch.optim.AdamW(params, HYPER.lr, HYPER.betas, HYPER.adam_eps, **loop)
     for grads in gradients:
         for param, grad in zip(params, grads, strict=True):
             param.grad = lars_gradient(param.detach(), grad.double()) if is_lars else grad.double()
@@ -132,6 +140,19 @@ def lars_gradient(param: Tensor, grad: Tensor) -> Tensor:
     if param_norm > 0 and grad_norm > 0:
         ratio = HYPER.trust_coef * param_norm / (grad_norm + HYPER.weight_decay * param_norm + HYPER.eps)
     return ratio * (grad + HYPER.weight_decay * param)
+
+
+def lamb(param: Tensor, grads: list[Tensor], is_corrected: bool) -> Tensor:
+    """Return a parameter after a step of LAMB for each of its gradients, with or without bias correction."""
+    (beta1, beta2), first, second = HYPER.betas, torch.zeros_like(param), torch.zeros_like(param)
+    for count, grad in enumerate(grads, start=1):
+        first = beta1 * first + (1 - beta1) * grad
+        second = beta2 * second + (1 - beta2) * grad**2
+        scales = (1 - beta1**count, 1 - beta2**count) if is_corrected else (1.0, 1.0)
+        update = first / scales[0] / ((second / scales[1]).sqrt() + HYPER.adam_eps) + HYPER.weight_decay * param
+        ratio = param.norm() / update.norm() if param.norm() > 0 and update.norm() > 0 else 1.0
+        param = param - HYPER.lr * ratio * update
+    return param
 
 
 def results(formula: str | None, params: list[Parameter], weights: list[Tensor]) -> list[Tensor]:

@@ -1,4 +1,4 @@
-"""All who take a step: torch's own optimizers, torchlars, its peers, and what a user would write by hand.
+"""All who take a step of LARS: torch's own optimizers, torchlars, its peers, and what a user would write by hand.
 
 What is called an *algorithm* is another library's sequence of torch calls, written anew from its description, where the
 library itself cannot be installed or needs more than a step.
@@ -34,6 +34,8 @@ class Hyper:
     trust_coef: float = 0.001
     eps: float = 1e-8
     momentum: float = 0.9
+    betas: tuple[float, float] = (0.9, 0.999)  # of AdamW and LAMB, as the next
+    adam_eps: float = 1e-6
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,8 @@ class Contestant:
         name: as it stands in the table.
         formula: what it claims to compute; those of one formula must agree. None: a formula of its own.
         build: given parameters that have gradients, returns the step.
-        form: "floor"; "wrapper" or "fused", which have targets; or "other", for all else that takes a step of LARS.
+        form: "floor"; "wrapper", "fused" or "base", which have targets; or "other", for all else that takes a step of
+            LARS or LAMB.
         accesses: memory accesses per element, where known.
         cacheable: those of them that are second reads.
         code_bytes: bytes moved per element besides, for codes of momentum and their scales.
@@ -107,6 +110,7 @@ def contestants(base: str) -> list[Contestant]:
             "torchlars.optim.SGD",
             "SGD",
             lambda params, hyper: torchlars_sgd(params, hyper).step,
+            form="base",
             accesses=5,
             is_core=True,
         ),

@@ -1,4 +1,4 @@
-"""Time one optimizer step: SGD, LARS around it, LARS within it, and other people's LARS. See README.md beside this."""
+"""Time one optimizer step: SGD or AdamW, LARS or LAMB around it and within it, and other people's. See README.md."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from benchmarks import common
-from benchmarks.step_time import agreement, chart, cuda, targets
+from benchmarks.step_time import agreement, chart, cuda, lamb, targets
 from benchmarks.step_time.contestants import (
     EIGHT_BITS,
     OLD,
@@ -29,6 +29,8 @@ from benchmarks.step_time.contestants import (
 from benchmarks.step_time.sets import SETS, LayerSet
 from torchlars import _extension
 
+#: For each ``--optimizer`` a function that returns all contestants, given the form of the floor.
+CONTESTANTS = {"lars": contestants, "lamb": lamb.contestants}
 #: So small that weights stay where they are, however long the run.
 HYPER = Hyper(lr=1e-6, weight_decay=1e-4)
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -66,10 +68,10 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, comm
         return {}
     found = common.environment(device)
     print(common.describe(found), flush=True)
-    everyone = contestants("fused")
+    everyone = CONTESTANTS[args.optimizer]("fused")
     floor = floor_of(everyone)
     if not updates(floor, device, dtype):
-        everyone = contestants("foreach")
+        everyone = CONTESTANTS[args.optimizer]("foreach")
         instead = floor_of(everyone)
         print(f"{floor.name} does not update all of a {args.dtype} parameter here; {instead.name} stands in for it")
         floor = instead
@@ -87,6 +89,7 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, comm
     report: dict[str, Any] = {
         "command": command,
         "environment": found,
+        "optimizer": args.optimizer,
         "device": args.device,
         "dtype": args.dtype,
         "left_out": left_out,
@@ -106,9 +109,9 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, comm
         finish(name, report)
         print(f"\n{section(name, report)}", flush=True)
 
-    file_name = args.name or "_".join(
-        [args.device, args.dtype, *([f"{found['threads']}_threads"] * (device.type == "cpu"))]
-    )
+    prefix = [] if args.optimizer == "lars" else [args.optimizer]
+    suffix = [f"{found['threads']}_threads"] if device.type == "cpu" else []
+    file_name = args.name or "_".join([*prefix, args.device, args.dtype, *suffix])
     markdown = "\n\n".join(
         [f"`{command}`", common.describe(found), *(section(name, report) for name in report["sets"])]
     )
@@ -120,8 +123,11 @@ def run(args: argparse.Namespace, device: torch.device, dtype: torch.dtype, comm
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """Read the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument(
+        "--optimizer", choices=CONTESTANTS, default="lars", help="LARS beside SGD, or LAMB beside AdamW (default: lars)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: cpu)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights, gradients and momentum")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of weights, gradients and state")
     parser.add_argument("--sets", nargs="+", choices=SETS, help="(default: all that are meant for the device)")
     parser.add_argument("--contestants", nargs="+", metavar="NAME", help="(default: all; the floor always takes part)")
     parser.add_argument(
@@ -140,7 +146,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.sets = args.sets or [name for name, layers in SETS.items() if args.device in layers.devices]
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that torch can see, and there is none")
-    known = {entrant.name for base in ("fused", "foreach") for entrant in contestants(base)}
+    known = {entrant.name for base in ("fused", "foreach") for entrant in CONTESTANTS[args.optimizer](base)}
     unknown = sorted(set(args.contestants or ()) - known)
     if unknown:
         parser.error(f"--contestants must be of: {', '.join(sorted(known))} (got: {', '.join(unknown)})")
@@ -319,7 +325,7 @@ def finish(name: str, report: dict[str, Any]) -> None:
         for clock, times in entry["clocks"].items():
             times["ratio"] = common.ratio(times["rounds"], timed[result["floor"]]["clocks"][clock]["rounds"])
         main_clock = next(iter(entry["clocks"].values()))
-        goal = targets.target(entry["form"], device, name, threads, result["dtype"])
+        goal = targets.target(report["optimizer"], entry["form"], device, name, threads, result["dtype"])
         entry["target"], entry["verdict"] = targets.verdict(goal, main_clock["ratio"])
         if "copy_bandwidth" in report and "accesses" in entry:
             bytes_moved = entry["accesses"] * result["elements"] * DTYPES[result["dtype"]].itemsize

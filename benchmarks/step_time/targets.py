@@ -16,7 +16,7 @@ class Target(NamedTuple):
     first: float | None = None  # a milestone on the way
 
 
-TARGETS = (
+LARS_TARGETS = (
     Target("wrapper", "cpu", "resnet50", 2, 1.9),
     Target("wrapper", "cpu", "resnet50", 1, 2.1),
     Target("wrapper", "cpu", "vit_b_16", 2, 2.1),
@@ -30,6 +30,18 @@ TARGETS = (
     Target("fused", "cuda", "llama_7b_bf16", None, 1.4),
 )
 
+LAMB_TARGETS = (
+    Target("wrapper", "cpu", "resnet50", 2, 2.4),
+    Target("wrapper", "cpu", "tiny", 2, 1.4),
+    Target("fused", "cpu", "resnet50", 2, 1.3),
+    Target("fused", "cpu", "vit_b_16", 2, 1.3),
+    Target("fused", "cpu", "tiny", 2, 0.6),
+    Target("base", "cpu", "resnet50", 2, 1.0),
+    Target("base", "cpu", "vit_b_16", 2, 1.0),
+    Target("base", "cpu", "tiny", 2, 1.0),
+)
+TARGETS = {"lars": LARS_TARGETS, "lamb": LAMB_TARGETS}
+
 #: How many times faster than torchlars 0.1.2 the wrapper is to be: a whole step (with so many threads), and the LARS
 #: part alone.
 WHOLE_STEP = {("cpu", "resnet50", 2): 1.25, ("cpu", "tiny", 2): 4.0}
@@ -39,11 +51,11 @@ LARS_PART = {("cuda", "resnet50"): 20.0}
 EIGHT_BITS = {("cpu", "one_33m", 1): 0.9, ("cpu", "one_33m_odd", 1): 0.9}
 
 
-def target(form: str, device: str, layers: str, threads: int, dtype: str) -> Target | None:
+def target(optimizer: str, form: str, device: str, layers: str, threads: int, dtype: str) -> Target | None:
     """Return the target for one figure, if there is one. On the CPU they are for float32."""
     if device == "cpu" and dtype != "float32":
         return None
-    for goal in TARGETS:
+    for goal in TARGETS[optimizer]:
         if (form, device, layers) == goal[:3] and goal.threads in (None, threads):
             return goal
     return None
