@@ -14,7 +14,7 @@ README = (ROOT / "examples" / "README.md").read_text("utf-8")
 SECTION = re.search(r"^## Coming from X\n(.*?)(?:^## |\Z)", README, re.M | re.S)[1]
 PREAMBLE = re.search(r"^```python\n(.*?)^```", SECTION, re.M | re.S)[1]
 CALLS = {peer: call[1:-1] for peer, call in re.findall(r"^\| (.+?) \| (`[^`|]+`) \|", SECTION, re.M)}
-BASES = {"torch": torch.optim.SGD, "torchlars": torchlars.optim.SGD}
+BASES = {"torch": torch.optim, "torchlars": torchlars.optim}
 SGD_HYPER = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.01}
 ADAM_HYPER = {"lr": 0.5, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
 LRS = (0.5, 0.5, 4.0, 0.05, 0.3, 0.002)  # of the first group
@@ -76,7 +76,8 @@ def ours(call, layers, /, base="torch", **names):
     known = {"model": SimpleNamespace(parameters=lambda: iter(layers))}
     exec(PREAMBLE, known)
     known["plain"]["lr"] = known["plain_inside"]["lr"] = 0.1
-    known.update({"SGD": BASES[base], "params": two_groups(layers), "sgd": SGD_HYPER, "adam": ADAM_HYPER, **names})
+    known.update({name: getattr(BASES[base], name) for name in ("SGD", "Adam", "AdamW")})
+    known.update({"params": two_groups(layers), "sgd": SGD_HYPER, "adam": ADAM_HYPER, **names})
     return eval(call, known)
 
 

@@ -218,7 +218,6 @@ CASES = [
     if peer not in NOT_EXACT
     and (momentum != "nesterov" or peer in HAS_NESTEROV)
     and (momentum != "dampening" or peer in HAS_DAMPENING)
-    and (base == "torch" or "SGD" in CALLS[peer])
 ]
 
 
