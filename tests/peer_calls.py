@@ -234,6 +234,30 @@ def timm_lamb(w, g, h, memory):
     return w - h.lr * (norm_ratio(w, update, trust_coef=1.0) if h.weight_decay != 0 else 1) * update
 
 
+def apex_lamb(w, g, h, memory, adam_w_mode=True, use_nvlamb=False):
+    """Without the clipping of all gradients together."""
+    if adam_w_mode:
+        update = adam(w, g, h, memory)
+    else:
+        update = adam(w, g + h.weight_decay * w, SimpleNamespace(**{**vars(h), "weight_decay": 0.0}), memory)
+    is_adapted = use_nvlamb or h.weight_decay != 0
+    return w - h.lr * (norm_ratio(w, update, trust_coef=1.0) if is_adapted else 1) * update
+
+
+def deepspeed_lamb(w, g, h, memory, bias_correction=True):
+    update = adam(w, g, h, memory, bias_correction=False)
+    ratio = 1.0
+    if w.norm() > 0 and update.norm() > 0:
+        ratio = w.norm() / update.norm()
+        h.clipped.add(bool(ratio < 0.01) - bool(ratio > 10))
+        ratio = ratio.clamp(0.01, 10)
+    return w - h.lr * (deepspeed_factor(h.betas, memory["step"]) if bias_correction else 1) * ratio * update
+
+
+def deepspeed_factor(betas, step):
+    return (1 - betas[1] ** step) ** 0.5 / (1 - betas[0] ** step)
+
+
 def lamb_without_bias_correction(w, g, h, memory):
     update = adam(w, g, h, memory, bias_correction=False)
     return w - h.lr * norm_ratio(w, update, trust_coef=1.0) * update
@@ -258,6 +282,8 @@ FORMULAS = {
     "ColossalAI `Lars`": colossalai_lars,
     "`optax.lamb`": lamb,
     "timm `Lamb`": timm_lamb,
+    "NVIDIA apex `FusedLAMB`": apex_lamb,
+    "DeepSpeed `FusedLamb`": deepspeed_lamb,
     "ColossalAI, pytorch_optimizer `Lamb`": lamb_without_bias_correction,
 }
 MOMENTUM = {

@@ -24,9 +24,12 @@ from peer_calls import (
     SECTION,
     SGD_HYPER,
     Problem,
+    apex_lamb,
     assert_same,
     barlow_twins,
     by_formula,
+    deepspeed_factor,
+    deepspeed_lamb,
     differ,
     mlperf,
     ours,
@@ -54,6 +57,7 @@ PROMISED = [
     ),
     *("bitsandbytes", "Barlow Twins", "VICReg", "SimCLR", "`optax.lars`", "MLPerf", "Algorithm 1", "2018 blog"),
     *("ColossalAI `Lars`", "`optax.lamb`", "timm `Lamb`", "`LARS32bit`", "`LARS8bit`"),
+    *("apex `FusedLAMB`", "DeepSpeed `FusedLamb`"),
 ]
 EIGHT_BITS = "bitsandbytes `LARS8bit`, `LARS(optim_bits=8)`"
 
@@ -200,7 +204,9 @@ def test_in_8_bits_a_layer_moves_as_far_as_in_32_where_bitsandbytes_moves_it_by_
     assert min(case["step over weights"]) > 0.6
 
 
-NOT_EXACT = {"MLPerf's reference until v0.6", "ColossalAI, pytorch_optimizer `Lamb`", EIGHT_BITS}
+NOT_EXACT = {
+    *("MLPerf's reference until v0.6", "ColossalAI, pytorch_optimizer `Lamb`", "DeepSpeed `FusedLamb`", EIGHT_BITS)
+}
 HAS_NESTEROV = {
     *(
         "torchlars 0.1.2",
@@ -299,7 +305,10 @@ def test_zero_norms(peer, zero):
         assert_same(result[:1], expected[:1])
 
 
-@pytest.mark.parametrize("peer", ["quadra, lightning-bolts, lightly `LARS`", "timm `Lars`", "timm `Lamb`"])
+@pytest.mark.parametrize(
+    "peer",
+    ["quadra, lightning-bolts, lightly `LARS`", "timm `Lars`", "timm `Lamb`", "NVIDIA apex `FusedLAMB`"],
+)
 @pytest.mark.parametrize("momentum", MOMENTUM)
 def test_groups_without_weight_decay(peer, momentum):
     problem, sgd = Problem(4), SGD_HYPER | MOMENTUM[momentum]
@@ -347,6 +356,67 @@ def test_mlperf_until_v0_6_is_exact_without_weight_decay_only():
     assert_same(result, by_formula(peer, problem, sgd=sgd))
 
 
+def test_nvlamb_of_apex():
+    peer, problem = "NVIDIA apex `FusedLAMB`", Problem(16)
+    problem.second_decay = 0.0
+    params = problem.params()
+    call = CALLS[peer].replace("always_adapt=False", "always_adapt=True")
+    result = problem.run(ours(call, params, params=two_groups(params, weight_decay=0.0)), params)
+    assert_same(result, by_formula(peer, problem, formula=partial(apex_lamb, use_nvlamb=True)))
+    assert differ(result, by_formula(peer, problem))
+
+
+def test_apex_clips_all_gradients_together():
+    peer, problem = "NVIDIA apex `FusedLAMB`", Problem(17)
+    params = problem.params()
+    optimizer, norms = ours(CALLS[peer], params), []
+    for _ in problem.steps(optimizer, params):
+        norms.append(float(nn.utils.clip_grad_norm_(params, 1.0)))
+        optimizer.step()
+    assert any(norm > 1 for norm in norms)
+    assert differ(params, by_formula(peer, problem))
+    problem.grads = [
+        [grad / max(1.0, norm) for grad in grads] for grads, norm in zip(problem.grads, norms, strict=True)
+    ]
+    assert_same(params, by_formula(peer, problem), 1e-5)
+
+
+def within_bounds(problem):
+    """With layers that keep DeepSpeed's ratio within its bounds."""
+    problem.layers = [layer / layer.norm() for layer in problem.layers]
+    problem.lrs = [lr / 10 for lr in LRS]
+    return problem
+
+
+@pytest.mark.parametrize("bias_correction", [False, True])
+def test_deepspeed_is_exact_without_eps_and_weight_decay_within_its_bounds(bias_correction):
+    peer, problem = "DeepSpeed `FusedLamb`", within_bounds(Problem(18))
+    problem.second_decay = 0.0
+    adam = ADAM_HYPER | {"eps": 0.0, "weight_decay": 0.0}
+    formula, bounded = partial(deepspeed_lamb, bias_correction=bias_correction), set()
+    expected = by_formula(peer, problem, bounded, formula, adam=adam)
+    assert bounded == {0}
+    params = problem.params()
+    optimizer = ours(CALLS[peer], params, adam=adam, params=two_groups(params, weight_decay=0.0))
+    if bias_correction:
+        factors = [deepspeed_factor(adam["betas"], step) for step in range(1, len(LRS) + 1)]
+        problem.lrs = [lr * factor for lr, factor in zip(problem.lrs, factors, strict=True)]
+    assert_same(problem.run(optimizer, params), expected)
+
+
+@pytest.mark.parametrize("change", [{"eps": 1e-3}, {"weight_decay": 0.1}, {"bound": 1e-3}, {"bound": 1e3}])
+def test_deepspeed_is_not_exact_otherwise(change):
+    peer, problem = "DeepSpeed `FusedLamb`", within_bounds(Problem(18))
+    problem.layers[0] *= change.get("bound", 1.0)
+    problem.second_decay = 0.0
+    adam = ADAM_HYPER | {"eps": 0.0, "weight_decay": 0.0} | {key: change[key] for key in change.keys() - {"bound"}}
+    params, bounded = problem.params(), set()
+    result = problem.run(ours(CALLS[peer], params, adam=adam, params=two_groups(params, weight_decay=0.0)), params)
+    expected = by_formula(peer, problem, bounded, partial(deepspeed_lamb, bias_correction=False), adam=adam)
+    assert differ(result[:1], expected[:1])
+    assert (len(bounded) > 1) == ("bound" in change)
+
+
 def test_lamb_without_bias_correction_is_exact_without_eps_and_weight_decay_only():
     peer, problem = "ColossalAI, pytorch_optimizer `Lamb`", Problem(7)
     problem.second_decay = 0.0
@@ -365,6 +435,7 @@ VARIANTS = {
         "[{'params': weights}, {**plain, 'trust_coef': 0.001, 'weight_decay': 0.01}]",
         lambda w, g, h, memory: barlow_twins(w[None], g[None], h, memory)[0],
     ),
+    "adam_w_mode=False": ("NVIDIA apex `FusedLAMB`", "AdamW", "Adam", partial(apex_lamb, adam_w_mode=False)),
     "TensorFlow 2": ("MLPerf's reference since v0.7", "eps=0", "eps=1e-7", partial(mlperf, eps=1e-7)),
 }
 
