@@ -31,14 +31,16 @@ class Adaptation:
     apply_to: str = "gradient"  # or "update": what the ratio multiplies
     weight_decay: float = 0.0  # the coupled one
     is_decoupled: bool = False
+    base_decouples: bool = False  # the base knows of it, by a flag of its own
     maximize: bool = False
     lr: float | Tensor | None = None  # None: not needed
 
     def __post_init__(self) -> None:
         #: Whether gradients are multiplied by trust ratios.
         self.multiplies_gradients = self.trust_coef is not None and self.apply_to == "gradient"
-        #: Whether a base that takes trust ratios can multiply by them: of gradients it multiplies g + λw.
-        self.suits_a_base = self.ratio_of == "update" or (self.multiplies_gradients and not self.is_decoupled)
+        #: Whether a base that takes trust ratios can multiply by them: of gradients it multiplies g + λw, λ coupled.
+        decays_alike = not self.is_decoupled or self.base_decouples
+        self.suits_a_base = self.ratio_of == "update" or (self.multiplies_gradients and decays_alike)
         self.hides_lr = self.lr_in_momentum and self.apply_to == "gradient"
         #: The arguments of a pass that measures, decides and applies.
         self.kernel_options: dict[str, Any] = {

@@ -183,12 +183,14 @@ class TrustRatioWrapper(OptimizerWrapper):
                     f"group {index})"
                 )
             lr = learning_rate(f"lr {name}", group.get("lr", self.defaults.get("lr")))
+        has_flag = "decoupled_weight_decay" in self.optim.defaults
         maximize = self.ratio_of == "gradient" and bool(group.get("maximize", False))
         return Adaptation(
             group,
             ratio_of=self.ratio_of,
             weight_decay=weight_decay,
             is_decoupled=is_decoupled,
+            base_decouples=has_flag and bool(group.get("decoupled_weight_decay", False)),
             maximize=maximize,
             lr=lr,
             **options,

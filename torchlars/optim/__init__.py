@@ -25,9 +25,10 @@ it was. It says so by an attribute, ``takes_trust_ratios`` for those of gradient
                     param -= group["lr"] * (direction if ratios is None else ratios[i] * direction)
             return loss
 
-LARS hides no weight decay from such a base: λ in r · (g + λw) is the base's own. Groups whose updates are scaled
-(``apply_to="update"``) and groups with decoupled weight decay have no ratios here; LARS adapts them itself. While lr is
-in the momentum, a group's ``lr`` reads 1.
+LARS hides no weight decay from such a base: λ in r · (g + λw) is the base's own. If its defaults have the flag
+``decoupled_weight_decay``, it multiplies g alone in groups where that is set, as :class:`torchlars.optim.AdamW` does.
+Groups whose updates are scaled (``apply_to="update"``) and other groups with decoupled weight decay have no ratios
+here; LARS adapts them itself. While lr is in the momentum, a group's ``lr`` reads 1.
 
 **Ratios of updates**::
 
