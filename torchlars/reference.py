@@ -405,8 +405,8 @@ def adam_(
     ``ratios`` that are given. The bits are those of one call.
 
     u is that of m and v as they are stored, rounded to their dtype; where gradients have another dtype than parameters,
-    one call may take it before they are rounded. Kernels compute in float32 (float64 for float64 layers), and on a CPU
-    float32 moments in float64. A parameter and each moment are rounded once, when they are written.
+    one call may take it before they are rounded. Kernels compute in float32 (float64 for float64 layers). A parameter
+    and each moment are rounded once, when they are written.
 
     Args:
         params: n parameters w, written in place.

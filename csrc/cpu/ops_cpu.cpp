@@ -362,22 +362,24 @@ void update(const SgdArguments& arguments, const Plan& plan, Range run, at::Arra
   }
 }
 
-// A part of a layer's step of Adam: with a grad it updates the moments, without lanes it updates the parameter. Lanes
-// get the squares of the parameter and of the update.
-using Adam = void (*)(void* param, const void* grad, void* exp_avg, void* exp_avg_sq, std::array<Lanes, 2>* lanes,
-                      Range range, const AdamNumbers<double>& numbers, double lr);
+// A part of a layer's step of Adam. With a grad it updates the moments. Without lanes it updates the parameter by lr
+// times the update; with lanes it adds the squares of the parameter and of the update to them.
+using Adam = void (*)(void* param, const void* grad, void* exp_avg, void* exp_avg_sq, Range range,
+                      const AdamNumbers<double>& numbers, double lr, std::array<Lanes, 2>* lanes);
 
 template <typename T, typename M>
-void adam_range(void* param, const void* grad, void* exp_avg, void* exp_avg_sq, std::array<Lanes, 2>* lanes,
-                Range range, const AdamNumbers<double>& numbers, double lr) {
+void adam_range(void* param, const void* grad, void* exp_avg, void* exp_avg_sq, Range range,
+                const AdamNumbers<double>& numbers, double lr, std::array<Lanes, 2>* lanes) {
   using Compute = at::opmath_type<T>;
-  constexpr int64_t kTile = 512;  // elements
+  const AdamNumbers<Compute> in_compute(numbers);
+  constexpr int64_t kTile = 512;  // elements, whose updates stay in the L1 cache until they are squared
   Compute updates[kTile];
-  for (int64_t i = range.begin; i < range.end; i += kTile) {
-    const int64_t count = std::min(kTile, range.end - i);
+  const int64_t tile = lanes == nullptr ? range.end - range.begin : kTile;
+  for (int64_t i = range.begin; i < range.end; i += tile) {
+    const int64_t count = std::min(tile, range.end - i);
     T* const w = static_cast<T*>(param) + i;
     cpu::adam(w, grad == nullptr ? nullptr : static_cast<const T*>(grad) + i, static_cast<M*>(exp_avg) + i,
-              static_cast<M*>(exp_avg_sq) + i, lanes == nullptr ? nullptr : updates, count, numbers,
+              static_cast<M*>(exp_avg_sq) + i, lanes == nullptr ? nullptr : updates, count, in_compute,
               static_cast<Compute>(lr));
     if (lanes != nullptr) {
       cpu::add_squares((*lanes)[0], static_cast<const T*>(w), count);
@@ -395,8 +397,7 @@ Adam adam_of(c10::ScalarType dtype, c10::ScalarType moment_dtype) {
   return function;
 }
 
-// The layers of a run in a step of Adam, given the trust ratios of all layers and their lrs. Its passes are to be
-// called when the step is not skipped.
+// The layers of a run in a step of Adam that is not skipped, given the trust ratios of all gradients and all lrs.
 class AdamRun {
  public:
   AdamRun(const AdamArguments& arguments, const Plan& plan, Range run, at::ArrayRef<double> grad_ratios,
@@ -410,7 +411,7 @@ class AdamRun {
       const AdamTensors& layer = layers_.emplace_back(arguments, i);
       written_.push_back({writable(layer.param), writable(layer.exp_avg), writable(layer.exp_avg_sq)});
       auto* const step = arguments.steps[i].mutable_data_ptr<float>();
-      *step += has_grads() ? 1 : 0;
+      *step += arguments.grads.empty() ? 0 : 1;
       numbers_.emplace_back(grad_ratios[i], arguments.weight_decays[i], arguments.decoupled_weight_decay,
                             arguments.maximize, arguments.beta1, arguments.beta2, arguments.adam_eps,
                             bias_corrections(arguments.beta1, arguments.beta2, *step), value_of(arguments.inv_scale));
@@ -421,9 +422,9 @@ class AdamRun {
   // Updates the moments, and returns the squared norms of parameters and updates.
   std::array<std::vector<double>, 2> measure() {
     std::array<std::vector<double>, 2> partials{std::vector<double>(plan_.chunks), std::vector<double>(plan_.chunks)};
-    for_chunks(plan_, bytes_per_element(), Order::kForwards, [&](int64_t i, int64_t chunk, Range range) {
+    sweep(Order::kForwards, [&](int64_t i, int64_t chunk, Range range, void* param, void* exp_avg, void* exp_avg_sq) {
       std::array<Lanes, 2> lanes;
-      sweep(i, range, layers_[i].grad->const_data_ptr(), &lanes, 0);
+      adam_(param, layers_[i].grad->const_data_ptr(), exp_avg, exp_avg_sq, range, numbers_[i], 0, &lanes);
       partials[0][chunk] = join(lanes[0]);
       partials[1][chunk] = join(lanes[1]);
     });
@@ -434,29 +435,33 @@ class AdamRun {
   // Updates the parameters, whose moments are those of this step already, by updates times the trust ratios of all
   // layers.
   void apply(at::ArrayRef<double> ratios, Order order) {
-    for_chunks(plan_, bytes_per_element(), order, [&](int64_t i, int64_t, Range range) {
-      sweep(i, range, nullptr, nullptr, lrs_[run_.begin + i] * ratios[run_.begin + i]);
+    sweep(order, [&](int64_t i, int64_t, Range range, void* param, void* exp_avg, void* exp_avg_sq) {
+      adam_(param, nullptr, exp_avg, exp_avg_sq, range, numbers_[i], lr_of(i, ratios), nullptr);
     });
     write_back_params();
   }
 
   // The same, and updates the moments first.
   void update(at::ArrayRef<double> ratios, Order order) {
-    for_chunks(plan_, bytes_per_element(), order, [&](int64_t i, int64_t, Range range) {
-      sweep(i, range, layers_[i].grad->const_data_ptr(), nullptr, lrs_[run_.begin + i] * ratios[run_.begin + i]);
+    sweep(order, [&](int64_t i, int64_t, Range range, void* param, void* exp_avg, void* exp_avg_sq) {
+      adam_(param, layers_[i].grad->const_data_ptr(), exp_avg, exp_avg_sq, range, numbers_[i], lr_of(i, ratios),
+            nullptr);
     });
     write_back_moments();
     write_back_params();
   }
 
  private:
-  bool has_grads() const { return !arguments_.grads.empty(); }
-  int64_t bytes_per_element() const { return real_size(*layers_[0].param); }
-
-  void sweep(int64_t i, Range range, const void* grad, std::array<Lanes, 2>* lanes, double lr) const {
-    const auto [param, exp_avg, exp_avg_sq] = written_[i];
-    adam_(param, grad, exp_avg, exp_avg_sq, lanes, range, numbers_[i], lr);
+  // Calls visit(layer, chunk of the plan, range of the layer, its parameter and moments) for every chunk.
+  template <typename Visit>
+  void sweep(Order order, const Visit& visit) const {
+    for_chunks(plan_, real_size(*layers_[0].param), order, [&](int64_t i, int64_t chunk, Range range) {
+      const auto [param, exp_avg, exp_avg_sq] = written_[i];
+      visit(i, chunk, range, param, exp_avg, exp_avg_sq);
+    });
   }
+
+  double lr_of(int64_t i, at::ArrayRef<double> ratios) const { return lrs_[run_.begin + i] * ratios[run_.begin + i]; }
 
   void write_back_params() {
     for (size_t i = 0; i < layers_.size(); ++i) {
