@@ -94,7 +94,7 @@ def make_model() -> nn.Sequential:
 
 def make_optimizer(setting: Setting, model: nn.Module) -> torch.optim.Optimizer:
     if setting.optimizer == "LAMB":
-        return LAMB(torch.optim.AdamW(model.parameters(), lr=setting.lr, weight_decay=0.01))
+        return LAMB(torchlars.optim.AdamW(model.parameters(), lr=setting.lr, weight_decay=0.01))
     hyper = {"lr": setting.lr, "momentum": 0.9, "weight_decay": 5e-4}
     if setting.optimizer == "LARS 8-bit":
         return LARS(torchlars.optim.SGD(model.parameters(), **hyper, momentum_dtype=torch.int8, min_8bit_size=0))

@@ -32,14 +32,17 @@ class LAMB(TrustRatioWrapper):
     Adafactor), over which :class:`torchlars.LARS` has almost no effect. Over SGD with momentum it is a LARS that scales
     the momentum, too.
 
-    **Gradients** stay as they were. Each parameter, or its local shard (``DTensor``), is copied for the duration of a
-    step, unless the base takes ratios of updates (see :mod:`torchlars.optim`). Norms are those of whole layers, and all
-    ranks must have gradients of the same layers, as in :class:`torchlars.LARS`.
+    :class:`torchlars.optim.AdamW` and :class:`torchlars.optim.Adam` are the fastest and most precise bases: they take
+    the ratio into their own update (see :mod:`torchlars.optim`), which needs no copy of a parameter.
 
-    **Precision.** An update is the difference of two values of the parameter's dtype, each of which was rounded. So it
-    must not be much smaller than the parameter: in float32 it is good to 1 % where ‖γu‖ is above 1e-5 · ‖w‖, which
-    Adam's always is in practice. In bfloat16 and float16 most of a small update is lost: keep such parameters in
-    float32.
+    **Gradients** stay as they were. Over other bases each parameter, or its local shard (``DTensor``), is copied for
+    the duration of a step. Norms are those of whole layers, and all ranks must have gradients of the same layers, as in
+    :class:`torchlars.LARS`.
+
+    **Precision.** Over :class:`torchlars.optim.AdamW` *u* is measured before it is rounded to the parameter. Over other
+    bases an update is the difference of two values of the parameter's dtype, each of which was rounded. So it must not
+    be much smaller than the parameter: in float32 it is good to 1 % where ‖γu‖ is above 1e-5 · ‖w‖, which Adam's always
+    is in practice. In bfloat16 and float16 most of a small update is lost: keep such parameters in float32.
 
     Parameters, groups, state and hyper-parameters are the base's, and everything that works on a torch optimizer works
     on this one. A group may hold each option as a key, and with ``trust_coef=None`` the base steps it as it is, as is
@@ -63,7 +66,7 @@ class LAMB(TrustRatioWrapper):
     arXiv:1904.00962, with their φ(‖w‖) = ‖w‖. As in optax and timm, AdamW's bias correction stays.
 
     Example:
-        >>> optimizer = LAMB(torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01))
+        >>> optimizer = LAMB(torchlars.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.01))
         >>> loss.backward()
         >>> optimizer.step()
     """
