@@ -459,11 +459,7 @@ BREAKS_OF_MESHES = {"Unsupported method call"} if IS_2_11 else set()
 
 @pytest.mark.parametrize(
     "arm",
-    [
-        arm
-        for arm in ARMS
-        if arm.name in ("LARS(SGD)", "LAMB(torchlars SGD)", "LAMB(AdamW)", "LAMB(torchlars AdamW)")
-    ],
+    [arm for arm in ARMS if arm.name in ("LARS(SGD)", "LAMB(torchlars SGD)", "LAMB(AdamW)", "LAMB(torchlars AdamW)")],
     ids=str,
 )
 def test_a_compiled_step_of_shards(workers, arm):

@@ -41,6 +41,25 @@ class MeasuresItself(torch.optim.Optimizer):
                 param -= group["lr"] * ratio * update
 
 
+class MeasuresNorms(torch.optim.Optimizer):
+    """A base that measures by itself, and leaves it to LAMB to complete norms and decide."""
+
+    takes_ratios_of_updates = True
+
+    @torch.no_grad()
+    def step(self, closure=None, *, trust_ratios=None):
+        layers = []
+        for index, group in enumerate(self.param_groups):
+            params = [param for param in group["params"] if param.grad is not None]
+            updates = [param.grad.sign() + group["weight_decay"] * param for param in params]
+            norms = torch.stack([x.detach().square().sum() for x in [*params, *updates]]) if params else torch.empty(0)
+            layers.append((index, params, updates, norms.double()))
+        decided = trust_ratios.decide_updates([(index, params, norms) for index, params, _, norms in layers])
+        for (index, params, updates, _), ratios in zip(layers, decided, strict=True):
+            for i, param in enumerate(params):
+                param -= self.param_groups[index]["lr"] * (updates[i] if ratios is None else ratios[i] * updates[i])
+
+
 def groups_of(seed=0):
     params = [
         with_gradient(parameter(*shape, scale=scale, dtype=torch.float64))
@@ -62,7 +81,7 @@ def params_of(optimizer):
 
 def test_an_update_by_hand(backend):
     """‖w‖ = 5, u = (1, −1) + 0.5 · (3, 4) = (2.5, 1): r = 0.6 · 5 / (√7.25 + 0.25)."""
-    for base in (SignSGD, Plain, MeasuresItself):
+    for base in (SignSGD, Plain, MeasuresItself, MeasuresNorms):
         param = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
         param.grad = torch.tensor([0.3, -0.4], dtype=torch.float64)
         optimizer = LAMB(base([param], {"lr": 0.5, "weight_decay": 0.5}), trust_coef=0.6, eps=0.25)
@@ -77,7 +96,7 @@ def test_an_update_by_hand(backend):
         assert param.grad.tolist() == [0.3, -0.4]
 
 
-@pytest.mark.parametrize("base", [SignSGD, MeasuresItself])
+@pytest.mark.parametrize("base", [SignSGD, MeasuresItself, MeasuresNorms])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_base_that_takes_them_steps_as_one_whose_updates_are_scaled(base, seed, backend):
     ours, theirs = (

@@ -38,6 +38,11 @@ def adamw(params: Params, **options: Any) -> Optimizer:
     return torch.optim.AdamW(params, lr=1e-6, weight_decay=1e-2, **options)
 
 
+def our_adamw(params: Params) -> Optimizer:
+    """Return the AdamW that takes trust ratios into its own update."""
+    return torchlars.optim.AdamW(params, lr=1e-6, weight_decay=1e-2)
+
+
 CLIPPED = {"clip": True, "norm": "decayed", "lr_in_momentum": True}
 MODES: dict[str, Callable[[Params], Optimizer]] = {
     "SGD fused": lambda params: sgd(params, fused=True),
@@ -56,10 +61,12 @@ MODES: dict[str, Callable[[Params], Optimizer]] = {
     "LAMB(AdamW foreach)": lambda params: LAMB(adamw(params, foreach=True)),
     "LAMB(AdamW fused)": lambda params: LAMB(adamw(params, fused=True)),
     "LAMB(torchlars.optim.SGD)": lambda params: LAMB(our_sgd(params)),
+    "torchlars.optim.AdamW": our_adamw,
+    "LAMB(torchlars.optim.AdamW)": lambda params: LAMB(our_adamw(params)),
 }
-SCALED = ("LARS(SGD fused)", "LARS(torchlars.optim.SGD)", "LAMB(AdamW fused)")
-TWO_DTYPES = ("LARS(SGD fused)", "LARS(torchlars.optim.SGD)")
-PROFILED = ("LARS(torchlars.optim.SGD)", "LARS(SGD fused)", "LAMB(AdamW fused)")
+SCALED = ("LARS(SGD fused)", "LARS(torchlars.optim.SGD)", "LAMB(AdamW fused)", "LAMB(torchlars.optim.AdamW)")
+TWO_DTYPES = ("LARS(SGD fused)", "LARS(torchlars.optim.SGD)", "LAMB(torchlars.optim.AdamW)")
+PROFILED = ("LARS(torchlars.optim.SGD)", "LARS(SGD fused)", "LAMB(AdamW fused)", "LAMB(torchlars.optim.AdamW)")
 
 
 def layers(name: str, device: torch.device, *dtypes: torch.dtype) -> Params:

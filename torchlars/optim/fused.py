@@ -68,6 +68,7 @@ class Bucket:
     local_params: list[Tensor] = field(default_factory=list)  # what is here of each
     grads: list[Tensor] = field(default_factory=list)  # likewise
     ratios: Tensor | None = None
+    is_alone: bool = False  # a layer that overlaps another one, and is measured when those before it are updated
 
     def update(self, inv_scale: Tensor | None) -> None:
         """Take the step, unless ``inv_scale`` is 0."""
@@ -167,13 +168,18 @@ class FusedOptimizer(Optimizer):
             ratios = fast_bucket.update(grad_scale.inv_scale(fast_bucket.params[0].device))
             if trust_ratios is not None and ratios is not None:
                 trust_ratios.report(fast_bucket.params, ratios)
-        if trust_ratios is not None and self.takes_ratios_of_updates:
-            self._measure_updates(trust_ratios, other_buckets, grad_scale)
+        self._measure_updates(trust_ratios, [bucket for bucket in other_buckets if not bucket.is_alone], grad_scale)
         for bucket in other_buckets:
+            if bucket.is_alone:
+                self._measure_updates(trust_ratios, [bucket], grad_scale)
             bucket.update(grad_scale.inv_scale(bucket.params[0].device))
 
-    def _measure_updates(self, trust_ratios: TrustRatios, buckets: Sequence[Bucket], grad_scale: GradScale) -> None:
-        """Take the first part of the step of all groups with ratios of updates, and set these."""
+    def _measure_updates(
+        self, trust_ratios: TrustRatios | None, buckets: Sequence[Bucket], grad_scale: GradScale
+    ) -> None:
+        """Take the first part of the step of layers with ratios of updates, and set these."""
+        if trust_ratios is None or not self.takes_ratios_of_updates:
+            return
         adapted = [bucket for bucket in buckets if trust_ratios.update_options(bucket.group) is not None]
         if adapted:  # all at once: shards are completed together
             norms = [bucket.measure_updates(grad_scale.inv_scale(bucket.params[0].device)) for bucket in adapted]
@@ -257,7 +263,8 @@ class FusedOptimizer(Optimizer):
             kind = (type(param), sharding.process_groups(param), *self.kind_of(param, grad, hyper))
             key = (param.device, param.dtype, grad.dtype, grad.layout, own, *kind)
             if key not in buckets:
-                buckets[key] = self.bucket_type(index, self.state, hyper)
+                is_alone = own is not None and not sharding.is_distributed(param)
+                buckets[key] = self.bucket_type(index, self.state, hyper, is_alone=is_alone)
             buckets[key].params.append(param)
             buckets[key].local_params.append(sharding.local(param))
             buckets[key].grads.append(sharding.local(grad))
