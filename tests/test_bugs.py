@@ -221,6 +221,17 @@ def test_nan_in_a_gradient(backend):
     assert param.isnan().all()
 
 
+def test_a_base_that_drops_gradients_as_it_steps(backend):
+    """LAMB took the layers for ones that had no gradient, and left their updates as they were."""
+    param = layer()
+    old, update = param.detach().clone(), 0.1 * param.detach() + param.grad
+    optimizer = LAMB(SGD([param], lr=0.5, weight_decay=0.1))
+    optimizer.optim.register_step_post_hook(lambda base, args, kwargs: base.zero_grad())
+    optimizer.step()
+    assert param.grad is None
+    assert_close(param, old - 0.5 * update * old.norm() / update.norm())
+
+
 # Types
 
 

@@ -440,7 +440,8 @@ class Step:
         """Return the layers that ratios of updates are decided for, in buckets."""
         buckets: dict[Any, Bucket] = {}
         for param, how in self._updated.items():
-            if how.ratio_of == "update" and param.grad is not None:
+            had_gradient = self._closure is None or param.grad is not None  # the base may have dropped it since
+            if how.ratio_of == "update" and had_gradient:
                 groups = sharding.process_groups(param)
                 key = (param.device, param.dtype, groups, how.kind)
                 if key not in buckets:
