@@ -27,6 +27,7 @@
 
 #include "arguments.h"
 #include "checks.h"
+#include "copies.h"
 #include "layers.h"
 
 namespace torchlars {
@@ -276,10 +277,10 @@ void call(const Arguments& arguments) {
   std::apply([](const auto&... values) { op.call(values...); }, arguments.tie());
 }
 
-// A vector for the trust ratios of layers whose gradients and parameters are of one dtype.
-at::Tensor empty_ratios(const Tensors& grads) {
-  const auto dtype = compute_dtype(grads[0].scalar_type(), grads[0].scalar_type());
-  return at::empty({static_cast<int64_t>(grads.size())}, grads[0].options().dtype(dtype));
+// A vector for the trust ratios of layers, given their gradients or parameters, which are of one dtype.
+at::Tensor empty_ratios(const Tensors& layers) {
+  const auto dtype = compute_dtype(layers[0].scalar_type(), layers[0].scalar_type());
+  return at::empty({static_cast<int64_t>(layers.size())}, layers[0].options().dtype(dtype));
 }
 
 // A learning rate: a number, or a tensor whose value is not read on the host.
@@ -308,13 +309,13 @@ struct Dialect {
   }
 };
 
-// The options of a group under LARS, which Python sets by name.
+// The options of a group under LARS or LAMB, which Python sets by name.
 struct LarsOptions : Dialect {
   double weight_decay = 0;
   bool maximize = false;
   double trust_coef = 1;
   double eps = 0;
-  std::optional<Lr> lr;  // none where neither clip nor lr_in_momentum needs it
+  std::optional<Lr> lr;  // none where LARS needs it for neither clip nor lr_in_momentum
 };
 
 // The same for SGD, with trust ratios or, where there is no trust_coef, without.
@@ -331,7 +332,7 @@ struct SgdOptions : Dialect {
   std::optional<double> eps;
 };
 
-// Layers whose gradients LARS scales in one call.
+// Layers whose gradients LARS scales in one call, or whose updates LAMB does.
 struct LarsBucket {
   struct Key {
     c10::Device device;
@@ -351,6 +352,7 @@ struct LarsBucket {
   Key key;
   PyTensors params;
   Tensors grads;
+  Tensors old_params;
   std::optional<at::Tensor> lr;
   Numbers weight_decays;
   Numbers trust_coefs;
@@ -376,6 +378,28 @@ struct LarsBucket {
     call(arguments);
     return *arguments.ratios;
   }
+
+  // Copies the parameters before the base's step. Lets go of gradients, which the base reads faster if it alone does.
+  void copy_params() {
+    grads.clear();
+    const py::gil_scoped_release no_gil;
+    old_params = copies(params.tensors());
+  }
+
+  // Scales the updates since then. Returns the trust ratios.
+  at::Tensor scale_updates() const {
+    ScaleUpdatesArguments arguments;
+    arguments.params = params.tensors();
+    arguments.old_params = old_params;
+    arguments.ratios = empty_ratios(old_params);
+    arguments.trust_coefs = trust_coefs;
+    arguments.eps = eps;
+    arguments.clip = key.dialect.clip;
+    arguments.lrs = lrs;
+    arguments.lr_tensor = lr_tensor_of(lr, key.device);
+    call(arguments);
+    return arguments.ratios;
+  }
 };
 
 class LarsLayers {
@@ -386,15 +410,17 @@ class LarsLayers {
   }
 
   std::vector<std::shared_ptr<LarsBucket>> buckets;
-  bool shares_memory = false;  // whether any gradient may share its memory
-  bool same_layout = true;     // whether all gradients lie in memory as their parameters do
-  int64_t versions = 0;        // the sum of those of all parameters
+  bool shares_memory = false;        // whether any gradient may share its memory
+  bool params_share_memory = false;  // whether any parameter may
+  bool same_layout = true;           // whether all gradients lie in memory as their parameters do
+  int64_t versions = 0;              // the sum of those of all parameters
 
  private:
   std::vector<int64_t> add_group(const py::sequence& params, const LarsOptions& options) {
     const c10::TensorImpl* const lr_key = options.lr.has_value() ? key_of(*options.lr) : nullptr;
     return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
       shares_memory = shares_memory || may_be_shared(grad);
+      params_share_memory = params_share_memory || may_share_memory(param);
       same_layout = same_layout && same_strides(param, grad);
       versions += version_of(param);
       LarsBucket& bucket =
@@ -813,7 +839,7 @@ void bind_fast_path(py::module_& m) {
       py::arg("groups"), "Return the group and position of all items whose type is not exactly nn.Parameter.");
   m.def("changed_groups", &changed_groups, py::arg("groups"), py::arg("snapshots"),
         "Return the positions of the parameter groups that are not as in their snapshots.");
-  py::class_<LarsOptions>(m, "LarsOptions", "The options of a group under LARS.")
+  py::class_<LarsOptions>(m, "LarsOptions", "The options of a group under LARS or LAMB.")
       .def(py::init<>())
       .def_readwrite("weight_decay", &LarsOptions::weight_decay)
       .def_readwrite("maximize", &LarsOptions::maximize)
@@ -840,10 +866,14 @@ void bind_fast_path(py::module_& m) {
       .def_readwrite("adam_eps", &AdamOptions::adam_eps)
       .def_readwrite("state_in_float32", &AdamOptions::state_in_float32)
       .def_readwrite("of_updates", &AdamOptions::of_updates);
-  py::class_<LarsBucket, std::shared_ptr<LarsBucket>>(m, "LarsBucket", "Layers whose gradients one call scales.")
+  py::class_<LarsBucket, std::shared_ptr<LarsBucket>>(m, "LarsBucket",
+                                                      "Layers whose gradients or updates one call scales.")
       .def_property_readonly("params", [](const LarsBucket& bucket) { return bucket.params.objects(); })
       .def("adapt", &LarsBucket::adapt, py::arg("inv_scale") = py::none(), no_gil,
-           "Scale the gradients, and return the trust ratios.");
+           "Scale the gradients, and return the trust ratios.")
+      .def("copy_params", &LarsBucket::copy_params, "Copy the parameters before the base's step.")
+      .def("scale_updates", &LarsBucket::scale_updates, no_gil,
+           "Scale the updates since then, and return the trust ratios.");
   py::class_<LarsLayers>(m, "LarsLayers", "The layers of one step on the fast path, in buckets.")
       .def(py::init<>())
       .def(
@@ -852,6 +882,7 @@ void bind_fast_path(py::module_& m) {
           "in the group of those that are left to the slow path.")
       .def_readonly("buckets", &LarsLayers::buckets)
       .def_readonly("shares_memory", &LarsLayers::shares_memory, "Whether any gradient may share its memory.")
+      .def_readonly("params_share_memory", &LarsLayers::params_share_memory, "Whether any parameter may.")
       .def_readonly("same_layout", &LarsLayers::same_layout, "Whether all gradients lie in memory as parameters do.")
       .def_readonly("versions", &LarsLayers::versions, "The sum of the versions of all parameters.");
   bind_layers<SgdBucket, SgdLayers>(m, "SgdBucket", "SgdLayers");

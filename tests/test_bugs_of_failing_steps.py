@@ -11,6 +11,7 @@ from torch.optim import SGD, Adam, AdamW
 
 import torchlars
 from torchlars import LAMB, LARS, ops
+from torchlars.step import Step
 
 # Steps that fail
 
@@ -221,7 +222,7 @@ def test_a_failure_while_updates_are_scaled_leaves_no_scale(wrap, monkeypatch):
 
     optimizer = wrap(SGD([layer(torch.float32)], lr=0.5, fused=True))
     optimizer.grad_scale, optimizer.found_inf = torch.tensor(2.0), torch.tensor(0.0)
-    monkeypatch.setattr(ops, "scale_updates_", fails)
+    monkeypatch.setattr(Step, "scale_updates", fails)
     with pytest.raises(KeyboardInterrupt):
         optimizer.step()
     for who in (optimizer, optimizer.optim):

@@ -98,7 +98,7 @@ class Plan:
         self.updated = [index for index, how in ours.items() if how.apply_to == "update"]
         self.written = {index for index, how in ours.items() if how.apply_to == "gradient"}
         #: The groups whose layers may take the fast path, and whether all of ours may.
-        self.fast = [index for index, how in ours.items() if how.multiplies_gradients]
+        self.fast = [index for index, how in ours.items() if how.multiplies_gradients or how.ratio_of == "update"]
         self.is_all_fast = len(self.fast) == len(ours)
         self._fast_groups: list[tuple[Group, Any]] | None = None
         #: What the base must not see, as gradients hold it already: a group, a key, and the value to show.

@@ -57,6 +57,7 @@ class NoFastPath:
 
     buckets = ()
     shares_memory = False
+    params_share_memory = False
     same_layout = True
     versions = 0
 

@@ -258,7 +258,8 @@ class Step:
         self._written: list[tuple[Sequence[Tensor], Tensor | None]] = []  # with the ratios of gradients
         self._params: Sequence[Sequence[Tensor]] = ()  # all that are adapted, by bucket
         self._versions = 0  # of these, before the base's step
-        self._updated: dict[Tensor, Adaptation] = {}  # the parameters whose updates are scaled
+        self._fast_updates: Sequence[Any] = ()  # buckets of layers whose updates are scaled on the fast path
+        self._updated: dict[Tensor, Adaptation] = {}  # all others whose updates are scaled
         self._old_params: dict[Tensor, Tensor] = {}  # these, before the base's step
         self._scaled_later: list[Bucket] = []  # updates, by ratios of gradients
         self.reported: list[tuple[Sequence[Tensor], Tensor]] = []
@@ -292,23 +293,40 @@ class Step:
         self._plan = plan = wrapper.plan(self._base_takes)
         wrapper.check_layers(plan.adapted)
         wrapper.warn_of_large_lr(plan.adapted)
-        self._updated = self._to_be_updated() if plan.updated else {}
-        if self._updated:
-            self._old_params.update(copies(param for param in self._updated if param not in self._old_params))
+        self._updated = {}
+        if plan.updated:
+            self._copy_params()
         # If gradients are unscaled here, all are: the base has one scale for all groups.
         self._unscales = self._grad_scale.is_given and len(plan.written) > 0
         self._scale_for_base = self._grad_scale.once_unscaled() if self._unscales else self._grad_scale
 
-    def _to_be_updated(self) -> dict[Tensor, Adaptation]:
-        """Return all parameters whose updates may have to be scaled here. The closure may give gradients to more."""
-        params: dict[Tensor, Adaptation] = {}
-        for index in self._plan.updated:
+    def _copy_params(self) -> None:
+        """Copy all parameters whose updates may have to be scaled here. The closure may give gradients to more."""
+        self._fast_updates, left = self._gather_fast_updates()
+        for index, position in left:
             how = self._plan.adaptations[index]
-            for position, param in enumerate(how.group["params"]):
-                if param.grad is not None or (self._closure is not None and param.requires_grad):
-                    check_update(index, position, param)
-                    params.setdefault(param, how)
-        return params
+            param = how.group["params"][position]
+            if param.grad is not None or (self._closure is not None and param.requires_grad):
+                check_update(index, position, param)
+                self._updated.setdefault(param, how)
+        for bucket in self._fast_updates:
+            bucket.copy_params()
+        if self._updated:
+            self._old_params.update(copies(param for param in self._updated if param not in self._old_params))
+
+    def _gather_fast_updates(self) -> tuple[Sequence[Any], list[tuple[int, int]]]:
+        """Return the buckets of layers whose updates the fast path scales, and the group and position of all others."""
+        plan, groups = self._plan, self._wrapper.param_groups
+        if self._closure is None and self._wrapper.ratio_of == "update":
+            fast_layers = ops.fast_layers("LarsLayers")
+            left = [(plan.fast[i], position) for i, position in fast_layers.add(plan.fast_groups())]
+            if not fast_layers.params_share_memory:
+                return fast_layers.buckets, left
+            params = [param for bucket in fast_layers.buckets for param in bucket.params]
+            params += [sharding.local(groups[index]["params"][position]) for index, position in left]
+            if len(ops.overlapping(params)) == 0:  # else they are scaled one after the other
+                return fast_layers.buckets, left
+        return (), [(index, position) for index in plan.updated for position in range(len(groups[index]["params"]))]
 
     def adapt(self) -> None:
         """Adapt the gradients of all layers, except those that the base adapts itself."""
@@ -426,6 +444,8 @@ class Step:
 
     def scale_updates(self) -> None:
         """Multiply updates by trust ratios. Where these are of updates, measure, complete and decide them first."""
+        for bucket in self._fast_updates:
+            self.report(bucket.params, bucket.scale_updates())
         if len(self._updated) == 0:
             return
         with torch.no_grad():
