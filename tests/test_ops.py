@@ -558,14 +558,20 @@ MODES = {
         "sgd_",
         {"trust_coefs": ..., "lrs": ..., "decayed_norm": True, "clip": True, "lr_in_momentum": True, "nesterov": True},
     ),
+    "adam_": ("adam_", {"lrs": ..., "decoupled_weight_decay": False}),
+    "adam_, ratios": ("adam_", {"lrs": ..., "ratios": ...}),
+    "adam_, measured": ("adam_", {"trust_coefs": ..., "lrs": ..., "decayed_norm": True, "clip": True}),
+    "adam_, of updates": ("adam_", {"trust_coefs": ..., "lrs": ..., "of_updates": True, "clip": True}),
+    "adam_, first of two calls": ("adam_", {"lrs": ..., "of_updates": True, "squared_norms": ...}),
+    "adam_, second of two calls": ("adam_", {"lrs": ..., "of_updates": True, "ratios": ..., "grads": ...}),
 }
-TAKE_NO_INV_SCALE = ("trust_ratios", "scale_updates_")
+INVERSES = {"trust_ratios": [None], "scale_updates_": [None], "adam_": [None, 0.0]}  # but for all others
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.complex64], ids=str)
 @pytest.mark.parametrize(
     ("mode", "inverse"),
-    [(m, i) for m, (op, _) in MODES.items() for i in ([None] if op in TAKE_NO_INV_SCALE else [None, 0.5, 0.0])],
+    [(m, i) for m, (op, _) in MODES.items() for i in INVERSES.get(op, [None, 0.5, 0.0])],
 )
 def test_opcheck(extension, device, mode, dtype, inverse):
     case = Case("opcheck", "", [Layer((3, 4)), Layer((5,), weight_decay=0.01), Layer((0,))])
@@ -589,8 +595,27 @@ def test_opcheck(extension, device, mode, dtype, inverse):
                 "dampenings": [0.0] * 3,
             },
         ),
+        "adam_": (
+            (
+                params,
+                [] if "grads" in options else grads,
+                momenta,
+                [torch.ones_like(param) for param in params],
+                [torch.full((), 3.0, device=device) for _ in params],
+            ),
+            {
+                "maximize": maximize,
+                "weight_decays": weight_decays,
+                "decoupled_weight_decay": True,
+                "beta1": 0.8,
+                "beta2": 0.95,
+                "adam_eps": 1e-3,
+            },
+        ),
     }[op]
-    options = {**more, **options}
+    options = {**more, **{name: value for name, value in options.items() if name != "grads"}}
+    if "squared_norms" in options:
+        options["squared_norms"] = torch.full((6,), 7.0, dtype=torch.float64, device=device)
     if "others" in options:
         options["others"] = grads
     if "lrs" in options:
