@@ -1,10 +1,13 @@
 """Arguments of the op adam_, groups and gradients for tests of torchlars.optim.Adam and AdamW, and comparisons."""
 
+import pytest
 import torch
 from cases import copied
 from closeness import assert_all_equal
+from optimizers import params_of
+from sgd_cases import DECAYS, layers
 
-from torchlars import ops, reference
+from torchlars import ops, optim, reference
 
 WRITTEN = ("params", "exp_avgs", "exp_avg_sqs", "steps")
 # Every way to take a step: what is given to the op besides a plain step's arguments.
@@ -242,3 +245,80 @@ def assert_follows_the_reference(arguments, actual, ulps=4):
         a, e = actual["ratios"].double(), ratios.double()
         wrong = ~((a == e) | (a.isnan() & e.isnan()) | ((a - e).abs() <= tolerance * e.abs()))
         assert not bool(wrong.any()), f"ratios: {int(wrong.sum())}, by {((a - e).abs() / e.abs())[wrong].max()}"
+
+
+# Optimizers.
+
+ADAMS = [(optim.Adam, torch.optim.Adam), (optim.AdamW, torch.optim.AdamW)]
+adams = pytest.mark.parametrize(("ours_of", "theirs_of"), ADAMS, ids=["Adam", "AdamW"])
+KEPT = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+STATE_DTYPES = pytest.mark.parametrize("state_dtype", [None, torch.float32], ids=str)
+
+
+def groups_of(dtype=torch.float64, decays=DECAYS["decays"], lr=0.1, **second):
+    """Two groups that differ in every hyper-parameter; of layers with scales of their own, one zero and one empty."""
+    others = {"betas": (0.6, 0.7), "eps": 0.02, "lr": lr / 3, **second}
+    return [
+        {"params": layers(0, dtype), "weight_decay": decays[0]},
+        {"params": layers(1, dtype), "weight_decay": decays[1], **others},
+    ]
+
+
+def pair(ours_of, theirs_of, dtype=torch.float64, decays=DECAYS["decays"], ours_alone=(), **options):
+    """Our optimizer and torch's, over equal layers."""
+    options = {"lr": 0.1, "betas": (0.8, 0.95), "eps": 1e-3, **options}
+    ours = ours_of(groups_of(dtype, decays), **options, **dict(ours_alone))
+    return ours, theirs_of(groups_of(dtype, decays), **options)
+
+
+def op_arguments(optimizer, index):
+    """What adam_ is to be given for the next step of a group, as far as its layers have gradients."""
+    group = optimizer.param_groups[index]
+    params = [param for param in group["params"] if param.grad is not None]
+    in_float32 = group.get("state_dtype") is not None
+    n, state = len(params), optimizer.state
+
+    def moments(name):
+        return [
+            state[p][name].clone()
+            if p in state
+            else torch.zeros_like(p, dtype=torch.float32 if in_float32 and p.dtype.itemsize == 2 else p.dtype)
+            for p in params
+        ]
+
+    return {
+        "params": [param.detach().clone() for param in params],
+        "grads": [param.grad.clone() for param in params],
+        "exp_avgs": [x.detach() for x in moments("exp_avg")],
+        "exp_avg_sqs": [x.detach() for x in moments("exp_avg_sq")],
+        "steps": [state[p]["step"].clone() if p in state else torch.zeros(()) for p in params],
+        "maximize": group["maximize"],
+        "weight_decays": [group["weight_decay"]] * n,
+        "decoupled_weight_decay": group["decoupled_weight_decay"],
+        "beta1": group["betas"][0],
+        "beta2": group["betas"][1],
+        "adam_eps": group["eps"],
+        "lrs": [float(group["lr"])] * n,
+    }
+
+
+def results_of(optimizer, index):
+    """The same, as a step left it."""
+    params = [param for param in optimizer.param_groups[index]["params"] if param.grad is not None]
+    states = [optimizer.state[param] for param in params]
+    return {
+        "params": [param.detach() for param in params],
+        **{name + "s": [state[name] for state in states] for name in ("exp_avg", "exp_avg_sq", "step")},
+    }
+
+
+def widen(theirs, ours):
+    """Let torch's optimizer have what ours has, in float64."""
+    for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+        q.data.copy_(p.detach())
+        q.grad = None if p.grad is None else p.grad.to(q.dtype)
+        theirs.state.pop(q, None)
+        if p in ours.state:
+            theirs.state[q] = {
+                name: value.clone() if name == "step" else value.to(q.dtype) for name, value in ours.state[p].items()
+            }
