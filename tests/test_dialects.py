@@ -140,9 +140,10 @@ def test_lamb_by_hand(sgd, options, given, ratio, weight, backend):
     assert actual == (pytest.approx(ratio, rel=1e-14), pytest.approx(weight, rel=1e-14))
 
 
-def test_lamb_over_adamw_by_hand(backend):
+@pytest.mark.parametrize("adamw", [torch.optim.AdamW, torchlars.optim.AdamW], ids=["torchs", "ours"])
+def test_lamb_over_adamw_by_hand(adamw, backend):
     """A first step of AdamW is the gradient's sign: u = (1, −1) + λw, to a part in 1e8."""
-    ratio, weight = hand_made(LAMB, torch.optim.AdamW, lr=0.01, eps=1e-15)
+    ratio, weight = hand_made(LAMB, adamw, lr=0.01, eps=1e-15)
     assert ratio == pytest.approx(5 / math.hypot(1.3, 0.6), rel=1e-12)
     assert weight == pytest.approx([3 - 0.01 * ratio * 1.3, 4 + 0.01 * ratio * 0.6], rel=1e-12)
 
@@ -469,7 +470,9 @@ def test_a_state_dict_that_says_less_leaves_the_rest(backend):
 
 
 @pytest.mark.parametrize("wrapper", [LARS, LARC, LAMB])
-@pytest.mark.parametrize("base", [torch.optim.SGD, torchlars.optim.SGD, torch.optim.AdamW])
+@pytest.mark.parametrize(
+    "base", [torch.optim.SGD, torchlars.optim.SGD, torch.optim.AdamW, torchlars.optim.Adam, torchlars.optim.AdamW]
+)
 def test_over_makes_a_class_with_the_bases_signature(wrapper, base):
     made = wrapper.over(base, trust_coef=0.5)
     assert made is wrapper.over(base, trust_coef=0.5)

@@ -10,6 +10,7 @@ import pytest
 import torch
 from peer_calls import (
     ADAM_HYPER,
+    BASES,
     CALLS,
     LRS,
     MOMENTUM,
@@ -107,16 +108,17 @@ def test_timm_lars_without_weight_decay_and_with_zero_layers(installed, always_a
     compare(problem, optimizer, params, peer, theirs)
 
 
+@pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("foreach", [False, True])
 @pytest.mark.parametrize("clip", [False, True])
-def test_timm_lamb(installed, backend, clip, foreach):
+def test_timm_lamb(installed, backend, clip, foreach, base):
     lamb = installed("timm.optim.lamb").Lamb
     for seed in range(3):
         problem = Problem(seed)
         params, theirs = problem.params(), problem.params()
         call = CALLS["timm `Lamb`"].replace("**adam)", f"**adam), clip={clip}")
         peer = lamb(two_groups(theirs), **ADAM_HYPER, max_grad_norm=None, trust_clip=clip, **in_form(lamb, foreach))
-        compare(problem, ours(call, params), params, peer, theirs)
+        compare(problem, ours(call, params, base), params, peer, theirs)
 
 
 @pytest.mark.parametrize("always_adapt", [False, True])
@@ -324,12 +326,13 @@ def test_optax_trust_ratio_of_an_update(by_optax, backend):
         assert_same([result[i] for i in indices], by_optax(problem, indices, relative, lars).values())
 
 
-def test_optax_lamb(by_optax, backend):
+@pytest.mark.parametrize("base", BASES)
+def test_optax_lamb(by_optax, backend, base):
     for seed in range(2):
         problem = Problem(seed)
         problem.layers[1].zero_()
         params = problem.params()
-        result = problem.run(ours(CALLS["`optax.lamb`"], params), params)
+        result = problem.run(ours(CALLS["`optax.lamb`"], params, base), params)
         for indices, relative, decay in ((0, 2), 1.0, 0.1), ((1, 3), SECOND_LR, SECOND_DECAY):
             expected = by_optax(
                 problem, indices, relative, lambda optax, lr, d=decay: optax.lamb(lr, 0.8, 0.95, 1e-3, weight_decay=d)
