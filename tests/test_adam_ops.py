@@ -56,6 +56,17 @@ def test_adam_gives_what_the_reference_does(extension, case, dtype):
         assert_follows_the_reference(arguments, call(arguments))
 
 
+@pytest.mark.parametrize("mode", MEASURED)
+def test_layers_that_are_more_than_a_cache_holds_have_ratios_of_their_own(extension, mode):
+    """They are measured and updated in runs of 4 MiB; small layers are at the ends of a run and in its middle."""
+    case = Case("runs", "", sizes(7, 600_001, 5, 3, 550_000, 350_000, 11))
+    arguments = arguments_of(case, torch.float32, mode, 2)
+    actual = call(arguments)
+    assert_follows_the_reference(arguments, actual)
+    if mode in OF_UPDATES:
+        assert_same_results(in_two_calls(arguments), actual)
+
+
 def test_clipped_ratios_are_some_that_are_clipped_and_some_that_are_not():
     """A condition of the tests above, for every flag that they vary."""
     for mode, variant in itertools.product(("of gradients, clipped", "of updates, clipped"), range(4)):
