@@ -391,7 +391,7 @@ inline void check(const AdamArguments& given) {
   TORCH_CHECK(arguments.exp_avgs[0].scalar_type() == arguments.exp_avg_sqs[0].scalar_type(), op,
               ": expected exp_avgs and exp_avg_sqs of one dtype (exp_avgs[0]: ", arguments.exp_avgs[0].scalar_type(),
               ", exp_avg_sqs[0]: ", arguments.exp_avg_sqs[0].scalar_type(), ")");
-  check_length(op, "steps", arguments.steps.size(), "grads", arguments.params.size());
+  check_length(op, "steps", arguments.steps.size(), "params", arguments.params.size());
   for (const at::Tensor& step : arguments.steps) {
     check_scale(op, "each of steps", step, c10::kFloat, arguments.params[0].device());
   }

@@ -166,28 +166,31 @@ TORCHLARS_INLINE void sgd_block_loop(T* param, const T* grad, int8_t* codes, flo
 }
 
 // A part of a step of Adam. kMoments: updates the moments; kApplies: updates the parameter, else writes the updates.
-// kUsual: gradients are neither scaled nor negated, which saves two multiplications by 1.
+// kUsual: gradients are neither scaled nor negated, which saves two multiplications by 1. Moments of gradients that
+// hold weight decay are updated in double: in float they would have two roundings more, which their square doubles.
 template <bool kMoments, bool kApplies, bool kUsual, bool kDecays, bool kDecoupled, typename T, typename M,
           typename Compute>
 TORCHLARS_INLINE void adam_loop(T* __restrict param, const T* __restrict grad, M* __restrict exp_avg,
                                 M* __restrict exp_avg_sq, Compute* __restrict updates, int64_t count,
-                                const AdamNumbers<Compute>& given, Compute lr) {
-  AdamNumbers<Compute> numbers = given;  // a local copy, which cannot alias the outputs
+                                const AdamNumbers<double>& given, Compute lr) {
+  using Wide = std::conditional_t<kDecays && !kDecoupled, double, Compute>;
+  AdamNumbers<Wide> of_moments(given);  // local copies, which cannot alias the outputs
+  const AdamNumbers<Compute> of_update(given);
   if constexpr (kUsual) {
-    numbers.ratio = numbers.inv_scale = 1;
-    numbers.keeps_most = true;
+    of_moments.ratio = of_moments.inv_scale = 1;
+    of_moments.keeps_most = true;
   }
   for (int64_t i = 0; i < count; ++i) {
-    const auto w = static_cast<Compute>(param[i]);
     if constexpr (kMoments) {
-      auto m = static_cast<Compute>(exp_avg[i]);
-      auto v = static_cast<Compute>(exp_avg_sq[i]);
-      update_moments<kDecays && !kDecoupled>(w, static_cast<Compute>(grad[i]), m, v, numbers);
+      auto m = static_cast<Wide>(exp_avg[i]);
+      auto v = static_cast<Wide>(exp_avg_sq[i]);
+      update_moments<kDecays && !kDecoupled>(static_cast<Wide>(param[i]), static_cast<Wide>(grad[i]), m, v, of_moments);
       exp_avg[i] = static_cast<M>(m);
       exp_avg_sq[i] = static_cast<M>(v);
     }
+    const auto w = static_cast<Compute>(param[i]);
     const Compute update = adam_update < kDecays && kDecoupled > (w, static_cast<Compute>(exp_avg[i]),
-                                                                  static_cast<Compute>(exp_avg_sq[i]), numbers);
+                                                                  static_cast<Compute>(exp_avg_sq[i]), of_update);
     if constexpr (kApplies) {
       param[i] = static_cast<T>(w - lr * update);
     } else {
@@ -199,7 +202,7 @@ TORCHLARS_INLINE void adam_loop(T* __restrict param, const T* __restrict grad, M
 // Without grad, the moments are those of this step already. With updates, these are written instead of the parameter.
 template <bool kDecays, bool kDecoupled, typename T, typename M, typename Compute>
 TORCHLARS_INLINE void adam_loop(T* param, const T* grad, M* exp_avg, M* exp_avg_sq, Compute* updates, int64_t count,
-                                const AdamNumbers<Compute>& numbers, Compute lr) {
+                                const AdamNumbers<double>& numbers, Compute lr) {
   const bool is_usual = numbers.ratio == 1 && numbers.inv_scale == 1 && numbers.keeps_most;
 #define TORCHLARS_CALL(kMoments, kApplies, kUsual)                                                             \
   adam_loop<kMoments, kApplies, kUsual, kDecays, kDecoupled>(param, grad, exp_avg, exp_avg_sq, updates, count, \
@@ -280,7 +283,7 @@ TORCHLARS_CLONES double join(const Lanes& lanes) { return join_lanes<Lanes::kCou
 
 #define TORCHLARS_ADAM(T, M, Compute)                                                                             \
   TORCHLARS_CLONES void adam(T* param, const T* grad, M* exp_avg, M* exp_avg_sq, Compute* updates, int64_t count, \
-                             const AdamNumbers<Compute>& numbers, Compute lr) {                                   \
+                             const AdamNumbers<double>& numbers, Compute lr) {                                    \
     if (numbers.decoupled_weight_decay != 0) {                                                                    \
       adam_loop<true, true>(param, grad, exp_avg, exp_avg_sq, updates, count, numbers, lr);                       \
     } else if (numbers.weight_decay != 0) {                                                                       \
@@ -416,7 +419,7 @@ inline void sgd_block(c10::Half* param, const c10::Half* grad, int8_t* codes, fl
 // M: the type of the moments, c10::Half or float.
 template <typename M>
 inline void adam(c10::Half* param, const c10::Half* grad, M* exp_avg, M* exp_avg_sq, float* updates, int64_t count,
-                 const AdamNumbers<float>& numbers, float lr) {
+                 const AdamNumbers<double>& numbers, float lr) {
   float param_block[kHalfTile];
   float grad_block[kHalfTile];
   float exp_avg_block[kHalfTile];

@@ -371,7 +371,6 @@ template <typename T, typename M>
 void adam_range(void* param, const void* grad, void* exp_avg, void* exp_avg_sq, Range range,
                 const AdamNumbers<double>& numbers, double lr, std::array<Lanes, 2>* lanes) {
   using Compute = at::opmath_type<T>;
-  const AdamNumbers<Compute> in_compute(numbers);
   constexpr int64_t kTile = 512;  // elements, whose updates stay in the L1 cache until they are squared
   Compute updates[kTile];
   const int64_t tile = lanes == nullptr ? range.end - range.begin : kTile;
@@ -379,7 +378,7 @@ void adam_range(void* param, const void* grad, void* exp_avg, void* exp_avg_sq, 
     const int64_t count = std::min(tile, range.end - i);
     T* const w = static_cast<T*>(param) + i;
     cpu::adam(w, grad == nullptr ? nullptr : static_cast<const T*>(grad) + i, static_cast<M*>(exp_avg) + i,
-              static_cast<M*>(exp_avg_sq) + i, lanes == nullptr ? nullptr : updates, count, in_compute,
+              static_cast<M*>(exp_avg_sq) + i, lanes == nullptr ? nullptr : updates, count, numbers,
               static_cast<Compute>(lr));
     if (lanes != nullptr) {
       cpu::add_squares((*lanes)[0], static_cast<const T*>(w), count);

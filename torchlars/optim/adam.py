@@ -153,13 +153,7 @@ class FusedAdam(FusedOptimizer):
                 "parameters must be neither tensor subclasses other than DTensor nor lazily conjugated or negated "
                 f"(got: {type(param).__name__}); use torch.optim.{type(self).__name__}"
             )
-        found = [name for name in self.state_keys if state.get(name) is not None]
-        if len(found) not in (0, len(self.state_keys)):
-            return f"the state of a parameter must hold {', '.join(self.state_keys)}, or none (got: {', '.join(found)})"
-        step = state.get("step")
-        if isinstance(step, Tensor) and (step.numel() != 1 or step.is_complex()):
-            return f"step must be a number or a tensor of one (got: shape {tuple(step.shape)}, {step.dtype})"
-        return problem_of_state(param, state, MOMENTS)
+        return self._problem_of_keys(state) or problem_of_state(param, state, MOMENTS)
 
     def load_layer(self, param: Tensor, saved: Mapping[str, Any], group: int) -> None:
         """Load the moments and the number of steps of a parameter."""
@@ -169,6 +163,26 @@ class FusedAdam(FusedOptimizer):
                 self.state[param][name] = saved[name].to(device=param.device, dtype=dtype)
         if saved.get("step") is not None:
             self.state[param]["step"] = _step_on(param, saved["step"], group)
+
+    def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super()._check_state_dict(state_dict)
+        for key, state in state_dict["state"].items():
+            problem = self._problem_of_keys(state)
+            if problem is not None:
+                raise ValueError(f"{problem} in state_dict['state'][{key!r}]")
+
+    def _problem_of_keys(self, state: Mapping[str, Any]) -> str | None:
+        """Return why no step can be taken with what a state holds, whatever its moments are, or None."""
+        found = [name for name in self.state_keys if state.get(name) is not None]
+        if len(found) not in (0, len(self.state_keys)):
+            return f"the state of a parameter must hold {', '.join(self.state_keys)}, or none (got: {', '.join(found)})"
+        step = state.get("step")
+        if isinstance(step, Tensor):
+            is_number = step.numel() == 1 and not step.is_complex() and step.dtype != torch.bool
+            got = f"shape {tuple(step.shape)}, {step.dtype}"
+        else:
+            is_number, got = step is None or type(step) in (int, float), repr(step)
+        return None if is_number else f"step must be a number or a tensor of one (got: {got})"
 
 
 class Adam(FusedAdam, torch.optim.Adam):
@@ -269,7 +283,7 @@ def _begun(param: Tensor, state: Mapping[str, Any], hyper: HyperParameters, grou
     """Return the state of a layer as a kernel takes it; zeros before the first step."""
     dtype = hyper.state_dtype_of(param)
     begun = {name: state_like(param, state.get(name), dtype, group) for name in MOMENTS}
-    return {"step": _step_on(param, state.get("step", 0.0), group), **begun}
+    return {"step": _step_on(param, state.get("step"), group), **begun}
 
 
 def _step_on(param: Tensor, step: Any, group: int) -> Tensor:
@@ -280,4 +294,4 @@ def _step_on(param: Tensor, step: Any, group: int) -> Tensor:
     check_can_begin(param, group)
     if isinstance(step, Tensor):
         return step.detach().reshape(()).to(device, torch.float32)
-    return torch.full((), float(step), dtype=torch.float32, device=device)
+    return torch.full((), 0.0 if step is None else float(step), dtype=torch.float32, device=device)
