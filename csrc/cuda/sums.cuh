@@ -32,9 +32,10 @@ __device__ inline double block_sum(double value) {
   return sum;
 }
 
-// The first thread's value, in every thread.
-__device__ inline double broadcast(double value) {
-  __shared__ double shared;
+// The first thread's value, in every thread. A kernel may do it once for each type.
+template <typename Value>
+__device__ inline Value broadcast(const Value& value) {
+  __shared__ Value shared;
   if (threadIdx.x == 0) {
     shared = value;
   }
@@ -95,18 +96,18 @@ class FloatSum {
 };
 
 // What is summed: the squares of an array.
-template <bool kAligned, typename T>
+template <bool kAligned, typename T, int kNumbers = Pack<T>::kSize>
 struct Numbers {
-  using Loaded = Pack<T>;
-  static constexpr int kUnroll = kAligned ? 4 : 1;
+  using Loaded = Pack<T, kNumbers>;
+  static constexpr int kSize = kNumbers, kUnroll = kAligned ? 4 : 1;
 
-  __device__ Loaded load(int64_t pack) const { return load_pack<kAligned, Loaded::kSize>(x, pack); }
+  __device__ Loaded load(int64_t pack) const { return load_pack<kAligned, kSize>(x, pack); }
   __device__ bool is_zero(const Loaded& loaded, int i) const { return static_cast<float>(loaded.values[i]) == 0; }
   __device__ double operator()(const Loaded& loaded, int i) const { return static_cast<double>(loaded.values[i]); }
   __device__ double operator[](int64_t i) const { return static_cast<double>(x[i]); }
   __device__ void add_to(FloatSum& squares, const Loaded& loaded) const {
 #pragma unroll
-    for (int i = 0; i < Loaded::kSize; i += 4 / sizeof(T)) {
+    for (int i = 0; i < kSize; i += 4 / sizeof(T)) {
       const auto number = static_cast<float>(loaded.values[i]);
       if constexpr (sizeof(T) == 2) {
         squares.add_squares(number, static_cast<float>(loaded.values[i + 1]));
@@ -125,7 +126,7 @@ struct Sums {
   struct Loaded {
     Pack<T> x, y;
   };
-  static constexpr int kUnroll = kAligned ? 2 : 1;
+  static constexpr int kSize = Pack<T>::kSize, kUnroll = kAligned ? 2 : 1;
 
   __device__ Sums(const T* x, const T* y, double scale) : x(x), y(y), scale(scale) {
     const bool is_in_range = 0x1p-100 <= fabs(scale) && fabs(scale) <= 0x1p100;
@@ -134,7 +135,7 @@ struct Sums {
   }
 
   __device__ Loaded load(int64_t pack) const {
-    return {load_pack<kAligned, Pack<T>::kSize>(x, pack), load_pack<kAligned, Pack<T>::kSize>(y, pack)};
+    return {load_pack<kAligned, kSize>(x, pack), load_pack<kAligned, kSize>(y, pack)};
   }
   // Whether x + scale * y is 0, where that is seen without double: both are 0, or an update has not moved the number.
   __device__ bool is_zero(const Loaded& loaded, int i) const {
@@ -148,7 +149,7 @@ struct Sums {
   __device__ double operator[](int64_t i) const { return sum(x[i], y[i]); }
   __device__ void add_to(FloatSum& squares, const Loaded& loaded) const {
 #pragma unroll
-    for (int i = 0; i < Pack<T>::kSize; ++i) {
+    for (int i = 0; i < kSize; ++i) {
       const auto a = static_cast<float>(loaded.x.values[i]);
       const auto b = static_cast<float>(loaded.y.values[i]);
       const float product = in_floats.high * b;
@@ -165,10 +166,46 @@ struct Sums {
   FloatPair in_floats;  // scale
 };
 
+// Adds the squares of what a thread has loaded; zeros, where there was nothing.
+template <typename T, typename Summed, int kUnroll>
+__device__ inline void add_squares(double& sum, const Summed& summed,
+                                   const typename Summed::Loaded (&loaded)[kUnroll]) {
+  if constexpr (sizeof(T) < 8) {
+    FloatSum squares;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+      summed.add_to(squares, loaded[u]);
+    }
+    if (squares.is_accurate()) {
+      sum += squares.value();
+      return;
+    }
+    bool is_zero = true;
+#pragma unroll
+    for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+      for (int i = 0; i < Summed::kSize; ++i) {
+        is_zero = is_zero && summed.is_zero(loaded[u], i);
+      }
+    }
+    if (is_zero) {  // as most gradients and updates of embeddings are
+      return;
+    }
+  }
+#pragma unroll
+  for (int u = 0; u < kUnroll; ++u) {
+#pragma unroll
+    for (int i = 0; i < Summed::kSize; ++i) {
+      const double x = summed(loaded[u], i);
+      sum = fma(x, x, sum);
+    }
+  }
+}
+
 // The sum of squares of a range, in the first thread of the block.
 template <typename T, typename Summed>
 __device__ double sum_of_squares(const Summed& summed, int64_t count) {
-  constexpr int kSize = Pack<T>::kSize, kUnroll = Summed::kUnroll;
+  constexpr int kSize = Summed::kSize, kUnroll = Summed::kUnroll;
   const int64_t num_packs = count / kSize;
   double sum = 0;
   for (int64_t first = threadIdx.x; first < num_packs; first += kUnroll * kThreads) {
@@ -179,36 +216,7 @@ __device__ double sum_of_squares(const Summed& summed, int64_t count) {
         loaded[u] = summed.load(first + u * kThreads);
       }
     }
-    if constexpr (sizeof(T) < 8) {
-      FloatSum squares;
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-        summed.add_to(squares, loaded[u]);
-      }
-      if (squares.is_accurate()) {
-        sum += squares.value();
-        continue;
-      }
-      bool is_zero = true;
-#pragma unroll
-      for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-        for (int i = 0; i < kSize; ++i) {
-          is_zero = is_zero && summed.is_zero(loaded[u], i);
-        }
-      }
-      if (is_zero) {  // as most gradients and updates of embeddings are
-        continue;
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < kUnroll; ++u) {
-#pragma unroll
-      for (int i = 0; i < kSize; ++i) {
-        const double x = summed(loaded[u], i);
-        sum = fma(x, x, sum);
-      }
-    }
+    add_squares<T>(sum, summed, loaded);
   }
   const int64_t i = num_packs * kSize + threadIdx.x;  // what fills no pack
   if (i < count) {
