@@ -31,6 +31,7 @@ at::Tensor trust_ratios(const TrustRatiosArguments& arguments);
 void scale_gradients_(const ScaleGradientsArguments& arguments);
 void scale_updates_(const ScaleUpdatesArguments& arguments);
 void sgd_(const SgdArguments& arguments);
+void adam_(const AdamArguments& arguments);
 void set_run_bytes(int64_t bytes);
 }  // namespace torchlars::cuda
 #endif
@@ -129,6 +130,7 @@ TORCH_LIBRARY_IMPL(torchlars, CUDA, m) {
   implement<ScaleGradientsArguments, cuda::scale_gradients_>(m);
   implement<ScaleUpdatesArguments, cuda::scale_updates_>(m);
   implement<SgdArguments, cuda::sgd_>(m);
+  implement<AdamArguments, cuda::adam_>(m);
 }
 #endif
 
@@ -143,8 +145,8 @@ PYBIND11_MODULE(_C, m) {
         torchlars::cuda::set_run_bytes(bytes);
       },
       pybind11::arg("bytes"),
-      "For benchmarks: measure and scale layers on a GPU in runs of so many bytes of parameters and gradients, which "
-      "may fit its L2 cache. 0, the default: all layers at once.");
+      "For benchmarks: measure and scale layers on a GPU in runs of so many bytes of parameters, gradients and, of "
+      "LAMB's updates, moments, which may fit its L2 cache. 0, the default: all layers at once.");
 #else
   m.attr("has_cuda") = false;
 #endif

@@ -5,7 +5,8 @@
 // `measure` has one block for each chunk, which writes a partial sum of the parameter and one of the gradient. In
 // `apply`, `apply_to_updates` and `update` every block adds its layer's partial sums, all in the same order. So blocks
 // do not wait for each other, there are no atomics, and the bits are the same on every run. Where norms are needed by
-// themselves, `add_partials` and `decide` compute the ratios, which are given to the kernels that follow.
+// themselves, `add_partials` and `decide` compute the ratios, which are given to the kernels that follow. The kernels
+// of Adam are in adam.cuh.
 #pragma once
 
 #include <c10/util/BFloat16.h>
@@ -29,7 +30,8 @@ struct MeasuredLayer {
   int64_t numel = 0;
   const void* param = nullptr;
   const void* grad = nullptr;
-  double scale = 0;  // times the parameter is added to the gradient before that is measured
+  double scale = 0;       // times the parameter is added to the gradient before that is measured
+  float* step = nullptr;  // of Adam, to be incremented
 };
 
 // For updates, grad is the parameter after the base optimizer's step, and param the parameter before it.
@@ -65,7 +67,7 @@ struct CodedSgdLayer : SgdLayer {
 // Sizes of a launch's arguments, in bytes. A launch copies its arguments whole, so it takes the smallest size that
 // holds its layers. The last is the most that CUDA allows, the first is the most before driver 530.
 constexpr size_t kArgumentBytes[] = {4096, 16384, 32764};
-constexpr size_t kOtherArguments = 64;  // for all arguments but the layers
+constexpr size_t kOtherArguments = 80;  // for all arguments but the layers
 
 // The layers of one launch, passed as a kernel argument: without a copy to the device, no buffer has to be kept until
 // the kernel has run.
@@ -84,9 +86,12 @@ struct Layers {
 // Partial sums of squares, one for each chunk. Null: there are none.
 struct Partials {
   double* params = nullptr;
-  double* grads = nullptr;
+  double* grads = nullptr;  // or updates
+  float* steps = nullptr;   // of Adam, for each chunk that of its layer; where they wait until they can be written
 
-  Partials from(int64_t chunk) const { return {params ? params + chunk : nullptr, grads ? grads + chunk : nullptr}; }
+  Partials from(int64_t chunk) const {
+    return {params ? params + chunk : nullptr, grads ? grads + chunk : nullptr, steps ? steps + chunk : nullptr};
+  }
 };
 
 // Waits for the kernels that were launched before. If the host allows overlap (ops_cuda.cu), a block gets here while
@@ -391,9 +396,10 @@ struct SgdOptions {
   const float* inv_scale = nullptr;   // null: 1; where it is 0 nothing is written
 };
 
-// No kernel takes more beside its layers than three pointers and these.
-static_assert(3 * sizeof(void*) + sizeof(LarsOptions) <= kOtherArguments);
-static_assert(3 * sizeof(void*) + sizeof(SgdOptions) <= kOtherArguments);
+// What kernels take beside their layers, at most.
+template <typename Options>
+constexpr bool fits_beside_layers = sizeof(Partials) + sizeof(void*) + sizeof(Options) <= kOtherArguments;
+static_assert(fits_beside_layers<LarsOptions> && fits_beside_layers<SgdOptions>);
 
 template <typename Compute>
 __device__ inline SgdNumbers<Compute> numbers_of(const SgdLayer& layer, const SgdOptions& options, Compute ratio) {
@@ -440,6 +446,12 @@ __device__ void update_chunk(const CodedSgdLayer& layer, Range range, const SgdO
   }
 }
 
+// The factor of what was measured beside the parameters.
+template <typename Options>
+__device__ inline float scale_of_sums(const Options& options) {
+  return value_of(options.inv_scale);
+}
+
 template <typename Ratio, typename AnyLayer, typename Options>
 __device__ inline Ratio trust_ratio_of(const AnyLayer& layer, const Options& options, double param_squared_norm,
                                        double grad_squared_norm) {
@@ -462,18 +474,18 @@ __device__ inline Ratio ratio_at(const Place& place, const AnyLayers& layers, co
   const double grad_sum = sum_of_partials(partials.grads + first, num_partials);
   Ratio ratio = 0;
   if (threadIdx.x == 0) {
-    const double grad_squared_norm = unscaled_squared_norm(grad_sum, value_of(options.inv_scale));
+    const double grad_squared_norm = unscaled_squared_norm(grad_sum, scale_of_sums(options));
     ratio = trust_ratio_of<Ratio>(layers.layer[place.layer], options, param_squared_norm, grad_squared_norm);
     if (place.chunk == first) {
       ratios[place.layer] = ratio;
     }
   }
-  return static_cast<Ratio>(broadcast(ratio));
+  return broadcast(ratio);
 }
 
 // Partial sums of squares of parameters, of gradients plus layer.scale times the parameter, or of both. One block for
 // each chunk. Gradients are not unscaled: the parameter is divided by inv_scale instead, and the kernel that adds the
-// partial sums multiplies by its square.
+// partial sums multiplies by its square. Steps of Adam are incremented, unless the step is skipped.
 template <typename T, typename AnyLayers>
 __global__ void __launch_bounds__(kThreads)
     measure(const __grid_constant__ AnyLayers layers, Partials partials, const float* inv_scale) {
@@ -499,6 +511,10 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x == 0) {
       partials.grads[place.chunk] = sum;
     }
+  }
+  const bool is_first = place.chunk == layers.first_chunk[place.layer] && threadIdx.x == 0;
+  if (layer.step != nullptr && is_first && value_of(inv_scale) != 0) {
+    *layer.step += 1;
   }
 }
 

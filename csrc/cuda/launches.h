@@ -7,6 +7,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "adam.cuh"
 #include "kernels.cuh"
 
 namespace torchlars::cuda {
@@ -126,6 +127,26 @@ void launch_update(const Launch& launch, const Slice<AnyLayer>& layers, Partials
   for_launches(layers, [&](const auto& arguments, int chunks, int64_t layer, int64_t chunk) {
     launch(update<T, M, compute_type<T>, std::decay_t<decltype(arguments)>>, chunks, arguments, partials.from(chunk),
            ratios == nullptr ? nullptr : ratios + layer, options);
+  });
+}
+
+// M: the type of the moments.
+
+template <typename T, typename M, typename Launch>
+void launch_measure_adam(const Launch& launch, const Slice<AdamLayer>& layers, Partials partials,
+                         const AdamOptions& options) {
+  for_launches(layers, [&](const auto& arguments, int chunks, int64_t, int64_t chunk) {
+    launch(measure_adam<T, M, compute_type<T>, std::decay_t<decltype(arguments)>>, chunks, arguments,
+           partials.from(chunk), options);
+  });
+}
+
+template <typename T, typename M, typename Launch>
+void launch_update_adam(const Launch& launch, const Slice<AdamLayer>& layers, Partials partials,
+                        compute_type<T>* ratios, const AdamOptions& options) {
+  for_launches(layers, [&](const auto& arguments, int chunks, int64_t layer, int64_t chunk) {
+    launch(update_adam<T, M, compute_type<T>, std::decay_t<decltype(arguments)>>, chunks, arguments,
+           partials.from(chunk), ratios ? ratios + layer : nullptr, options);
   });
 }
 

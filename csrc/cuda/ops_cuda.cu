@@ -9,6 +9,7 @@
 
 #include "../arguments.h"
 #include "../layers.h"
+#include "adam.cuh"
 #include "kernels.cuh"
 #include "launches.h"
 
@@ -18,7 +19,7 @@ namespace {
 #define TORCHLARS_DISPATCH(TYPE, NAME, ...) \
   AT_DISPATCH_FLOATING_TYPES_AND2(c10::kBFloat16, c10::kHalf, TYPE, NAME, __VA_ARGS__)
 
-// The bytes of parameters and gradients that are measured and scaled at once; 0 is all layers. See set_run_bytes.
+// The bytes of tensors that are measured and scaled at once; 0 is all layers. See set_run_bytes.
 std::atomic<int64_t> run_bytes = 0;
 
 // With too old a driver a launch fails with an error that does not name the cause.
@@ -100,21 +101,50 @@ at::Tensor measure_alone(const Launch& launch, at::TensorList tensors, const flo
   return partials;
 }
 
+// Layers that are measured and scaled at once, given the bytes of an element of all that is read for both.
+template <typename AnyLayer>
+std::vector<Range> runs_of(const std::vector<AnyLayer>& layers, size_t bytes) {
+  if (run_bytes == 0) {
+    return {{0, static_cast<int64_t>(layers.size())}};
+  }
+  std::vector<int64_t> sizes;
+  sizes.reserve(layers.size());
+  for (const AnyLayer& layer : layers) {
+    sizes.push_back(layer.numel * static_cast<int64_t>(bytes));
+  }
+  return runs_within(sizes, run_bytes);
+}
+
+// Increments steps of Adam, unless the step is skipped.
+void increment(const Launch& launch, at::TensorList steps, const float* inv_scale) {
+  std::vector<MeasuredLayer> layers(steps.size());
+  for (size_t i = 0; i < steps.size(); ++i) {
+    layers[i].step = steps[i].mutable_data_ptr<float>();
+  }
+  launch_measure<float>(launch, layers, {}, inv_scale);
+}
+
 // Partial sums of squares of parameters and gradients, from which trust ratios are decided. scales[i] * params[i] is
-// added to gradients unless scales is empty.
+// added to gradients unless scales is empty. steps, if given, are incremented beside.
 class Norms {
  public:
   // measure_and() measures both in one launch if they are of one dtype and no parameter that is added was copied into
   // its gradient's memory order. Else that would sum in another order than squared_norms, and give other bits: two
   // launches measure them here instead.
   Norms(const Launch& launch, at::TensorList grads, at::TensorList params, const float* inv_scale,
-        at::ArrayRef<double> scales)
+        at::ArrayRef<double> scales, at::TensorList steps)
       : launch_(launch), inv_scale_(inv_scale), num_layers_(static_cast<int64_t>(grads.size())) {
     if (!add_layers(grads, params, scales)) {
       layers_.clear();
+      if (!steps.empty()) {
+        increment(launch, steps, inv_scale);
+      }
       params_ = measure_alone(launch, params);
       grads_ = measure_alone(launch, grads, inv_scale, {params, scales});
       return;
+    }
+    for (size_t i = 0; i < steps.size(); ++i) {
+      layers_[i].step = steps[i].mutable_data_ptr<float>();
     }
     params_ = new_vector(grads[0], count_chunks<MeasuredLayer>(layers_), c10::kDouble);
     grads_ = new_vector(grads[0], count_chunks<MeasuredLayer>(layers_), c10::kDouble);
@@ -128,7 +158,7 @@ class Norms {
       return apply(Range{0, num_layers_}, partials);
     }
     TORCHLARS_DISPATCH(real_dtype(*swept_[0].grad), "squared_norms", [&] {
-      for (const Range run : runs(sizeof(scalar_t))) {
+      for (const Range run : runs_of(layers_, 2 * sizeof(scalar_t))) {
         launch_measure<scalar_t>(launch_, {layers_, run}, partials, inv_scale_);
         apply(run, partials);  // before the next run overwrites them
       }
@@ -155,17 +185,6 @@ class Norms {
     return true;
   }
 
-  std::vector<Range> runs(size_t itemsize) const {
-    if (run_bytes == 0) {
-      return {{0, num_layers_}};
-    }
-    std::vector<int64_t> sizes;
-    for (const MeasuredLayer& layer : layers_) {
-      sizes.push_back(2 * layer.numel * static_cast<int64_t>(itemsize));
-    }
-    return runs_within(sizes, run_bytes);
-  }
-
   const Launch& launch_;
   const float* inv_scale_;
   int64_t num_layers_;
@@ -188,13 +207,12 @@ void set_numbers(std::vector<AnyLayer>& layers, const Arguments& arguments) {
   }
 }
 
-// What all layers of scale_gradients_ or sgd_ have in common.
+// What all layers of scale_gradients_, sgd_ or adam_ have in common, as far as these take the same.
 template <typename Options, typename Arguments>
 Options options_of(const Arguments& arguments) {
   Options options;
   options.ratio = ratio_options(arguments);
   options.maximize = arguments.maximize;
-  options.lr_in_momentum = arguments.lr_in_momentum;
   options.lr_tensor = data_of<double>(arguments.lr_tensor);
   options.inv_scale = data_of<float>(arguments.inv_scale);
   return options;
@@ -227,6 +245,7 @@ struct Sweep {
 // The same of a step of SGD.
 struct SgdSweep {
   explicit SgdSweep(const SgdArguments& arguments) : arguments(arguments), options(options_of<SgdOptions>(arguments)) {
+    options.lr_in_momentum = arguments.lr_in_momentum;
     options.nesterov = arguments.nesterov;
     triples.reserve(arguments.params.size());
     layers.reserve(arguments.params.size());
@@ -289,16 +308,119 @@ struct SgdSweep {
   std::vector<CodedSgdLayer> coded_layers;  // the same, where momentum is in 8 bits
 };
 
+// The same of a step of Adam.
+struct AdamSweep {
+  explicit AdamSweep(const AdamArguments& arguments)
+      : arguments(arguments), options(options_of<AdamOptions>(arguments)) {
+    options.ratio.of_updates = arguments.of_updates;
+    options.decoupled_weight_decay = arguments.decoupled_weight_decay;
+    options.beta1 = arguments.beta1;
+    options.beta2 = arguments.beta2;
+    options.adam_eps = arguments.adam_eps;
+    tensors.reserve(arguments.params.size());
+    layers.reserve(arguments.params.size());
+    for (size_t i = 0; i < arguments.params.size(); ++i) {
+      const AdamTensors& swept = tensors.emplace_back(arguments, i);
+      AdamLayer& layer = layers.emplace_back();
+      layer.numel = real_numel(*swept.param);
+      layer.param = swept.param->mutable_data_ptr();
+      layer.grad = has_grads() ? swept.grad->const_data_ptr() : nullptr;
+      layer.exp_avg = swept.exp_avg->mutable_data_ptr();
+      layer.exp_avg_sq = swept.exp_avg_sq->mutable_data_ptr();
+      layer.step = arguments.steps[i].mutable_data_ptr<float>();
+      layer.weight_decay = arguments.weight_decays[i];
+    }
+    set_numbers(layers, arguments);
+  }
+
+  bool has_grads() const { return !arguments.grads.empty(); }
+
+  // Calls run(a number of the parameters' type, one of the moments' type).
+  template <typename Run>
+  void dispatch(const Run& run) const {
+    const auto dtype = real_dtype(*tensors[0].param);
+    TORCHLARS_DISPATCH(dtype, "adam_", [&] {
+      real_dtype(*tensors[0].exp_avg) == dtype ? run(scalar_t(), scalar_t())
+                                               : run(scalar_t(), compute_type<scalar_t>());
+    });
+  }
+
+  // Updates the moments of layers, and fills their partial sums.
+  void measure(const Launch& launch, Range run, Partials partials) const {
+    dispatch([&](auto param, auto moment) {
+      launch_measure_adam<decltype(param), decltype(moment)>(launch, {layers, run}, partials, options);
+    });
+  }
+
+  void write_back() const {
+    for (size_t i = 0; i < tensors.size(); ++i) {
+      if (!arguments.squared_norms.has_value()) {
+        torchlars::write_back(tensors[i].param, arguments.params[i]);
+      }
+      if (has_grads()) {
+        torchlars::write_back(tensors[i].exp_avg, arguments.exp_avgs[i]);
+        torchlars::write_back(tensors[i].exp_avg_sq, arguments.exp_avg_sqs[i]);
+        note_write(arguments.steps[i]);
+      }
+    }
+  }
+
+  const AdamArguments& arguments;
+  AdamOptions options;
+  std::vector<AdamTensors> tensors;
+  std::vector<AdamLayer> layers;
+};
+
+// The first part of a step of Adam, whose trust ratios are decided elsewhere.
+void measure_updates(const AdamSweep& sweep, const Launch& launch, const at::Tensor& squared_norms) {
+  const at::TensorList params = sweep.arguments.params;
+  increment(launch, sweep.arguments.steps, sweep.options.inv_scale);
+  const int64_t chunks = count_chunks<AdamLayer>(sweep.layers);
+  const at::Tensor partials = new_vector(params[0], 2 * chunks, c10::kDouble);
+  auto* const of_params = partials.mutable_data_ptr<double>();
+  sweep.measure(launch, {0, static_cast<int64_t>(params.size())}, {of_params, of_params + chunks});
+  std::vector<MeasuredLayer> layers;
+  for (int list = 0; list < 2; ++list) {
+    for (const AdamLayer& layer : sweep.layers) {
+      layers.push_back({layer.numel});
+    }
+  }
+  launch_add_partials(launch, layers, of_params, squared_norms.mutable_data_ptr<double>(), /*inv_scale=*/nullptr);
+  note_write(squared_norms);
+}
+
+// Calls apply(range of layers, their partial sums) after the updates of these were measured, until all are done.
+template <typename Apply>
+void measure_updates_and(const AdamSweep& sweep, const Launch& launch, const Apply& apply) {
+  const at::Tensor& like = sweep.arguments.params[0];
+  const int64_t chunks = count_chunks<AdamLayer>(sweep.layers);
+  const at::Tensor of_params = new_vector(like, chunks, c10::kDouble), of_updates = of_params.new_empty({chunks});
+  const at::Tensor steps = new_vector(like, chunks, c10::kFloat);
+  const Partials partials{of_params.mutable_data_ptr<double>(), of_updates.mutable_data_ptr<double>(),
+                          steps.mutable_data_ptr<float>()};
+  const AdamTensors& first = sweep.tensors[0];
+  const size_t bytes = 2 * (c10::elementSize(real_dtype(*first.param)) + c10::elementSize(real_dtype(*first.exp_avg)));
+  for (const Range run : runs_of(sweep.layers, bytes)) {
+    sweep.measure(launch, run, partials);
+    apply(run, partials);  // before the next run overwrites them
+  }
+  note_write(*sweep.arguments.ratios);
+}
+
 // Calls apply(range of layers, their partial sums), after the layers were measured; or, where ratios are given or all
-// 1, once for all layers and without partial sums.
+// 1, once for all layers and without partial sums. steps: of Adam, which are incremented before.
 template <typename Arguments, typename Apply>
 void measure_and_apply(const Arguments& arguments, const Launch& launch, at::TensorList grads, at::TensorList params,
-                       const float* inv_scale, at::ArrayRef<double> scales, const Apply& apply) {
+                       const float* inv_scale, at::ArrayRef<double> scales, const Apply& apply,
+                       at::TensorList steps = {}) {
   if (measures(arguments)) {
-    Norms(launch, grads, params, inv_scale, scales).measure_and(apply);
+    Norms(launch, grads, params, inv_scale, scales, steps).measure_and(apply);
     note_write(*std::optional<at::Tensor>(arguments.ratios));
   } else {
-    apply(Range{0, static_cast<int64_t>(grads.size())}, Partials{});
+    if (!steps.empty()) {
+      increment(launch, steps, inv_scale);
+    }
+    apply(Range{0, static_cast<int64_t>(params.size())}, Partials{});
   }
 }
 
@@ -344,7 +466,8 @@ void scale_gradients_(const ScaleGradientsArguments& arguments) {
   const Launch launch(arguments.grads[0]);
   Sweep sweep(arguments.grads, arguments.params, arguments.weight_decays);
   set_numbers(sweep.layers, arguments);
-  const auto options = options_of<LarsOptions>(arguments);
+  auto options = options_of<LarsOptions>(arguments);
+  options.lr_in_momentum = arguments.lr_in_momentum;
   const auto apply = [&](Range run, Partials partials) {
     TORCHLARS_DISPATCH(sweep.dtype(), "scale_gradients_", [&] {
       launch_apply<scalar_t>(launch, {sweep.layers, run}, partials,
@@ -396,6 +519,29 @@ void sgd_(const SgdArguments& arguments) {
   };
   measure_and_apply(arguments, launch, arguments.grads, arguments.params, sweep.options.inv_scale,
                     decays_in_norm(arguments), apply);
+  sweep.write_back();
+}
+
+void adam_(const AdamArguments& arguments) {
+  const Launch launch(arguments.params[0]);
+  const AdamSweep sweep(arguments);
+  const auto apply = [&](Range run, Partials partials) {
+    sweep.dispatch([&](auto param, auto moment) {
+      using T = decltype(param);
+      launch_update_adam<T, decltype(moment)>(launch, {sweep.layers, run}, partials,
+                                              data_of_ratios<T>(arguments.ratios, run.begin), sweep.options);
+    });
+  };
+  if (arguments.squared_norms.has_value()) {
+    measure_updates(sweep, launch, *arguments.squared_norms);
+  } else if (arguments.of_updates && measures(arguments)) {
+    measure_updates_and(sweep, launch, apply);
+  } else {
+    const std::vector<double> scales =
+        arguments.decoupled_weight_decay ? std::vector<double>() : decays_in_norm(arguments);
+    measure_and_apply(arguments, launch, arguments.grads, arguments.params, sweep.options.inv_scale, scales, apply,
+                      sweep.has_grads() ? arguments.steps : at::TensorList());
+  }
   sweep.write_back();
 }
 
