@@ -48,14 +48,15 @@ ASCENDING, DESCENDING, SHUFFLED = 0, -1, 20180801  # in which threads and blocks
 class Layer:
     numel: int
     weight_decay: float = 0.1
-    offsets: tuple[int, int, int] = (0, 0, 0)  # of parameter, gradient, momentum, in elements off a 16-byte border
+    #: Of parameter, gradient, momentum or first moment, and second moment, in elements off a 16-byte border.
+    offsets: tuple[int, int, int, int] = (0, 0, 0, 0)
     fill: tuple[float | None, float | None] = (None, None)  # instead of random parameters, gradients
     first: tuple[float | None, float | None] = (None, None)  # instead of the first random parameter, gradient
     scales: tuple[float, float] = (1.0, 1.0)  # of random parameters, gradients
     row_length: int = 0  # of momentum in 8 bits; 0: one row
     whole_row_length: int = 0  # if this is a shard
     place: int = 0  # of the first element, if this is a shard
-    momentum_scale: float = 1.0
+    momentum_scale: float = 1.0  # of momentum, or of both moments
     left: float | None = None  # the gradient takes away the decay, but for random numbers of this size relative to it
 
 
@@ -70,7 +71,7 @@ def borders(pack: int) -> list[Layer]:
 
 
 def misaligned(pack: int) -> list[Layer]:
-    offsets = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 1, 1), (pack - 1, 1, 2)]
+    offsets = [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1), (1, 1, 1, 1), (pack - 1, 1, 2, 3)]
     numels = (1, pack, 256 * pack + 1, 1025 * pack, 16385)
     return [Layer(*numbers) for numbers in product(numels, (0.0, 0.1), offsets)]
 
@@ -78,7 +79,8 @@ def misaligned(pack: int) -> list[Layer]:
 def zero(pack: int) -> list[Layer]:
     fills = [(0.0, None), (None, 0.0), (0.0, 0.0), (None, None)]
     layers = [Layer(37, weight_decay, fill=fill) for weight_decay in (0.0, 0.1) for fill in fills]
-    return [*layers, Layer(0), Layer(0, 0.0), Layer(0, offsets=(1, 1, 1)), Layer(1), Layer(1, 0.0), Layer(0)]
+    layers += [Layer(37, weight_decay, fill=(None, 0.0), momentum_scale=0.0) for weight_decay in (0.0, 0.1)]
+    return [*layers, Layer(0), Layer(0, 0.0), Layer(0, offsets=(1, 1, 1, 1)), Layer(1), Layer(1, 0.0), Layer(0)]
 
 
 def not_finite(pack: int) -> list[Layer]:
@@ -124,7 +126,7 @@ def decays_beyond_float(pack: int) -> list[Layer]:
     ]
 
 
-SEVERAL_LAUNCHES = "several launches"  # of up to 908 layers each; takes long
+SEVERAL_LAUNCHES = "several launches"  # of up to 742 layers each; takes long
 CASES: dict[str, Callable[[int], list[Layer]]] = {
     "borders": borders,
     "misaligned views": misaligned,
@@ -140,6 +142,9 @@ CASES: dict[str, Callable[[int], list[Layer]]] = {
 }
 
 
+MOVED = [(1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (1, 2, 3, 0)]
+
+
 def in_blocks(pack: int) -> list[Layer]:
     """Return layers for momentum in 8 bits: rows of all kinds, in one chunk and across chunks, whole and shards."""
     rows = [(4, 64), (3, 128), (5, 129), (7, 200), (2, 1000), (1, 300), (40, 1024), (90, 200), (3, 16384 + 130)]
@@ -152,7 +157,7 @@ def in_blocks(pack: int) -> list[Layer]:
         Layer(300, 0.0, fill=(None, 0.0)),
         Layer(0, row_length=64),
     ]
-    moved = [Layer(900, row_length=100, offsets=offsets) for offsets in [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 2, 3)]]
+    moved = [Layer(900, row_length=100, offsets=offsets) for offsets in MOVED]
     return [*layers, *shards, *faults, *small, *moved, Layer(1025 * pack, row_length=1025 * pack)]
 
 
@@ -246,7 +251,8 @@ def new_case(name: str, dtype: torch.dtype) -> Case:
 # --- The driver ------------------------------------------------------------------------------------------------------
 
 
-SCALE, SCALE_IN_THREE_OPS, SGD, LARS_SGD = range(4)  # the driver's ops
+SCALE, SCALE_IN_THREE_OPS, SGD, LARS_SGD, ADAM, LARS_ADAM, LAMB, LAMB_IN_TWO_PARTS = range(8)  # the driver's ops
+FAMILIES = ("scale", "sgd", "adam")  # of ops, which are compiled by themselves
 ORDERS = (ASCENDING, DESCENDING, SHUFFLED)
 
 
@@ -264,7 +270,8 @@ class Way:
     decayed_norm: bool = False
     clip: bool = False
     lr_in_momentum: bool = False
-    of_updates: bool = False  # the case's parameters are those before a step, and its gradients those after it
+    of_updates: bool = False  # the case's parameters are those before a step, its gradients those after it; or of Adam
+    decoupled: bool = False  # the decay
     inverse: float | None = None  # of the gradients' scale; 0: the step is skipped
 
     @property
@@ -351,7 +358,7 @@ class Result:
 
 
 NUMBERS = np.dtype(
-    [(name, np.int64) for name in ("numel", "param_offset", "grad_offset", "momentum_offset")]
+    [(name, np.int64) for name in ("numel", "param_offset", "grad_offset", "momentum_offset", "exp_avg_sq_offset")]
     + [(name, np.int64) for name in ("row_length", "whole_row_length", "place")]
     + [(name, np.float64) for name in ("weight_decay", "trust_coef", "eps", "lr", "momentum", "dampening")]
 )
@@ -367,8 +374,9 @@ def copy_sources(folder: Path) -> Path:
     A GPU has the arguments of a kernel in constant memory. On a CPU every thread would copy them: up to 32 KB each.
     """
     copy = Path(shutil.copytree(CSRC, folder / "csrc"))
-    kernels = copy / "cuda" / "kernels.cuh"
-    kernels.write_text(re.sub(r"const __grid_constant__ (\w+) (\w+)", r"const \1& \2", kernels.read_text()))
+    for name in ("kernels.cuh", "adam.cuh"):
+        kernels = copy / "cuda" / name
+        kernels.write_text(re.sub(r"const __grid_constant__ (\w+) (\w+)", r"const \1& \2", kernels.read_text()))
     return copy
 
 
@@ -382,6 +390,11 @@ def run_compiler(*arguments: str | Path) -> None:
 def compile_driver(folder: Path, csrc: Path, *flags: str | Path) -> Path:
     run_compiler("-I", csrc, *flags, TESTS / "cuda_on_host" / "driver.cpp", "-o", folder / "driver")
     return folder / "driver"
+
+
+def only(family: str) -> str:
+    """Return the flag that compiles a driver for one family of ops."""
+    return f"-DONLY_FAMILY={FAMILIES.index(family)}"
 
 
 def to_bytes(tensors: list[Tensor]) -> bytes:
@@ -408,11 +421,12 @@ def coded_momenta(case: Case) -> list[tuple[Tensor, Tensor]]:
     return [(new.flatten(), of_new) for new, of_new in zip(coded, scales, strict=True)]
 
 
-def to_input(case: Case, way: Way) -> bytes:
+def to_input(case: Case, way: Way, state: bytes = b"") -> bytes:
+    """Return a case as the driver reads it, with the state that an op has beside parameters and momenta."""
     momentum_dtype = -1 if way.momentum is None else (*DTYPES, torch.int8).index(way.momentum)
     header = [DTYPES.index(case.dtype), way.op, way.maximize, way.order, len(case.layers)]
     header += [momentum_dtype, way.nesterov, way.has_ratios, way.has_lr_tensor, way.inverse is not None]
-    header += [way.decayed_norm, way.clip, way.lr_in_momentum, way.of_updates]
+    header += [way.decayed_norm, way.clip, way.lr_in_momentum, way.of_updates, way.decoupled]
     per_layer = (case.weight_decays, case.trust_coefs, case.eps, case.lrs, case.momentums, case.dampenings)
     numbers = [
         (
@@ -431,26 +445,36 @@ def to_input(case: Case, way: Way) -> bytes:
         + to_bytes(case.params + case.grads)
         + to_bytes(momenta_of(case, way))
         + to_bytes([scales.flatten() for _, scales in coded_momenta(case)] if way.momentum == torch.int8 else [])
+        + state
         + to_bytes([case.ratios(way)] if way.has_ratios else [])
         + to_bytes([case.lr_tensor] if way.has_lr_tensor else [])
         + to_bytes([way.inv_scale] if way.inv_scale is not None else [])
     )
 
 
+class Output:
+    """What a driver printed for several ways, to be taken piece by piece."""
+
+    def __init__(self, driver: Path, case: Case, inputs: list[bytes]) -> None:
+        done = subprocess.run([driver], input=b"".join(inputs), capture_output=True, timeout=300)
+        assert done.returncode == 0, f"{case.name}, {case.dtype}: {done.stderr.decode()}"
+        self._bytes, self._position = bytearray(done.stdout), 0
+
+    def take(self, count: int, dtype: torch.dtype) -> Tensor:
+        begin, self._position = self._position, self._position + count * dtype.itemsize
+        return (
+            torch.frombuffer(self._bytes[begin : self._position], dtype=dtype) if count else torch.empty(0, dtype=dtype)
+        )
+
+    def is_taken(self) -> bool:
+        return self._position == len(self._bytes)
+
+
 def execute(driver: Path, case: Case, ways: list[Way]) -> list[Result]:
     """Run the kernels of a driver on a case, in several ways."""
     name = f"{case.name}, {case.dtype}"
-    done = subprocess.run(
-        [driver], input=b"".join(to_input(case, way) for way in ways), capture_output=True, timeout=300
-    )
-    assert done.returncode == 0, f"{name}: {done.stderr.decode()}"
-    output, position = bytearray(done.stdout), 0
-
-    def take(count: int, dtype: torch.dtype) -> Tensor:
-        nonlocal position
-        begin, position = position, position + count * dtype.itemsize
-        return torch.frombuffer(output[begin:position], dtype=dtype) if count else torch.empty(0, dtype=dtype)
-
+    output = Output(driver, case, [to_input(case, way) for way in ways])
+    take = output.take
     results = []
     for way in ways:
         params, grads = ([take(layer.numel, case.dtype) for layer in case.layers] for _ in range(2))
@@ -471,7 +495,7 @@ def execute(driver: Path, case: Case, ways: list[Way]) -> list[Result]:
             written = (grads, case.grads), (params, case.params), (momenta, momenta_of(case, way))
             assert all(to_bytes(a) == to_bytes(b) for a, b in written), f"{name}: a skipped step was written"
         results.append(result)
-    assert position == len(output)
+    assert output.is_taken()
     return results
 
 

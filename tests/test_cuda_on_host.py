@@ -25,6 +25,7 @@ from host_driver import (
     execute,
     needs_host_shim,
     new_case,
+    only,
     skip_without_sanitizers,
 )
 
@@ -35,12 +36,12 @@ CASES_IN_DTYPES = [
 
 
 @pytest.fixture(scope="session")
-def driver(build_once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[str, bool], Path]:
-    """Compile the kernels as they are, once a session for each build, and for SGD and the other ops."""
+def driver(build_once: Callable[[str, Callable[[Path], None]], Path]) -> Callable[[str, str], Path]:
+    """Compile the kernels as they are, once a session for each build and each family of ops."""
 
-    def compiled(build: str, sgd: bool) -> Path:
-        flags = [*BUILDS[build], f"-DONLY_SGD={int(sgd)}"]
-        name = f"cuda_on_host-{build}-{'sgd' if sgd else 'scale'}"
+    def compiled(build: str, family: str) -> Path:
+        flags = [*BUILDS[build], only(family)]
+        name = f"cuda_on_host-{build}-{family}"
         return build_once(name, lambda folder: compile_driver(folder, copy_sources(folder), *flags)) / "driver"
 
     return compiled
@@ -50,7 +51,7 @@ def driver(build_once: Callable[[str, Callable[[Path], None]], Path]) -> Callabl
 @pytest.mark.parametrize("kind", WAYS)
 @pytest.mark.parametrize(("name", "dtype"), CASES_IN_DTYPES, ids=str)
 def test_kernels_equal_the_reference(
-    name: str, dtype: torch.dtype, kind: str, build: str, driver: Callable[[str, bool], Path]
+    name: str, dtype: torch.dtype, kind: str, build: str, driver: Callable[[str, str], Path]
 ) -> None:
     skip_without_sanitizers(build)
     case, ways = new_case(name, dtype), WAYS[kind]
@@ -58,14 +59,14 @@ def test_kernels_equal_the_reference(
         ways = ways[-2:]
     if name == SEVERAL_LAUNCHES:
         ways = ways[-2:] if build == "plain" else ways[:1]
-    check(case, ways, execute(driver(build, False), case, ways))
+    check(case, ways, execute(driver(build, "scale"), case, ways))
 
 
 @pytest.mark.parametrize("build", BUILDS)
 @pytest.mark.parametrize("kind", SGD_WAYS)
 @pytest.mark.parametrize(("name", "dtype"), CASES_IN_DTYPES, ids=str)
 def test_sgd_equals_the_reference(
-    name: str, dtype: torch.dtype, kind: str, build: str, driver: Callable[[str, bool], Path]
+    name: str, dtype: torch.dtype, kind: str, build: str, driver: Callable[[str, str], Path]
 ) -> None:
     skip_without_sanitizers(build)
     case, ways = new_case(name, dtype), SGD_WAYS[kind](dtype)
@@ -73,7 +74,7 @@ def test_sgd_equals_the_reference(
         ways = [way for way in ways if way.op == LARS_SGD]
     if name == SEVERAL_LAUNCHES:
         ways = ways[-2:] if build == "plain" else ways[-1:]
-    check_sgd(case, ways, execute(driver(build, True), case, ways))
+    check_sgd(case, ways, execute(driver(build, "sgd"), case, ways))
 
 
 @pytest.mark.parametrize("build", BUILDS)
@@ -82,7 +83,7 @@ def test_sgd_equals_the_reference(
 )
 @pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
 def test_sgd_with_momentum_in_8_bits_equals_the_reference(
-    name: str, dtype: torch.dtype, build: str, driver: Callable[[str, bool], Path]
+    name: str, dtype: torch.dtype, build: str, driver: Callable[[str, str], Path]
 ) -> None:
     skip_without_sanitizers(build)
     case, ways = new_case(name, dtype), coded_sgd_ways(dtype)
@@ -90,4 +91,4 @@ def test_sgd_with_momentum_in_8_bits_equals_the_reference(
         ways = [way for way in ways if way.op == LARS_SGD][:2]
     if name == SEVERAL_LAUNCHES:
         ways = ways[-2:] if build == "plain" else ways[-1:]
-    check_sgd(case, ways, execute(driver(build, True), case, ways))
+    check_sgd(case, ways, execute(driver(build, "sgd"), case, ways))

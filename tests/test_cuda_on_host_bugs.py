@@ -5,16 +5,22 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from host_adam import ADAM_WAYS, check_adam, execute_adam
 from host_driver import (
     BUILDS,
     DTYPES,
+    FAMILIES,
     IN_BLOCKS,
+    LAMB,
     SEVERAL_LAUNCHES,
     SGD_WAYS,
     WAYS,
+    Case,
+    Way,
     check,
     check_sgd,
     coded_sgd_ways,
@@ -23,6 +29,7 @@ from host_driver import (
     execute,
     needs_host_shim,
     new_case,
+    only,
     run_compiler,
     skip_without_sanitizers,
 )
@@ -42,7 +49,7 @@ class Bug:
     case: str = "borders"
     build: str = "plain"
     file: str = "cuda/kernels.cuh"
-    sgd: bool = False
+    family: str = "scale"  # of ops
     kind: str = "plain"  # of ways
     dtype: torch.dtype = torch.float32
 
@@ -129,7 +136,7 @@ BUGS = {
         "offset = kWarp / 2; offset > 0", "offset = kWarp / 2; offset > 1", "differ", file="cuda/sums.cuh"
     ),
     "sums are floats": Bug(
-        "double sum = 0;\n  for (int64_t first", "float sum = 0;\n  for (int64_t first", "differ", file="cuda/sums.cuh"
+        "sum += squares.value()", "sum = static_cast<float>(sum + squares.value())", "differ", file="cuda/sums.cuh"
     ),
     "what a sum loses is forgotten": Bug(
         "lost_ += lost_in_sum(sum_, square, sum);", "", "squared norms differ", file="cuda/sums.cuh"
@@ -211,7 +218,7 @@ BUGS = {
     "a ratio is not written": Bug(
         "if (place.chunk == first)", "if (blockIdx.x == 0 && place.chunk == first)", "ratios differ"
     ),
-    "a ratio is taken from another block": Bug("static_cast<Ratio>(broadcast(ratio))", "ratios[place.layer]", "differ"),
+    "a ratio is taken from another block": Bug("return broadcast(ratio)", "return ratios[place.layer]", "differ"),
     "a ratio too many is decided": Bug("layer < layers.count", "layer <= layers.count", "wrote outside of its memory"),
     "maximize is ignored": Bug("options.maximize ? -layer.weight_decay :", "", "gradients differ"),
     "a sum is measured in packs that are not aligned": Bug(
@@ -260,8 +267,10 @@ BUGS = {
     "an update starts from what it was scaled to": Bug(
         "return old_param + ratio", "return param + ratio", "differ", file="trust_ratio.h", kind="of updates"
     ),
-    "lr stays outside of the momentum of SGD": Bug("lr_in_momentum ? lr : 1", "1", "differ", file="sgd.h", sgd=True),
-    "lr is applied twice": Bug("lr_in_momentum ? 1 : lr", "lr", "differ", file="sgd.h", sgd=True),
+    "lr stays outside of the momentum of SGD": Bug(
+        "lr_in_momentum ? lr : 1", "1", "differ", file="sgd.h", family="sgd"
+    ),
+    "lr is applied twice": Bug("lr_in_momentum ? 1 : lr", "lr", "differ", file="sgd.h", family="sgd"),
     "a skipped step is taken": Bug(
         "if (inv_scale == 0) {\n    return;",
         "if (inv_scale != inv_scale) {\n    return;",
@@ -278,7 +287,7 @@ BUGS = {
         case="NaN and infinity",
     ),
     "sums of scaled gradients are taken for those of gradients": Bug(
-        "unscaled_squared_norm(grad_sum, value_of(options.inv_scale))",
+        "unscaled_squared_norm(grad_sum, scale_of_sums(options))",
         "grad_sum",
         "ratios differ",
         kind="of scaled gradients",
@@ -301,23 +310,23 @@ BUGS = {
         file="cuda/launches.h",
     ),
     "the tail of a parameter ends early": Bug(
-        "if (i < count) {\n    M none", "if (i < count - 1) {\n    M none", "differ", sgd=True
+        "if (i < count) {\n    M none", "if (i < count - 1) {\n    M none", "differ", family="sgd"
     ),
     "a momentum is read from another pack": Bug(
-        "kSize>(momentum, pack)", "kSize>(momentum, pack / 2)", "differ", sgd=True
+        "kSize>(momentum, pack)", "kSize>(momentum, pack / 2)", "differ", family="sgd"
     ),
     "a wider momentum is taken in the parameter's packs": Bug(
         "x.momentum = load_pack<kAligned, kSize>(momentum, pack)",
         "*reinterpret_cast<Pack<M>*>(&x.momentum) = load_pack<kAligned, Pack<M>::kSize>(momentum, pack)",
         "differ",
-        sgd=True,
+        family="sgd",
         dtype=torch.bfloat16,
     ),
     "a momentum is not written": Bug(
-        "store_pack<kAligned>(momentum, pack, x.momentum);", "", "momenta differ", sgd=True
+        "store_pack<kAligned>(momentum, pack, x.momentum);", "", "momenta differ", family="sgd"
     ),
     "a momentum is read where there is none": Bug(
-        "if constexpr (kMomentum) {\n          x", "if (true) {\n          x", "SEGV", build="sanitized", sgd=True
+        "if constexpr (kMomentum) {\n          x", "if (true) {\n          x", "SEGV", build="sanitized", family="sgd"
     ),
     "packs of a momentum need no alignment": Bug(
         " && is_aligned(momentum)",
@@ -325,32 +334,34 @@ BUGS = {
         "misaligned address",
         case="misaligned views",
         build="sanitized",
-        sgd=True,
+        family="sgd",
     ),
     "maximize does not negate the gradient": Bug(
-        "maximize ? -ratio : ratio", "ratio", "parameters differ", file="sgd.h", sgd=True
+        "maximize ? -ratio : ratio", "ratio", "parameters differ", file="sgd.h", family="sgd"
     ),
     "maximize negates the decay too": Bug(
-        "maximize ? -weight_decay : weight_decay", "weight_decay", "parameters differ", file="sgd.h", sgd=True
+        "maximize ? -weight_decay : weight_decay", "weight_decay", "parameters differ", file="sgd.h", family="sgd"
     ),
-    "dampening is ignored": Bug("layer.momentum, layer.dampening", "layer.momentum, 0", "parameters differ", sgd=True),
-    "nesterov is ignored": Bug("else if (options.nesterov)", "else if (false)", "parameters differ", sgd=True),
-    "lr_tensor is ignored": Bug("layer.lr * *options.lr_tensor", "layer.lr", "parameters differ", sgd=True),
+    "dampening is ignored": Bug(
+        "layer.momentum, layer.dampening", "layer.momentum, 0", "parameters differ", family="sgd"
+    ),
+    "nesterov is ignored": Bug("else if (options.nesterov)", "else if (false)", "parameters differ", family="sgd"),
+    "lr_tensor is ignored": Bug("layer.lr * *options.lr_tensor", "layer.lr", "parameters differ", family="sgd"),
     "lr is rounded before it is scaled": Bug(
-        "layer.lr * *options.lr_tensor", "float(layer.lr) * float(*options.lr_tensor)", "differ", sgd=True
+        "layer.lr * *options.lr_tensor", "float(layer.lr) * float(*options.lr_tensor)", "differ", family="sgd"
     ),
     "what does not decay takes 0 times infinity": Bug(
         "const bool decays = numbers.weight_decay != 0",
         "const bool decays = true",
         "parameters differ",
         case="NaN and infinity",
-        sgd=True,
+        family="sgd",
     ),
     "a skipped step of SGD is taken": Bug(
         "if (value_of(options.inv_scale) == 0) {",
         "if (false) {",
         "a skipped step was written",
-        sgd=True,
+        family="sgd",
         kind="of scaled gradients",
     ),
     "SGD takes scaled gradients for unscaled ones": Bug(
@@ -358,7 +369,7 @@ BUGS = {
         "inv_scale(1)",
         "parameters differ",
         file="sgd.h",
-        sgd=True,
+        family="sgd",
         kind="of scaled gradients",
     ),
     "a second launch takes the first one's ratios": Bug(
@@ -367,7 +378,7 @@ BUGS = {
         "parameters differ",
         case=SEVERAL_LAUNCHES,
         file="cuda/launches.h",
-        sgd=True,
+        family="sgd",
     ),
     "a launch has a layer too many": Bug(
         "Layers<AnyLayer, kMost>::kCapacity)",
@@ -376,7 +387,7 @@ BUGS = {
         case=SEVERAL_LAUNCHES,
         file="cuda/launches.h",
         build="sanitized",
-        sgd=True,
+        family="sgd",
     ),
     "a small launch has a layer too many": Bug(
         "count <= Layers<AnyLayer, kFew>::kCapacity",
@@ -385,10 +396,10 @@ BUGS = {
         case=SEVERAL_LAUNCHES,
         file="cuda/launches.h",
         build="sanitized",
-        sgd=True,
+        family="sgd",
     ),
     **{
-        name: Bug(old, new, "differ", case=IN_BLOCKS, file=file, sgd=True, kind=IN_8_BITS)
+        name: Bug(old, new, "differ", case=IN_BLOCKS, file=file, family="sgd", kind=IN_8_BITS)
         for name, file, old, new in [
             ("the last block of a chunk is left out", "codes.h", "index < end", "index + 1 < end"),
             ("a shard is taken for a whole layer", "codes.h", "offset + static_cast<uint32_t>(row)", "row"),
@@ -407,9 +418,164 @@ BUGS = {
         "misaligned address",
         case=IN_BLOCKS,
         build="sanitized",
-        sgd=True,
+        family="sgd",
         kind=IN_8_BITS,
     ),
+    **{
+        name: Bug(old, new, caught_by, file=file, family="adam")
+        for name, file, old, new, caught_by in [
+            (
+                "a step is written while others read it",
+                "cuda/adam.cuh",
+                "partials.steps[place.chunk] = step",
+                "partials.steps[place.chunk] = *layer.step = step",
+                "differ",
+            ),
+            ("a step is not written", "cuda/adam.cuh", "*layer.step = step;", "", "steps differ"),
+            ("a step is not counted", "cuda/adam.cuh", "step += 1;", "", "steps differ"),
+            (
+                "every block counts a step",
+                "cuda/kernels.cuh",
+                "place.chunk == layers.first_chunk[place.layer] && threadIdx.x == 0",
+                "threadIdx.x == 0",
+                "steps differ",
+            ),
+            ("corrections are not shared", "cuda/adam.cuh", "broadcast(corrections)", "corrections", "differ"),
+            ("both corrections are of one beta", "adam.h", "std::pow(beta2, step)", "std::pow(beta1, step)", "differ"),
+            (
+                "a decay is not decoupled",
+                "adam.h",
+                "static_cast<T>(decoupled_weight_decay ? 0",
+                "static_cast<T>(false ? 0",
+                "moments differ",
+            ),
+            (
+                "a decoupled decay is left out of what is measured",
+                "cuda/adam.cuh",
+                "numbers.decoupled_weight_decay != 0",
+                "kApplies && numbers.decoupled_weight_decay != 0",
+                "squared norms of updates differ|ratios differ",
+            ),
+            (
+                "a decoupled decay is left out of what is applied",
+                "cuda/adam.cuh",
+                "numbers.decoupled_weight_decay != 0",
+                "!kApplies && numbers.decoupled_weight_decay != 0",
+                "parameters differ",
+            ),
+            ("eps is left out", "adam.h", "(root + numbers.eps)", "root", "differ"),
+            ("maximize is ignored by Adam", "adam.h", "maximize ? -ratio : ratio", "ratio", "moments differ"),
+            (
+                "moments are updated again by the second launch",
+                "cuda/adam.cuh",
+                "was_measured || layer.grad == nullptr",
+                "layer.grad == nullptr",
+                "moments differ",
+            ),
+            (
+                "a ratio of updates is not applied",
+                "cuda/adam.cuh",
+                "(of_updates ? ratio : 1)",
+                "1",
+                "parameters differ",
+            ),
+            (
+                "a ratio of updates is that of gradients",
+                "cuda/adam.cuh",
+                "of_updates ? 1 : ratio, step",
+                "ratio, step",
+                "moments differ",
+            ),
+            ("lr is in a ratio of updates", "cuda/adam.cuh", "of_updates ? 1 : lr_of", "lr_of", "ratios differ"),
+            (
+                "a decoupled decay is in a ratio of gradients",
+                "cuda/adam.cuh",
+                "of_updates || options.decoupled_weight_decay ? 0",
+                "of_updates ? 0",
+                "ratios differ",
+            ),
+            ("the tail of a step ends early", "cuda/adam.cuh", "if (i < count)", "if (i < count - 1)", "differ"),
+            (
+                "second moments are read from first ones",
+                "cuda/adam.cuh",
+                "kSize>(exp_avg_sq, pack)",
+                "kSize>(exp_avg, pack)",
+                "differ",
+            ),
+            (
+                "updates are summed in place of parameters",
+                "cuda/adam.cuh",
+                "partials.params[place.chunk] = of_params",
+                "partials.params[place.chunk] = of_updates",
+                "squared norms of params differ|ratios differ",
+            ),
+        ]
+    },
+    "what is measured are updates of moments before they were rounded": Bug(
+        "    exp_avg_sq = static_cast<M>(v);\n",
+        "    exp_avg_sq = static_cast<M>(v);\n    if (!kApplies) {\n      return adam_update<true>(w, m, v, numbers);\n    }\n",
+        "squared norms of updates differ|ratios differ",
+        file="cuda/adam.cuh",
+        family="adam",
+        dtype=torch.bfloat16,
+    ),
+    "what is applied are updates of moments before they were rounded": Bug(
+        "    exp_avg_sq = static_cast<M>(v);\n",
+        "    exp_avg_sq = static_cast<M>(v);\n    if (kApplies) {\n"
+        "      param = static_cast<T>(w - lr * adam_update<true>(w, m, v, numbers));\n      return 0;\n    }\n",
+        "parameters differ",
+        file="cuda/adam.cuh",
+        family="adam",
+        dtype=torch.bfloat16,
+    ),
+    "wider moments are measured in packs of the parameter": Bug(
+        "Numbers<kAligned, Compute, kSize>{}, updates",
+        "Numbers<kAligned, Compute>{}, reinterpret_cast<Pack<Compute>(&)[kUnroll]>(updates)",
+        "ratios differ|squared norms of updates differ",
+        file="cuda/adam.cuh",
+        family="adam",
+        dtype=torch.bfloat16,
+    ),
+    "packs of second moments need no alignment": Bug(
+        " && is_aligned(exp_avg_sq)",
+        "",
+        "misaligned address",
+        case="misaligned views",
+        build="sanitized",
+        file="cuda/adam.cuh",
+        family="adam",
+    ),
+    "a gradient is read where there is none": Bug(
+        "kMoments ? grad[i] : T(0)", "grad[i]", "null pointer", build="sanitized", file="cuda/adam.cuh", family="adam"
+    ),
+    **{
+        name: Bug(old, new, "a skipped step was written", file=file, family="adam", kind="of scaled gradients")
+        for name, file, old, new in [
+            ("a skipped step of Adam is taken", "cuda/adam.cuh", "(value_of(options.inv_scale) == 0)", "(false)"),
+            ("a skipped step of Adam is measured", "cuda/adam.cuh", "(value_of(options.inv_scale) != 0)", "(true)"),
+            ("a skipped step is counted", "cuda/kernels.cuh", " && value_of(inv_scale) != 0", ""),
+        ]
+    },
+    "updates are measured as scaled ones": Bug(
+        "options.ratio.of_updates ? 1 : value_of",
+        "value_of",
+        "ratios",
+        file="cuda/adam.cuh",
+        family="adam",
+        kind="of scaled gradients",
+    ),
+    **{
+        name: Bug(old, new, "ratios differ|steps differ", case=SEVERAL_LAUNCHES, file=file, family="adam")
+        for name, file, old, new in [
+            (
+                "a launch of Adam takes ratios of another",
+                "cuda/launches.h",
+                "ratios ? ratios + layer : nullptr",
+                "ratios",
+            ),
+            ("a launch of Adam takes steps of another", "cuda/kernels.cuh", "steps ? steps + chunk : nullptr", "steps"),
+        ]
+    },
 }
 
 
@@ -441,33 +607,46 @@ def plant(bug: Bug, folder: Path, headers: Path) -> Path:
     replace_in(csrc / bug.file, bug.old, bug.new)
     if bug.case != SEVERAL_LAUNCHES:  # one size of launches compiles faster than three
         replace_in(csrc / "cuda" / "kernels.cuh", "{4096, 16384, 32764}", "{32764, 32764, 32764}")
-    needed = f"-DONLY_DTYPE={DTYPES.index(bug.dtype)}", f"-DONLY_SGD={int(bug.sgd)}"
+    needed = f"-DONLY_DTYPE={DTYPES.index(bug.dtype)}", only(bug.family)
     return compile_driver(folder, csrc, *BUILDS[bug.build], *COMPILES_FAST, "-include", headers, *needed)
 
 
-@pytest.mark.parametrize("sgd", [False, True], ids=["scale", "sgd"])
+def ways_of(family: str, kind: str, dtype: torch.dtype) -> list[Way]:
+    ways: Any = {"scale": WAYS, "sgd": {**SGD_WAYS, IN_8_BITS: coded_sgd_ways}, "adam": ADAM_WAYS}[family][kind]
+    return ways(dtype) if callable(ways) else ways
+
+
+def compare(family: str, driver: Path, case: Case, ways: list[Way]) -> None:
+    if family == "adam":
+        check_adam(case, ways, execute_adam(driver, case, ways))
+    else:
+        (check_sgd if family == "sgd" else check)(case, ways, execute(driver, case, ways))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("build", BUILDS)
-def test_without_a_bug_nothing_is_caught(build: str, sgd: bool, headers: Callable[[str], Path], tmp_path: Path) -> None:
+def test_without_a_bug_nothing_is_caught(
+    build: str, family: str, headers: Callable[[str], Path], tmp_path: Path
+) -> None:
     """The other changes that planting a bug makes are no bugs themselves."""
     skip_without_sanitizers(build)
-    none = Bug("namespace torchlars", "namespace torchlars", "nothing", build=build, sgd=sgd)
+    none = Bug("namespace torchlars", "namespace torchlars", "nothing", build=build, family=family)
     case, driver = new_case(none.case, none.dtype), plant(none, tmp_path, headers(build))
-    for ways in SGD_WAYS.values() if sgd else WAYS.values():
-        ways = ways(none.dtype) if sgd else ways
-        (check_sgd if sgd else check)(case, ways[-2:], execute(driver, case, ways[-2:]))
+    for kind in {"scale": WAYS, "sgd": SGD_WAYS, "adam": ADAM_WAYS}[family]:
+        compare(family, driver, case, ways_of(family, kind, none.dtype)[-2:])
 
 
 @pytest.mark.parametrize("name", BUGS)
 def test_a_planted_bug_is_caught(name: str, headers: Callable[[str], Path], tmp_path: Path) -> None:
     bug = BUGS[name]
     skip_without_sanitizers(bug.build)
-    case = new_case(bug.case, bug.dtype)
-    sgd_ways = coded_sgd_ways if bug.kind == IN_8_BITS else SGD_WAYS.get(bug.kind)
-    ways = sgd_ways(bug.dtype)[::-1] if bug.sgd else WAYS[bug.kind]
-    if not bug.sgd and bug.kind == "plain":
+    case, ways = new_case(bug.case, bug.dtype), ways_of(bug.family, bug.kind, bug.dtype)
+    if bug.family == "sgd":
+        ways = ways[::-1]
+    elif bug.family == "scale" and bug.kind == "plain":
         ways = [ways[1], ways[-2]]
     if bug.case == SEVERAL_LAUNCHES:
-        ways = ways[1:2] if bug.sgd else ways[-1:]
+        ways = {"scale": ways[-1:], "sgd": ways[1:2], "adam": [way for way in ways if way.op == LAMB][:1]}[bug.family]
     driver = plant(bug, tmp_path, headers(bug.build))
     with pytest.raises(AssertionError, match=bug.caught_by):
-        (check_sgd if bug.sgd else check)(case, ways, execute(driver, case, ways))
+        compare(bug.family, driver, case, ways)

@@ -13,19 +13,24 @@ namespace {
 using namespace torchlars::cuda;
 using torchlars::RatioOptions;
 
-enum Op : int64_t { kScale, kScaleInThreeOps, kSgd, kLarsSgd };
+enum Op : int64_t { kScale, kScaleInThreeOps, kSgd, kLarsSgd, kAdam, kLarsAdam, kLamb, kLambInTwoParts };
 
 // What stdin holds: a Case, its Numbers, all parameters, all gradients, then all momentum buffers, their scales, the
-// ratios, the lr_tensor and the inv_scale if there are any; and the next case. What an op does not take is 0.
+// ratios, the lr_tensor and the inv_scale if there are any; and the next case. What an op does not take is 0. Of Adam,
+// momentum buffers are first moments, and all second moments, all steps and an AdamCase follow in place of scales.
 struct Case {
   int64_t dtype, op, maximize, order, layers;
   int64_t momentum_dtype;  // -1: no momentum; 4: in 8 bits
   int64_t nesterov, has_ratios, has_lr_tensor, has_inv_scale;
   int64_t decayed_norm, clip, lr_in_momentum;
-  int64_t of_updates;  // parameters before a step for parameters, after it for gradients
+  int64_t of_updates;  // parameters before a step for parameters, after it for gradients; of Adam, what ratios are of
+  int64_t decoupled;
+};
+struct AdamCase {
+  double beta1, beta2, eps;
 };
 struct Numbers {
-  int64_t numel, param_offset, grad_offset, momentum_offset;
+  int64_t numel, param_offset, grad_offset, momentum_offset, exp_avg_sq_offset;
   int64_t row_length, whole_row_length, place;  // of momentum in 8 bits; place: that of the first element
   double weight_decay, trust_coef, eps, lr, momentum, dampening;
 };
@@ -168,7 +173,6 @@ Options options_of(const Case& header, const Scales& scales) {
   Options options;
   options.ratio = ratio_options(header);
   options.maximize = header.maximize != 0;
-  options.lr_in_momentum = header.lr_in_momentum != 0;
   options.lr_tensor = scales.lr();
   options.inv_scale = scales.inv();
   return options;
@@ -179,7 +183,8 @@ void scale(const Case& header) {
   const Tensors<T> x(header);
   const auto& [numbers, params, grads, param_norms, grad_norms] = x;
   const Scales scales(header);
-  const auto options = options_of<LarsOptions>(header, scales);
+  auto options = options_of<LarsOptions>(header, scales);
+  options.lr_in_momentum = header.lr_in_momentum != 0;
   const std::vector<MeasuredLayer> both = x.measured(header);
   std::vector<MeasuredLayer> only_params, only_grads, sizes;
   std::vector<Layer> decided, swept;
@@ -258,6 +263,7 @@ void update_by_sgd(const Case& header) {
   }
 
   auto options = options_of<SgdOptions>(header, scales);
+  options.lr_in_momentum = header.lr_in_momentum != 0;
   options.nesterov = header.nesterov != 0;
   if (header.op == kLarsSgd) {
     const std::vector<MeasuredLayer> measured = x.measured(header);
@@ -275,37 +281,130 @@ void update_by_sgd(const Case& header) {
   }
 }
 
+// What was measured, as the host of the op's first part adds it.
+template <typename T>
+void add_partials_of_adam(const Tensors<T>& x, const Partials& partials, double* squared_norms) {
+  std::vector<MeasuredLayer> layers;
+  for (int list = 0; list < 2; ++list) {
+    for (const Numbers& n : x.numbers) {
+      layers.push_back({n.numel});
+    }
+  }
+  launch_add_partials(launch, layers, partials.params, squared_norms, nullptr);
+  std::memcpy(x.param_norms.data(), squared_norms, x.numbers.size() * sizeof(double));
+  std::memcpy(x.grad_norms.data(), squared_norms + x.numbers.size(), x.numbers.size() * sizeof(double));
+}
+
+// M: the type of the moments.
+template <typename T, typename M>
+void update_by_adam(const Case& header) {
+  const Tensors<T> x(header);
+  const auto exp_avgs = read_buffers<M>(x.numbers, &Numbers::momentum_offset);
+  const auto exp_avg_sqs = read_buffers<M>(x.numbers, &Numbers::exp_avg_sq_offset);
+  std::vector<Buffer<float>> steps;
+  for (size_t i = 0; i < x.numbers.size(); ++i) {
+    steps.emplace_back(1).read();
+  }
+  AdamCase adam;
+  check(read_bytes(&adam, sizeof(adam)), "the input ends too early");
+  Buffer<compute_type<T>> ratios(header.layers);
+  if (header.has_ratios) {
+    ratios.read();
+  }
+  const Scales scales(header);
+  std::vector<AdamLayer> layers;
+  std::vector<Layer> decided;
+  std::vector<MeasuredLayer> measured = x.measured(header), incremented;
+  for (size_t i = 0; i < x.numbers.size(); ++i) {
+    const Numbers& n = x.numbers[i];
+    const bool decides = header.op == kLarsAdam || header.op == kLamb;
+    layers.push_back({n.numel, x.params[i].data(), x.grads[i].data(), exp_avgs[i].data(), exp_avg_sqs[i].data(),
+                      steps[i].data(), n.weight_decay, decides ? n.trust_coef : 0, decides ? n.eps : 0, n.lr});
+    decided.push_back({0, nullptr, nullptr, 0, n.trust_coef, n.eps, 1});
+    measured[i].scale = header.decoupled ? 0 : measured[i].scale;
+    measured[i].step = steps[i].data();
+    incremented.emplace_back().step = steps[i].data();
+  }
+
+  auto options = options_of<AdamOptions>(header, scales);
+  options.decoupled_weight_decay = header.decoupled != 0;
+  options.beta1 = adam.beta1;
+  options.beta2 = adam.beta2;
+  options.adam_eps = adam.eps;
+  const int64_t chunks = count_chunks<AdamLayer>(layers);
+  const Buffer<double> sums(2 * chunks);
+  const Buffer<float> step_of_chunks(chunks);
+  Partials partials{sums.data(), sums.data() + chunks};
+  if (header.op == kAdam) {
+    launch_measure<float>(launch, incremented, {}, scales.inv());
+    launch_update_adam<T, M>(launch, layers, {}, header.has_ratios ? ratios.data() : nullptr, options);
+  } else if (header.op == kLarsAdam) {
+    launch_measure<T>(launch, measured, partials, scales.inv());
+    launch_update_adam<T, M>(launch, layers, partials, ratios.data(), options);
+  } else if (header.op == kLamb) {
+    partials.steps = step_of_chunks.data();
+    launch_measure_adam<T, M>(launch, layers, partials, options);
+    launch_update_adam<T, M>(launch, layers, partials, ratios.data(), options);
+  } else {
+    const Buffer<double> squared_norms(2 * header.layers);
+    launch_measure<float>(launch, incremented, {}, scales.inv());
+    launch_measure_adam<T, M>(launch, layers, partials, options);
+    add_partials_of_adam(x, partials, squared_norms.data());
+    LarsOptions deciding;
+    deciding.ratio = options.ratio;
+    launch_decide(launch, decided, x.param_norms.data(), x.grad_norms.data(), ratios.data(), deciding);
+    for (AdamLayer& layer : layers) {
+      layer.grad = nullptr;
+    }
+    launch_update_adam<T, M>(launch, layers, {}, ratios.data(), options);
+  }
+  x.write(exp_avgs, ratios);
+  for (const auto& buffer : exp_avg_sqs) {
+    buffer.write();
+  }
+  for (const auto& buffer : steps) {
+    buffer.write();
+  }
+}
+
 #ifdef ONLY_DTYPE  // compiles faster
 constexpr int kOnlyDtype = ONLY_DTYPE;
 #else
 constexpr int kOnlyDtype = -1;
 #endif
-#ifdef ONLY_SGD  // 1: the ops of SGD; 0: the others
-constexpr int kOnlySgd = ONLY_SGD;
+enum Family { kScaling, kOfSgd, kOfAdam };  // of ops
+#ifdef ONLY_FAMILY
+constexpr int kOnlyFamily = ONLY_FAMILY;
 #else
-constexpr int kOnlySgd = -1;
+constexpr int kOnlyFamily = -1;
 #endif
 
 template <int kDtype, typename T>
 void run(const Case& header) {
-  const bool is_sgd = header.op == kSgd || header.op == kLarsSgd;
+  const Family family = header.op < kSgd ? kScaling : header.op < kAdam ? kOfSgd : kOfAdam;
+  const bool one_dtype = header.momentum_dtype < 0 || header.momentum_dtype == header.dtype;
   check(kOnlyDtype == -1 || kOnlyDtype == kDtype, "was compiled without this dtype");
-  check(kOnlySgd == -1 || kOnlySgd == is_sgd, "was compiled without this op");
+  check(kOnlyFamily == -1 || kOnlyFamily == family, "was compiled without this op");
   if constexpr (kOnlyDtype == -1 || kOnlyDtype == kDtype) {
-    if constexpr (kOnlySgd != 1) {
-      if (!is_sgd) {
+    if constexpr (kOnlyFamily == -1 || kOnlyFamily == kScaling) {
+      if (family == kScaling) {
         scale<T>(header);
       }
     }
-    if constexpr (kOnlySgd != 0) {
-      if (is_sgd && (header.momentum_dtype < 0 || header.momentum_dtype == header.dtype)) {
+    if constexpr (kOnlyFamily == -1 || kOnlyFamily == kOfSgd) {
+      if (family == kOfSgd && one_dtype) {
         update_by_sgd<T, T>(header);
-      } else if (is_sgd && header.momentum_dtype == kInt8) {
+      } else if (family == kOfSgd && header.momentum_dtype == kInt8) {
         if constexpr (sizeof(T) < 8) {
           update_by_sgd<T, int8_t>(header);
         }
-      } else if (is_sgd) {
+      } else if (family == kOfSgd) {
         update_by_sgd<T, compute_type<T>>(header);
+      }
+    }
+    if constexpr (kOnlyFamily == -1 || kOnlyFamily == kOfAdam) {
+      if (family == kOfAdam) {
+        one_dtype ? update_by_adam<T, T>(header) : update_by_adam<T, compute_type<T>>(header);
       }
     }
   }
