@@ -52,3 +52,10 @@ def sgd(*, module: Any = ops, **arguments: Any) -> Tensor:
     ratios = ops.empty_ratios(*layers) if all(layers) else torch.empty(0)
     module.sgd_(**arguments, ratios=ratios)
     return ratios
+
+
+def adam(*, module: Any = ops, **arguments: Any) -> Tensor:
+    """Call ``adam_``, with ``trust_coefs`` and ``eps``."""
+    ratios = ops.empty_ratios(arguments["grads"], arguments["params"])
+    module.adam_(**arguments, ratios=ratios)
+    return ratios

@@ -72,7 +72,9 @@ def sgd_arguments(op, dtype, momentum_dtype):
 
 def cloned(arguments):
     def clone(value):
-        return [x.clone() if isinstance(x, torch.Tensor) else x for x in value] if isinstance(value, list) else value
+        if isinstance(value, list):
+            return [clone(x) for x in value]
+        return value.clone() if isinstance(value, torch.Tensor) else value
 
     return {name: clone(value) for name, value in arguments.items()}
 
@@ -91,6 +93,63 @@ def assert_stepped(arguments, expected):
     for name in ("params", "grads", "momentum_buffers"):
         for actual, wanted in zip(arguments[name], expected[name], strict=True):
             torch.testing.assert_close(actual, wanted)
+
+
+# How a step of Adam is taken, and how many launches it takes: one more than SGD where nothing but steps can come first.
+ADAM = {
+    "plain": ({}, 2),
+    "ratios of gradients given": ({"ratios": True}, 2),
+    "ratios of updates given": ({"ratios": True, "of_updates": True}, 2),
+    "LARS": ({"trust_coefs": [0.5, 0.1, 1.0], "eps": [0.0, 1e-8, 0.1], "decoupled_weight_decay": False}, 2),
+    "LAMB": ({"trust_coefs": [0.5, 0.1, 1.0], "eps": [0.0, 1e-8, 0.1], "of_updates": True}, 2),
+    "first part": ({"squared_norms": True, "of_updates": True}, 3),
+    "second part": ({"ratios": True, "of_updates": True, "grads": []}, 1),
+}
+EVERY_ADAM = pytest.mark.parametrize("how", ADAM)
+MOMENTS = pytest.mark.parametrize(
+    ("dtype", "moment_dtype"),
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32)],
+    ids=str,
+)
+
+
+def adam_arguments(how, dtype, moment_dtype):
+    """Return the arguments of a step of Adam, for a layer that decays, one that does not and an empty one."""
+    params = make(dtypes=(dtype,))
+    options = dict(ADAM[how][0])
+    if "ratios" in options or "trust_coefs" in options:
+        options["ratios"] = torch.tensor([0.5, 2.0, 1.0], device="cuda")
+    if "squared_norms" in options:
+        options["squared_norms"] = torch.empty(2 * len(params), dtype=torch.float64, device="cuda")
+    return {
+        "params": [param.detach() for param in params],
+        "grads": [param.grad for param in params],
+        "exp_avgs": [torch.randn_like(param, dtype=moment_dtype).detach() for param in params],
+        "exp_avg_sqs": [torch.rand_like(param, dtype=moment_dtype).detach() + 0.1 for param in params],
+        "steps": [torch.tensor(step, device="cuda") for step in (1.0, 2.0, 100.0)],
+        "weight_decays": [0.1, 0.0, 0.1],
+        "decoupled_weight_decay": True,
+        "lrs": [0.01, 0.02, 0.03],
+        "beta1": 0.9,
+        "beta2": 0.99,
+        "adam_eps": 1e-8,
+        "maximize": dtype == torch.bfloat16,
+        "lr_tensor": torch.tensor(0.7, dtype=torch.float64, device="cuda"),
+        **options,
+    }
+
+
+WRITTEN_BY_ADAM = ("params", "exp_avgs", "exp_avg_sqs", "steps")
+
+
+def assert_stepped_by_adam(arguments, expected):
+    for name in WRITTEN_BY_ADAM:
+        for actual, wanted in zip(arguments[name], expected[name], strict=True):
+            torch.testing.assert_close(actual, wanted)
+    rtol = 1e-3 if arguments["params"][0].dtype == torch.bfloat16 else 1e-5
+    for name in ("ratios", "squared_norms"):
+        if name in arguments:
+            torch.testing.assert_close(arguments[name], expected[name], rtol=rtol, atol=0)
 
 
 @pytest.fixture
@@ -248,6 +307,32 @@ def test_sgd_of_scaled_gradients_never_waits_for_the_device(op, dtype, momentum_
         assert all(torch.equal(a, b) for a, b in zip(arguments[name], before[name], strict=True))
 
 
+@EVERY_ADAM
+@MOMENTS
+@pytest.mark.parametrize("found_inf", [None, 0.0, 1.0], ids=["unscaled", "scaled", "skipped"])
+def test_adam_never_waits_for_the_device(how, dtype, moment_dtype, found_inf):
+    arguments = adam_arguments(how, dtype, moment_dtype)
+    scaler, device = None, torch.device("cuda", torch.cuda.current_device())
+    expected = cloned(arguments)
+    if found_inf is not None:
+        scaler = scaler_values(found_inf)
+        if arguments["grads"]:
+            overflow(arguments["grads"], found_inf)
+            expected = cloned(arguments)
+        expected["inv_scale"] = ops.inv_scale(*scaler, device)
+    before = cloned(arguments)
+    reference.adam_(**expected)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        ops.adam_(**arguments, inv_scale=None if scaler is None else ops.inv_scale(*scaler, device))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert_stepped_by_adam(arguments, expected)
+    for name in WRITTEN_BY_ADAM if found_inf else ():
+        assert all(torch.equal(a, b) for a, b in zip(arguments[name], before[name], strict=True))
+
+
 @INVERSES
 @pytest.mark.parametrize("decayed_norm", [False, True])
 def test_scaled_gradients_are_adapted_without_waiting_for_the_device(decayed_norm, found_inf):
@@ -322,6 +407,58 @@ def test_sgd_goes_to_the_current_stream(op):
     assert_stepped(arguments, expected)
 
 
+def with_gaps(tensor):
+    return torch.stack([tensor, tensor], -1)[..., 0]
+
+
+LAYOUTS = {
+    "wider gradients": {"grads": torch.Tensor.float},
+    "narrower gradients": {"grads": torch.Tensor.half},
+    "gradients with gaps": {"grads": with_gaps, "exp_avg_sqs": with_gaps},
+    "parameters with gaps": {"params": with_gaps},
+    "transposed": {"params": lambda x: x.t().contiguous().t(), "exp_avgs": with_gaps},
+    "complex": dict.fromkeys(("params", "grads", "exp_avgs", "exp_avg_sqs"), lambda x: torch.complex(x, 2 * x)),
+}
+
+
+@EVERY_ADAM
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_adam_takes_layers_that_are_copied(how, layout):
+    dtype = torch.bfloat16 if layout == "wider gradients" else torch.float32
+    arguments = adam_arguments(how, dtype, torch.float32)
+    for name, changed in LAYOUTS[layout].items():
+        arguments[name] = [changed(tensor) for tensor in arguments[name]]
+    expected = {
+        name: [x.clone() for x in each] if name in WRITTEN_BY_ADAM else each for name, each in arguments.items()
+    }
+    expected |= {name: expected[name].clone() for name in ("ratios", "squared_norms") if name in expected}
+    versions = [param._version for param in arguments["params"]]
+    reference.adam_(**expected)
+    ops.adam_(**arguments)
+    assert_stepped_by_adam(arguments, expected)
+    written = [param._version > version for param, version in zip(arguments["params"], versions, strict=True)]
+    assert written == [how != "first part"] * 3
+
+
+@EVERY_ADAM
+def test_adam_goes_to_the_current_stream(how):
+    arguments = adam_arguments(how, torch.float32, torch.float32)
+    expected = cloned(arguments)
+    reference.adam_(**expected)
+    moments = [moment.clone() for moment in arguments["exp_avgs"]]
+    for moment in arguments["exp_avgs"]:
+        moment.fill_(float("nan"))
+    torch.cuda.synchronize()
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(100_000_000)  # whatever runs on another stream meanwhile reads NaN
+        for moment, values in zip(arguments["exp_avgs"], moments, strict=True):
+            moment.copy_(values)
+        ops.adam_(**arguments)
+    side.synchronize()
+    assert_stepped_by_adam(arguments, expected)
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one device only")
 def test_another_device_than_the_current_one():
     params = make(device="cuda:1")
@@ -367,6 +504,39 @@ def test_bits_of_sgd_are_the_same_from_run_to_run(dtype, momentum_dtype):
         results.append([ratios, *params, *momenta])
     for result in results:
         assert all(torch.equal(x, first) for x, first in zip(result, results[0], strict=True))
+
+
+@MOMENTS
+@pytest.mark.parametrize("of_updates", [False, True], ids=["LARS", "LAMB"])
+def test_bits_of_adam_are_the_same_from_run_to_run(dtype, moment_dtype, of_updates):
+    param, grad = (torch.randn(20_000_000, device="cuda").to(dtype) for _ in range(2))
+    moment, square = (torch.rand_like(param, dtype=moment_dtype) for _ in range(2))
+    numbers = {"weight_decays": [0.1], "trust_coefs": [0.001], "eps": [1e-8], "lrs": [0.1], "maximize": False}
+    numbers |= {"decoupled_weight_decay": of_updates, "beta1": 0.9, "beta2": 0.99, "adam_eps": 1e-8}
+    results = []
+    for _ in range(5):
+        written = [param.clone()], [moment.clone()], [square.clone()], [torch.zeros(1, device="cuda")]
+        tensors = dict(zip(WRITTEN_BY_ADAM, written, strict=True))
+        ratios = calls.adam(**tensors, grads=[grad], **numbers, of_updates=of_updates)
+        results.append([ratios, *(each for (each,) in written)])
+    for result in results:
+        assert all(torch.equal(x, first) for x, first in zip(result, results[0], strict=True))
+
+
+@MOMENTS
+def test_two_calls_of_adam_have_the_bits_of_one(dtype, moment_dtype):
+    one = adam_arguments("LAMB", dtype, moment_dtype)
+    two = cloned(one)
+    coefs, eps, ratios = (two.pop(name) for name in ("trust_coefs", "eps", "ratios"))
+    squared_norms = torch.empty(2 * len(coefs), dtype=torch.float64, device="cuda")
+    ops.adam_(**one)
+    ops.adam_(**two, squared_norms=squared_norms)
+    numbers = {"weight_decays": [0.0] * len(coefs), "trust_coefs": coefs, "eps": eps, "lrs": [1.0] * len(coefs)}
+    ratios.copy_(ops.trust_ratios(*squared_norms.chunk(2), **numbers, dtype=ratios.dtype, of_updates=True))
+    ops.adam_(**{**two, "grads": []}, ratios=ratios)
+    assert torch.equal(ratios, one["ratios"])
+    for name in WRITTEN_BY_ADAM:
+        assert all(torch.equal(a, b) for a, b in zip(one[name], two[name], strict=True))
 
 
 def count_launches(call, *arguments, **more):
@@ -434,6 +604,15 @@ def test_launches_of_sgd(op, launches, inverse, dtype, momentum_dtype):
     assert count_launches(op, **arguments) == launches
 
 
+@EVERY_ADAM
+@MOMENTS
+@pytest.mark.parametrize("inverse", [None, 0.5, 0.0])
+def test_launches_of_adam(how, dtype, moment_dtype, inverse):
+    inv_scale = None if inverse is None else torch.tensor(inverse, device="cuda")
+    arguments = {**adam_arguments(how, dtype, moment_dtype), "inv_scale": inv_scale}
+    assert count_launches(ops.adam_, **arguments) == ADAM[how][1]
+
+
 @pytest.mark.parametrize("inverse", [None, 0.5, 0.0])
 @pytest.mark.parametrize("options", [{}, {"decayed_norm": True, "clip": True, "lr_in_momentum": True}], ids=["", "all"])
 def test_no_dialect_and_no_scale_launches_more(options, inverse):
@@ -464,8 +643,10 @@ def run_bytes():
         lambda params: LARS(torch.optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1)),
         lambda params: LARS(torchlars_optim.SGD(params, lr=0.1, momentum=0.9, weight_decay=0.1), norm="decayed"),
         lambda params: LAMB(torch.optim.AdamW(params, lr=0.1, weight_decay=0.1)),
+        lambda params: LARS(torchlars_optim.Adam(params, lr=0.1, weight_decay=0.1), norm="decayed"),
+        lambda params: LAMB(torchlars_optim.AdamW(params, lr=0.1, weight_decay=0.1)),
     ],
-    ids=["LARS(SGD)", "LARS(torchlars SGD)", "LAMB(AdamW)"],
+    ids=["LARS(SGD)", "LARS(torchlars SGD)", "LAMB(AdamW)", "LARS(torchlars Adam)", "LAMB(torchlars AdamW)"],
 )
 def test_runs_of_layers_have_the_bits_of_two_launches(make, dtype, run_bytes):
     params = make_many(dtype)
@@ -487,11 +668,19 @@ def make_many(dtype):
     return [param for _ in range(6) for param in make(dtypes=(dtype,))]
 
 
-def test_runs_take_more_launches(run_bytes):
-    params = make_many(torch.float32)
-    optimizer = LARS(torchlars_optim.SGD(params, lr=0.1, weight_decay=0.1))
+OF_RUNS = {
+    "LARS": (lambda params: LARS(torchlars_optim.SGD(params, lr=0.1, weight_decay=0.1)), 300_000),
+    "LAMB": (lambda params: LAMB(torchlars_optim.AdamW(params, lr=0.1, weight_decay=0.1)), 600_000),
+}
+
+
+@pytest.mark.parametrize(("optimizer", "bytes_of_runs"), OF_RUNS.values(), ids=OF_RUNS)
+def test_runs_take_more_launches(run_bytes, optimizer, bytes_of_runs):
+    """A large layer has 168,000 bytes with its gradient, and as many of moments."""
+    optimizer = optimizer(make_many(torch.float32))
+    optimizer.step()  # the first one begins the state
     assert count_launches(optimizer.step) == 2
-    run_bytes(300_000)  # of which the large layers have 168,000 each
+    run_bytes(bytes_of_runs)
     assert count_launches(optimizer.step) == 12
     with pytest.raises(ValueError, match=r"expected a non-negative number of bytes \(got: -1\)"):
         run_bytes(-1)

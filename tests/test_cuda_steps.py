@@ -52,6 +52,10 @@ def our_sgd_in_8_bits(groups: Any) -> torch.optim.Optimizer:
     return torchlars.optim.SGD(groups, momentum=0.9, momentum_dtype=torch.int8, min_8bit_size=0)
 
 
+def our_adam_in_float32(groups: Any) -> torch.optim.Optimizer:
+    return torchlars.optim.Adam(groups, betas=(0.8, 0.95), state_dtype=torch.float32)
+
+
 CLIPPED = {"clip": True, "norm": "decayed", "eps": 0.05, "trust_coef": 0.3}
 # Bases whose step can be captured with an lr that is a tensor: torch's own SGD reads its value, but where it is fused.
 CAPTURED = {
@@ -63,6 +67,9 @@ CAPTURED = {
     "LARS(torchlars SGD), of updates": lambda groups: LARS(our_sgd(groups), apply_to="update"),
     "LARS(torchlars SGD in 8 bits)": lambda groups: LARS(our_sgd_in_8_bits(groups)),
     "LARS(Adam)": lambda groups: LARS(torch.optim.Adam(groups, capturable=True)),
+    "LARS(torchlars Adam)": lambda groups: LARS(torchlars.optim.Adam(groups)),
+    "LAMB(torchlars AdamW)": lambda groups: LAMB(torchlars.optim.AdamW(groups)),
+    "LAMB(torchlars Adam in float32), clipped": lambda groups: LAMB(our_adam_in_float32(groups), clip=True),
     "LAMB(AdamW)": lambda groups: LAMB(torch.optim.AdamW(groups, capturable=True)),
     "LAMB(AdamW fused)": lambda groups: LAMB(torch.optim.AdamW(groups, capturable=True, fused=True)),
 }
@@ -233,6 +240,9 @@ FUSED = {
     "LARS(torchlars SGD)": lambda groups: LARS(our_sgd(groups)),
     "torchlars SGD": our_sgd,
     "torchlars SGD in 8 bits": our_sgd_in_8_bits,
+    "torchlars AdamW": torchlars.optim.AdamW,
+    "LARS(torchlars Adam)": lambda groups: LARS(torchlars.optim.Adam(groups)),
+    "LAMB(torchlars AdamW)": lambda groups: LAMB(torchlars.optim.AdamW(groups)),
     "LAMB(AdamW)": lambda groups: LAMB(torch.optim.AdamW(groups, fused=True)),
 }
 

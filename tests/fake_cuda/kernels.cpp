@@ -51,6 +51,13 @@ void take_sgd(size_t count) {
   launch_update<T, M>(take, Slice<SgdLayer>(layers), {}, nullptr, {});
 }
 
+template <typename T, typename M>
+void take_adam(size_t count) {
+  const std::vector<AdamLayer> layers(count, AdamLayer{1});
+  launch_measure_adam<T, M>(take, layers, {}, {});
+  launch_update_adam<T, M>(take, layers, {}, nullptr, {});
+}
+
 template <typename T>
 void take_all(size_t count) {
   const std::vector<MeasuredLayer> measured(count, MeasuredLayer{1});
@@ -62,6 +69,8 @@ void take_all(size_t count) {
   launch_apply_to_updates<T>(take, layers, {}, nullptr, {});
   take_sgd<T, T>(count);
   take_sgd<T, compute_type<T>>(count);
+  take_adam<T, T>(count);
+  take_adam<T, compute_type<T>>(count);
   if constexpr (!std::is_same_v<T, double>) {
     const std::vector<CodedSgdLayer> coded(count);
     launch_update<T, int8_t>(take, Slice<CodedSgdLayer>(coded), {}, nullptr, {});
