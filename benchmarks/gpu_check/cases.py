@@ -25,6 +25,10 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 TOLERANCES = {torch.int8: 0, torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 INVERSES = (None, 0.125, 0.0)  # of the scale of gradients: not given, given, and a step that is skipped
 
+#: What LAMB over AdamW has of ``adam_``, and the first of two calls, which measures.
+LAMB = {"of_updates": True, "decoupled_weight_decay": True}
+FIRST_PART = {**LAMB, "ratios": None, "squared_norms": True}
+
 #: Around the widths of packs, blocks and chunks; with empty layers first, last and in between.
 SMALL = (0, 1, 3, 7, 64, 0, 255, 257, 70 * 257, 1025, 4099, 16383, 16385, 3 * 16384 + 5, 0)
 #: More than one launch takes, of any op.
@@ -37,11 +41,11 @@ MISALIGNED = ("", "p", "g", "pg")  # which of a layer's tensors begin one elemen
 
 #: All ops, those with ratios in two modes: measured by the op, or given. Of those that measure, layers may be LONG.
 MEASURE = ("squared_norms", "squared_norms of sums")
-MEASURE += tuple(f"{op} that measures" for op in ("scale_gradients_", "scale_updates_", "sgd_"))
-OPS = (*MEASURE, "trust_ratios", "scale_gradients_", "scale_updates_", "sgd_")
+MEASURE += tuple(f"{op} that measures" for op in ("scale_gradients_", "scale_updates_", "sgd_", "adam_"))
+OPS = (*MEASURE, "trust_ratios", "scale_gradients_", "scale_updates_", "sgd_", "adam_")
 NOT_TAKEN = {
     "squared_norms": ("others", "scales"),
-    **dict.fromkeys(("scale_gradients_", "sgd_"), ("trust_coefs", "eps")),
+    **dict.fromkeys(("scale_gradients_", "sgd_", "adam_"), ("trust_coefs", "eps")),
     "scale_updates_": ("trust_coefs", "eps", "lrs"),
 }
 
@@ -82,6 +86,8 @@ def cases() -> Iterator[Case]:
     for sizes in (MANY, LONG, EMPTY):
         for op in MEASURE if sizes is LONG else OPS:
             yield Case(op, torch.float32, sizes, 0.125 if takes_inv_scale(op) else None)
+        yield Case("adam_ that measures", torch.float32, sizes, 0.125, LAMB)
+        yield Case("adam_", torch.float32, sizes, 0.125, FIRST_PART)
     yield Case("sgd_ that measures", torch.float64, MANY, None, {"nesterov": True})
 
 
@@ -108,6 +114,16 @@ def options_of_ops(dtype: torch.dtype) -> Iterator[tuple[str, dict[str, Any]]]:
         for nesterov in (False, True):
             yield "sgd_", {"momentum_dtype": torch.int8, "nesterov": nesterov}
     yield "sgd_ that measures", every_dialect
+    for moment in dict.fromkeys((dtype, torch.float32 if dtype.itemsize == 2 else dtype)):
+        yield "adam_", {**LAMB, "moment_dtype": moment}
+        yield "adam_ that measures", {**LAMB, "moment_dtype": moment}
+    yield "adam_", FIRST_PART
+    yield "adam_", {**LAMB, "grads": []}
+    yield "adam_", {"ratios": None, "lr_tensor": 0.7}
+    yield "adam_", {"maximize": True}
+    yield "adam_ that measures", {"decoupled_weight_decay": True}
+    yield "adam_ that measures", {"of_updates": True, "maximize": True, "clip": True, "lr_tensor": 0.7}
+    yield "adam_ that measures", {name: every_dialect[name] for name in every_dialect if name != "lr_in_momentum"}
 
 
 def arguments(case: Case) -> dict[str, Any]:
@@ -115,7 +131,7 @@ def arguments(case: Case) -> dict[str, Any]:
     random = torch.Generator().manual_seed(len(str(case)))
     real = torch.float64 if case.dtype == torch.float64 else torch.float32
     names, options = parameters(case.op), dict(case.options)
-    momentum_dtype = options.pop("momentum_dtype", case.dtype)
+    momentum_dtype, moment_dtype = (options.pop(name, case.dtype) for name in ("momentum_dtype", "moment_dtype"))
     is_coded = momentum_dtype == torch.int8
 
     def tensors(scale: float, kind: str, dtype: torch.dtype = case.dtype) -> list[Tensor]:
@@ -154,6 +170,13 @@ def arguments(case: Case) -> dict[str, Any]:
         "grads": lambda: tensors(0.3, "g"),
         "momentum_buffers": lambda: tensors(3 if is_coded else 0.2, "g", momentum_dtype) if momentum_dtype else [],
         "momentum_scales": lambda: scales() if is_coded else None,
+        "exp_avgs": lambda: tensors(0.2, "g", moment_dtype),
+        "exp_avg_sqs": lambda: [tensor.square_().add_(0.05) for tensor in tensors(0.2, "p", moment_dtype)],
+        "steps": lambda: [torch.tensor(step) for step in numbers(float("grads" in options), 1.0, 100.0)],
+        "beta1": lambda: 0.9,
+        "beta2": lambda: 0.99,
+        "adam_eps": lambda: 1e-8,
+        "squared_norms": lambda: None,
         "row_lengths": list,
         "offsets": list,
         "param_squared_norms": lambda: vector(torch.float64, 0),
@@ -163,16 +186,18 @@ def arguments(case: Case) -> dict[str, Any]:
         "weight_decays": lambda: numbers(0.1, 0.0, 0.01),
         "trust_coefs": lambda: numbers(0.5, 0.1, 1.0),
         "eps": lambda: numbers(0.0, 1e-8, 0.1),
-        "lrs": lambda: numbers(0.5, 0.25, 2.0),
+        "lrs": lambda: numbers(0.05, 0.025, 0.2) if "steps" in names else numbers(0.5, 0.25, 2.0),
         "momentums": lambda: numbers(0.9, 0.5) if momentum_dtype else numbers(0.0),
         "dampenings": lambda: numbers(0.0) if options.get("nesterov") else numbers(0.0, 0.1),
         "lr_tensor": lambda: None,
         "inv_scale": lambda: None if case.inverse is None else torch.tensor(case.inverse, dtype=torch.float32),
     }
-    flags = ("maximize", "nesterov", "clip", "decayed_norm", "lr_in_momentum", "of_updates")
+    flags = ("maximize", "nesterov", "clip", "decayed_norm", "lr_in_momentum", "of_updates", "decoupled_weight_decay")
     values |= dict.fromkeys(flags, lambda: False)
     if "lr_tensor" in options:
         options["lr_tensor"] = torch.tensor(options["lr_tensor"], dtype=torch.float64)
+    if "squared_norms" in options:
+        options["squared_norms"] = torch.empty(2 * len(case.sizes), dtype=torch.float64)
     found = {name: options[name] if name in options else values[name]() for name in names}
     if "old_params" in names:  # parameters are those after an update
         for param, old in zip(found["params"], found["old_params"], strict=True):
@@ -221,7 +246,9 @@ def compare(case: Case, name: str, actual: Any, expected: Any) -> None:
             compare(case, f"{name}[{i}]", one, other)
     elif isinstance(expected, Tensor):
         is_norm = expected.dtype == torch.float64 and case.dtype.itemsize == 2  # summed in float32, two at a time
-        rtol = 2.0**-23 if is_norm else TOLERANCES[expected.dtype]
+        of_updates = name in ("squared_norms", "ratios") and "of_updates" in case.options  # of moments that are rounded
+        is_norm = is_norm and not of_updates
+        rtol = 2.0**-23 if is_norm else TOLERANCES[case.dtype if of_updates else expected.dtype]
         atol = 0.0 if is_norm else rtol
         where = f"{case}: {name} differs from the reference"
         torch.testing.assert_close(actual.cpu(), expected, rtol=rtol, atol=atol, msg=lambda how: f"{where}\n{how}")
