@@ -463,7 +463,7 @@ BUGS = {
                 "!kApplies && numbers.decoupled_weight_decay != 0",
                 "parameters differ",
             ),
-            ("eps is left out", "adam.h", "(root + numbers.eps)", "root", "differ"),
+            ("eps is left out", "adam.h", " + numbers.eps)", ")", "differ"),
             ("maximize is ignored by Adam", "adam.h", "maximize ? -ratio : ratio", "ratio", "moments differ"),
             (
                 "moments are updated again by the second launch",

@@ -463,8 +463,10 @@ def adam_(
         if not decoupled_weight_decay and weight_decays[i] != 0:
             direction = direction + weight_decays[i] * _real(params[i]).double()
         direction = factors[i] * direction
-        for moments, beta, new in ((exp_avgs, beta1, direction), (exp_avg_sqs, beta2, direction.square())):
-            _write(moments[i], beta * _real(moments[i]).double() + (1 - beta) * new, inv_scale)
+        m, v = (_real(moments[i]).double() for moments in (exp_avgs, exp_avg_sqs))
+        m = m + (1 - beta1) * (direction - m) if beta1 > 0.5 else direction - beta1 * (direction - m)
+        _write(exp_avgs[i], m, inv_scale)
+        _write(exp_avg_sqs[i], beta2 * v + (1 - beta2) * direction.square(), inv_scale)
         _write(steps[i], steps[i] + 1, inv_scale)
     updates = []
     for i, param in enumerate(params):
