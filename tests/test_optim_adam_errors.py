@@ -10,6 +10,7 @@ from optimizers import params_of
 from sgd_cases import (
     ODD,
     assert_unchanged,
+    flagged,
     give_gradients,
     layers,
     parameter,
@@ -23,10 +24,11 @@ from sgd_cases import (
 from torchlars import LAMB, LARS, optim
 
 pytestmark = pytest.mark.usefixtures("one_thread", "checked_sparse_tensors")
-KINDS = {  # LARS scales gradients itself over AdamW, whose decay is decoupled
+KINDS = {
     "Adam": optim.Adam,
     "AdamW": optim.AdamW,
     "LARS(Adam)": LARS.over(optim.Adam),
+    "LARS(AdamW)": LARS.over(optim.AdamW),
     "LAMB(Adam)": LAMB.over(optim.Adam),
     "LAMB(AdamW)": LAMB.over(optim.AdamW),
 }
@@ -173,6 +175,16 @@ def test_arguments_that_choose_among_implementations_do_not_exist(ours_of, their
 
 
 # Gradients and parameters.
+
+
+@pytest.mark.parametrize("base", [optim.Adam, optim.AdamW])
+def test_parameters_of_fsdp1_are_refused_before_any_moment_changes(base, backend):
+    """LAMB refused them once it was asked to decide, when moments were those of the step already."""
+    fine, param = parameter(3), flagged(parameter(4))
+    optimizer = LAMB(base([{"params": [fine]}, {"params": [with_gradient(param)]}], lr=0.1, weight_decay=0.1))
+    raises_and_changes_nothing(optimizer, RuntimeError, r"\(group: 1, parameter: 0, shape: \(4,\)\)")
+    with_gradient(fine)
+    raises_and_changes_nothing(optimizer, RuntimeError, r"\(group: 1, parameter: 0, shape: \(4,\)\)")
 
 
 @kinds

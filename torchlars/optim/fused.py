@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchlars import amp, ops, sharding
 from torchlars.amp import GradScale
-from torchlars.layers import WRONG_DTYPE, memory_of, problem_of_gradient, problem_of_memory
+from torchlars.layers import WRONG_DTYPE, check_update, memory_of, problem_of_gradient, problem_of_memory
 from torchlars.optim.protocol import TrustRatios
 from torchlars.options import Group, GroupReader, is_capturing, non_negative_number, number_in
 
@@ -178,10 +178,8 @@ class FusedOptimizer(Optimizer):
         self, trust_ratios: TrustRatios | None, buckets: Sequence[Bucket], grad_scale: GradScale
     ) -> None:
         """Take the first part of the step of layers with ratios of updates, and set these."""
-        if trust_ratios is None or not self.takes_ratios_of_updates:
-            return
-        adapted = [bucket for bucket in buckets if trust_ratios.update_options(bucket.group) is not None]
-        if adapted:  # all at once: shards are completed together
+        adapted = [bucket for bucket in buckets if self._update_options(bucket.group, trust_ratios) is not None]
+        if trust_ratios is not None and adapted:  # all at once: shards are completed together
             norms = [bucket.measure_updates(grad_scale.inv_scale(bucket.params[0].device)) for bucket in adapted]
             layers = [(bucket.group, bucket.params, norm) for bucket, norm in zip(adapted, norms, strict=True)]
             for bucket, ratios in zip(adapted, trust_ratios.decide_updates(layers), strict=True):
@@ -221,15 +219,24 @@ class FusedOptimizer(Optimizer):
         buckets: list[Bucket] = []
         for index, layers in others.items():
             buckets += self._slow_path(index, layers, hypers[index], overlapping)
+            if self._update_options(index, trust_ratios) is not None:
+                for position, param in layers:
+                    check_update(index, position, param)
         return fast_layers, buckets
 
     def _fast_options(self, index: int, hyper: HyperParameters, trust_ratios: TrustRatios | None) -> Any:
         if trust_ratios is None:
             return hyper.fast_options(None)
-        options = trust_ratios.update_options(index) if self.takes_ratios_of_updates else None
+        options = self._update_options(index, trust_ratios)
         if options is not None:
             return hyper.fast_options(options, of_updates=True)
         return hyper.fast_options(trust_ratios.options(index))
+
+    def _update_options(self, index: int, trust_ratios: TrustRatios | None) -> Mapping[str, Any] | None:
+        """Return how the ratios of updates of a group are decided, or None if it has none."""
+        if trust_ratios is None or not self.takes_ratios_of_updates:
+            return None
+        return trust_ratios.update_options(index)
 
     def _context(self) -> list[Any]:
         return [*self.defaults, *self.defaults.values()]
