@@ -149,7 +149,7 @@ def test_portions_name_what_there_is(run, module, extension, monkeypatch):
         assert re.findall(r"`(\w+)`", told) == [name for name in steps if not name.startswith("a fault")]
     assert all((ROOT / file).exists() for file in re.findall(r" (tests/\S*)", commands))
     mains = re.findall(r"^-m benchmarks\.(\w+\.main) (.*)$", commands, re.M)
-    assert len(mains) == 7 + 1
+    assert len(mains) == 8 + 1
     for main, argv in mains:
         module(main).parse(shlex.split(argv))
 
