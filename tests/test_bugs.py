@@ -756,3 +756,37 @@ def test_a_sparse_momentum_is_not_made_dense_in_a_capture(monkeypatch):
     with pytest.raises(RuntimeError, match=r"\(group: 0, shape: \(2,\)\); take a step before the capture"):
         optimizer.step()
     assert optimizer.state[param]["momentum_buffer"] is momentum
+
+
+@pytest.mark.parametrize("closure", [None, lambda: 0.0], ids=["none", "closure"])
+def test_updates_are_scaled_where_the_base_drops_gradients_in_its_step(closure):
+    """With a closure LAMB still took such layers for ones without a gradient, and left their updates as they were."""
+
+    class Drops(SGD):
+        def step(self, closure=None):
+            loss = super().step(closure)
+            self.zero_grad()
+            return loss
+
+    param = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    param.grad = torch.tensor([0.6, 0.8])
+    optimizer = LAMB(Drops([param], lr=0.1))
+    optimizer.step() if closure is None else optimizer.step(closure)
+    torch.testing.assert_close(param.detach(), torch.tensor([2.7, 3.6]))
+    assert list(optimizer.trust_ratios()) == [param]
+
+
+@pytest.mark.parametrize("wrap", [lambda base: base, LAMB], ids=["plain", "LAMB"])
+def test_betas_that_change_in_place_are_read_again(wrap):
+    """A tuple was taken for a constant, also one of tensors."""
+    steps = []
+    for base in (torchlars.optim.AdamW, torch.optim.AdamW):
+        betas = tuple(torch.tensor(beta, dtype=torch.float64) for beta in (0.9, 0.99))
+        param = torch.nn.Parameter(torch.ones(3, dtype=torch.float64))
+        optimizer = wrap(base([param], lr=0.1, weight_decay=0.1, betas=betas))
+        for grad in ([1.0, 2, 3], [-1.0, 5, 0.3]):
+            param.grad = torch.tensor(grad, dtype=torch.float64)
+            optimizer.step()
+            betas[0].fill_(0.1)
+        steps.append(param.detach())
+    torch.testing.assert_close(*steps, rtol=1e-12, atol=1e-12)

@@ -107,7 +107,7 @@ def test_digits_refuses_arms_that_it_does_not_have(digits, monkeypatch, capsys):
         ("SGD", torch.optim.SGD, None),
         ("LARS", LARS, torch.optim.SGD),
         ("LARC", LARC, torch.optim.SGD),
-        ("LAMB", LAMB, torch.optim.AdamW),
+        ("LAMB", LAMB, torchlars.optim.AdamW),
     ],
 )
 def test_the_arms_of_digits_are_what_they_are_called(digits, name, wrapper, base):

@@ -162,9 +162,7 @@ class Bucket:
             return self.squared_norms
         how = self.adaptation
         params = self.local_params
-        if (
-            how.ratio_of == "update" and len(self.grads) == 0
-        ):  # else these are the updates, as the base handed them over
+        if how.ratio_of == "update" and len(self.grads) == 0:  # else they are the updates, as the base handed them over
             params = self.old_params
             others = ops.squared_norms(self.local_params, others=params, scales=[-1.0] * len(params))
         elif how.norm == "decayed":

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from numbers import Integral, Real
 from operator import is_
@@ -173,10 +173,15 @@ class GroupReader:
             items = dict(groups[index])  # first: a signal handler may change the group meanwhile
             results[index] = read(index, groups[index])
             snapshots[index] = _snapshot(groups[index], items, self._needs_lr(results[index]))
-        if any(isinstance(value, Tensor) and value.device.type == "cpu" for value in context):
+        if any(isinstance(value, Tensor) and value.device.type == "cpu" for value in _flat(context)):
             context = []  # they can change in place
         self._last = context, results, snapshots  # at once, and only if no group has raised
         return results
+
+
+def _flat(values: Iterable[Any]) -> Iterable[Any]:
+    """Return values, with the items of tuples in the place of these, as betas may be a tuple of tensors."""
+    return chain.from_iterable(value if type(value) is tuple else (value,) for value in values)
 
 
 _CONSTANTS = frozenset({float, int, bool, str, tuple, NoneType, EllipsisType, torch.dtype})
@@ -193,8 +198,9 @@ def _snapshot(group: Group, items: Group, has_lr: bool) -> tuple[Any, ...] | Non
     not_read = ("params", "param_names") if has_lr else ("params", "param_names", "lr")
     items.update((key, ...) for key in not_read if key in items)
     lr = items.get("lr")
-    if not _CONSTANTS.issuperset(map(type, items.values())):
+    if not _CONSTANTS.issuperset(map(type, _flat(items.values()))):
         is_on_device = isinstance(lr, Tensor) and lr.device.type != "cpu"
-        if not is_on_device or not _CONSTANTS.issuperset(type(items[key]) for key in items if key != "lr"):
+        others = (items[key] for key in items if key != "lr")
+        if not is_on_device or not _CONSTANTS.issuperset(map(type, _flat(others))):
             return None
     return group, *chain.from_iterable(items.items())

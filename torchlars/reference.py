@@ -402,7 +402,7 @@ def adam_(
 
     A step with ratios of updates can be taken in two calls, between which norms are completed over several ranks. The
     first is given ``squared_norms``: it updates t, m and v, and measures. The second has no ``grads``: it updates w, by
-    ``ratios`` that are given. The bits are those of one call.
+    ``ratios`` that are given. The bits are those of one call, for gradients of the parameters' dtype.
 
     u is that of m and v as they are stored, rounded to their dtype; where gradients have another dtype than parameters,
     one call may take it before they are rounded. Kernels compute in float32 (float64 for float64 layers). A parameter

@@ -284,6 +284,8 @@ class Step:
         self._written.clear()
         self.read_groups()
         self.adapt()
+        # By the gradients of now, which the base may drop as it steps.
+        self._updated = {param: how for param, how in self._updated.items() if param.grad is not None}
         self.hide()
         return loss
 
@@ -460,8 +462,7 @@ class Step:
         """Return the layers that ratios of updates are decided for, in buckets."""
         buckets: dict[Any, Bucket] = {}
         for param, how in self._updated.items():
-            had_gradient = self._closure is None or param.grad is not None  # the base may have dropped it since
-            if how.ratio_of == "update" and had_gradient:
+            if how.ratio_of == "update":
                 groups = sharding.process_groups(param)
                 key = (param.device, param.dtype, groups, how.kind)
                 if key not in buckets:

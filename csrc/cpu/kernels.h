@@ -166,7 +166,8 @@ TORCHLARS_INLINE void sgd_block_loop(T* param, const T* grad, int8_t* codes, flo
 }
 
 // A part of a step of Adam. kMoments: updates the moments; kApplies: updates the parameter, else writes the updates.
-// kUsual: gradients are neither scaled nor negated, which saves two multiplications by 1. Moments of gradients that
+// kUsual: gradients are neither scaled nor negated, and beta1 > 0.5, which saves two multiplications by 1 and a choice.
+// Moments of gradients that
 // hold weight decay are updated in double: in float they would have two roundings more, which their square doubles.
 template <bool kMoments, bool kApplies, bool kUsual, bool kDecays, bool kDecoupled, typename T, typename M,
           typename Compute>

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from torchlars import ops, sharding
 from torchlars.optim import fused
@@ -127,8 +129,9 @@ class FusedAdam(FusedOptimizer):
             non_negative_number(name, number_in(name, beta))
             for name, beta in zip((f"beta1{of_group}", f"beta2{of_group}"), betas, strict=True)
         )
-        if beta1 >= 1 or beta2 >= 1:
-            raise ValueError(f"betas{of_group} must be below 1 (got: {betas!r})")
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            if beta >= 1:
+                raise ValueError(f"{name}{of_group} must be below 1 (got: {beta})")
         state_dtype = group.get("state_dtype")
         if state_dtype not in (None, torch.float32):
             raise ValueError(f"state_dtype{of_group} must be None or torch.float32 (got: {state_dtype!r})")
@@ -148,11 +151,13 @@ class FusedAdam(FusedOptimizer):
         """Return why no step can be taken with a layer and its moments, or None."""
         if grad.is_sparse:
             return f"gradients must be dense (got: {grad.layout}); use torch.optim.SparseAdam"
-        if is_for_torch(param, grad):
+        if is_traceable_wrapper_subclass(param) and not sharding.is_distributed(param):
             return (
-                "parameters must be neither tensor subclasses other than DTensor nor lazily conjugated or negated "
-                f"(got: {type(param).__name__}); use torch.optim.{type(self).__name__}"
+                f"parameters must be plain tensors or DTensors, not other subclasses (got: {type(param).__name__}); "
+                f"use torch.optim.{type(self).__name__}"
             )
+        if is_for_torch(param, grad):
+            return "parameters must not be lazily conjugated or negated; use resolve_conj() and resolve_neg()"
         return self._problem_of_keys(state) or problem_of_state(param, state, MOMENTS)
 
     def load_layer(self, param: Tensor, saved: Mapping[str, Any], group: int) -> None:
@@ -160,6 +165,9 @@ class FusedAdam(FusedOptimizer):
         dtype = self._read_group(group, self.param_groups[group]).state_dtype_of(param)
         for name in MOMENTS:
             if saved.get(name) is not None:
+                if saved[name].shape != param.shape or saved[name].is_complex() != param.is_complex():
+                    got = f"shape {tuple(saved[name].shape)}, {saved[name].dtype}"
+                    raise ValueError(f"{name} must have its parameter's shape, and be complex if that is (got: {got})")
                 self.state[param][name] = saved[name].to(device=param.device, dtype=dtype)
         if saved.get("step") is not None:
             self.state[param]["step"] = _step_on(param, saved["step"], group)
@@ -168,6 +176,11 @@ class FusedAdam(FusedOptimizer):
         super()._check_state_dict(state_dict)
         for key, state in state_dict["state"].items():
             problem = self._problem_of_keys(state)
+            step = 0.0 if state.get("step") is None else state["step"]
+            if problem is None and not (isinstance(step, Tensor) and step.device.type != "cpu"):
+                steps = float(step.detach()) if isinstance(step, Tensor) else float(step)
+                if not 0 <= steps < math.inf:
+                    problem = f"step must be a non-negative number (got: {steps})"
             if problem is not None:
                 raise ValueError(f"{problem} in state_dict['state'][{key!r}]")
 
@@ -198,9 +211,8 @@ class Adam(FusedAdam, torch.optim.Adam):
     that of :class:`torch.optim.Adam`, unless a wrapper takes it. ``LARS(torchlars.optim.Adam(...))`` sets *r* to the
     trust ratio of the layer's gradient, which has almost no effect, as Adam is invariant to a gradient's scale.
     ``LAMB(torchlars.optim.Adam(...))`` sets *s* to that of its update *u*. That gives what the wrappers give over
-    :class:`torch.optim.Adam`, but LAMB copies no parameters, takes about as long as Adam alone where a layer fits into
-    cache, and measures *u* itself, not the difference of two rounded parameters: the ratio is exact for steps of any
-    length.
+    :class:`torch.optim.Adam`, but LAMB copies no parameters, reads a layer from memory once where it fits into cache,
+    and measures *u* itself, not the difference of two rounded parameters: the ratio is exact for steps of any length.
 
     A drop-in for :class:`torch.optim.Adam`: the same groups, the same state under the same keys, and each loads the
     other's state dicts. The arguments ``foreach``, ``fused``, ``capturable`` and ``differentiable`` choose among
@@ -225,7 +237,8 @@ class Adam(FusedAdam, torch.optim.Adam):
         TypeError, ValueError: an argument is of the wrong kind, or out of its range.
 
     Source: Kingma and Ba, *Adam: A Method for Stochastic Optimization*, 2015, arXiv:1412.6980, and the update rule of
-    :class:`torch.optim.Adam`. Here *u* is that of the moments as they are stored, after rounding.
+    :class:`torch.optim.Adam`. Here *u* is that of the moments as they are stored, after rounding, if gradients have
+    their parameter's dtype.
     """
 
     def __init__(
@@ -252,7 +265,8 @@ class AdamW(FusedAdam, torch.optim.AdamW):
         d = r g, \qquad
         u = \frac{m / (1 - \beta_1^t)}{\sqrt{v} / \sqrt{1 - \beta_2^t} + \epsilon} + \lambda w
 
-    ``LAMB(torchlars.optim.AdamW(...))`` is the LAMB of You et al., 2020. All else is documented there, and the same.
+    All else is as :class:`torchlars.optim.Adam` documents it. ``LAMB(torchlars.optim.AdamW(...))`` is the LAMB of You
+    et al., 2020.
 
     Args:
         weight_decay: λ ≥ 0, decoupled: part of the update *u*, and multiplied by γ.

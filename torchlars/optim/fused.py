@@ -288,8 +288,8 @@ class FusedOptimizer(Optimizer):
         problem = problem_of_memory(param)
         if problem is None and param.dtype not in ops.DTYPES:
             problem = f"{WRONG_DTYPE} (dtype: {param.dtype})"
-        problem = problem or problem_of_gradient(param, hyper.weight_decay)
         problem = problem or self.problem_of(param, grad, hyper, self.state.get(param, {}))
+        problem = problem or problem_of_gradient(param, hyper.weight_decay)
         if problem is None and not is_for_torch(param, grad):
             here = sharding.local(param)
             if not ops.is_writable_in_place(here):
