@@ -31,7 +31,6 @@ struct AdamNumbers {
                                     : maximize             ? -weight_decay
                                                            : weight_decay)),
         decoupled_weight_decay(static_cast<T>(decoupled_weight_decay ? weight_decay : 0)),
-        keeps_most(beta1 > 0.5),
         change(static_cast<T>(beta1 > 0.5 ? 1 - beta1 : -beta1)),
         beta2(static_cast<T>(beta2)),
         new_in_exp_avg_sq(static_cast<T>(1 - beta2)),
@@ -44,7 +43,6 @@ struct AdamNumbers {
       : ratio(static_cast<T>(other.ratio)),
         weight_decay(static_cast<T>(other.weight_decay)),
         decoupled_weight_decay(static_cast<T>(other.decoupled_weight_decay)),
-        keeps_most(other.keeps_most),
         change(static_cast<T>(other.change)),
         beta2(static_cast<T>(other.beta2)),
         new_in_exp_avg_sq(static_cast<T>(other.new_in_exp_avg_sq)),
@@ -55,8 +53,7 @@ struct AdamNumbers {
   T ratio;                   // 1 without trust ratios; negative with maximize
   T weight_decay;            // the coupled one, negative with maximize: the decay still pulls towards zero
   T decoupled_weight_decay;  // likewise 0 if the decay is of the other kind
-  bool keeps_most;           // whether beta1 > 0.5
-  T change;                  // 1 - beta1 if so, else -beta1
+  T change;                  // 1 - beta1 if beta1 > 0.5, else -beta1
   T beta2;
   T new_in_exp_avg_sq;  // 1 - beta2
   T root_factor;        // (1 - beta1^t) / sqrt(1 - beta2^t)
@@ -70,7 +67,7 @@ C10_HOST_DEVICE inline void update_moments(T param, T grad, T& exp_avg, T& exp_a
   const T direction = kDecays ? adapted_gradient(grad, param, numbers.weight_decay, numbers.ratio, numbers.inv_scale)
                               : adapted_gradient(grad, numbers.ratio, numbers.inv_scale);
   // beta1 * exp_avg + (1 - beta1) * direction, from the one of the two that has the larger factor.
-  exp_avg = (numbers.keeps_most ? exp_avg : direction) + numbers.change * (direction - exp_avg);
+  exp_avg = (numbers.change > 0 ? exp_avg : direction) + numbers.change * (direction - exp_avg);
   exp_avg_sq = numbers.beta2 * exp_avg_sq + (numbers.new_in_exp_avg_sq * direction) * direction;
 }
 

@@ -166,7 +166,7 @@ TORCHLARS_INLINE void sgd_block_loop(T* param, const T* grad, int8_t* codes, flo
 }
 
 // A part of a step of Adam. kMoments: updates the moments; kApplies: updates the parameter, else writes the updates.
-// kUsual: gradients are neither scaled nor negated, and beta1 > 0.5, which saves two multiplications by 1 and a choice.
+// kUsual: gradients are neither scaled nor negated, which saves two multiplications by 1.
 // Moments of gradients that
 // hold weight decay are updated in double: in float they would have two roundings more, which their square doubles.
 template <bool kMoments, bool kApplies, bool kUsual, bool kDecays, bool kDecoupled, typename T, typename M,
@@ -179,7 +179,6 @@ TORCHLARS_INLINE void adam_loop(T* __restrict param, const T* __restrict grad, M
   const AdamNumbers<Compute> of_update(given);
   if constexpr (kUsual) {
     of_moments.ratio = of_moments.inv_scale = 1;
-    of_moments.keeps_most = true;
   }
   for (int64_t i = 0; i < count; ++i) {
     if constexpr (kMoments) {
@@ -204,7 +203,7 @@ TORCHLARS_INLINE void adam_loop(T* __restrict param, const T* __restrict grad, M
 template <bool kDecays, bool kDecoupled, typename T, typename M, typename Compute>
 TORCHLARS_INLINE void adam_loop(T* param, const T* grad, M* exp_avg, M* exp_avg_sq, Compute* updates, int64_t count,
                                 const AdamNumbers<double>& numbers, Compute lr) {
-  const bool is_usual = numbers.ratio == 1 && numbers.inv_scale == 1 && numbers.keeps_most;
+  const bool is_usual = numbers.ratio == 1 && numbers.inv_scale == 1;
 #define TORCHLARS_CALL(kMoments, kApplies, kUsual)                                                             \
   adam_loop<kMoments, kApplies, kUsual, kDecays, kDecoupled>(param, grad, exp_avg, exp_avg_sq, updates, count, \
                                                              numbers, lr)
