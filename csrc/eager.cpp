@@ -318,18 +318,31 @@ struct LarsOptions : Dialect {
   std::optional<Lr> lr;  // none where LARS needs it for neither clip nor lr_in_momentum
 };
 
-// The same for SGD, with trust ratios or, where there is no trust_coef, without.
-struct SgdOptions : Dialect {
+// The same for a fused base, with trust ratios or, where there is no trust_coef, without.
+struct FusedOptions : Dialect {
   double weight_decay = 0;
   bool maximize = false;
   Lr lr = 0.0;
+  std::optional<double> trust_coef;
+  std::optional<double> eps;
+};
+
+struct SgdOptions : FusedOptions {
   double momentum = 0;
   double dampening = 0;
   bool nesterov = false;
   bool momentum_in_float32 = false;
   std::optional<int64_t> min_8bit_size;  // given: layers of so many elements have momentum in 8 bits
-  std::optional<double> trust_coef;
-  std::optional<double> eps;
+};
+
+// Of whose dialect lr_in_momentum is never set.
+struct AdamOptions : FusedOptions {
+  bool decoupled_weight_decay = false;
+  double beta1 = 0;
+  double beta2 = 0;
+  double adam_eps = 0;
+  bool state_in_float32 = false;
+  bool of_updates = false;  // whether trust ratios are those of updates
 };
 
 // Layers whose gradients LARS scales in one call, or whose updates LAMB does.
@@ -443,60 +456,57 @@ class LarsLayers {
   Seen seen_;
 };
 
-// Layers of which SGD takes the step in one call, with or without trust ratios.
-struct SgdBucket {
-  struct Key {
-    c10::Device device;
-    c10::ScalarType dtype;
-    std::optional<c10::ScalarType> momentum_dtype = std::nullopt;  // none: no momentum
-    const c10::TensorImpl* lr = nullptr;                           // null: a number
-    bool nesterov = false;
-    bool maximize = false;
-    bool is_adapted = false;
-    Dialect dialect = {};
+// What the layers of a bucket of a fused base have in common.
+struct FusedKey {
+  FusedKey(const at::Tensor& param, const FusedOptions& options)
+      : device(param.device()),
+        dtype(param.scalar_type()),
+        lr(key_of(options.lr)),
+        maximize(options.maximize),
+        is_adapted(options.trust_coef.has_value()),
+        dialect(options) {}
 
-    bool operator==(const Key& other) const {
-      return device == other.device && dtype == other.dtype && momentum_dtype == other.momentum_dtype &&
-             lr == other.lr && nesterov == other.nesterov && maximize == other.maximize &&
-             is_adapted == other.is_adapted && dialect == other.dialect;
+  auto tie() const { return std::tie(device, dtype, lr, maximize, is_adapted, dialect); }
+
+  c10::Device device;
+  c10::ScalarType dtype;
+  const c10::TensorImpl* lr;  // null: a number
+  bool maximize;
+  bool is_adapted;
+  Dialect dialect;
+};
+
+// Layers of which a fused base takes the step in one call, with or without trust ratios.
+template <typename AnyKey>
+struct FusedBucket {
+  using Key = AnyKey;
+
+  explicit FusedBucket(const Key& key) : key(key) {}
+
+  void add(PyObject* param, at::Tensor grad, const FusedOptions& options) {
+    params.add(param);
+    grads.push_back(std::move(grad));
+    if (tensor_in(options.lr)) {
+      lr = *tensor_in(options.lr);
     }
-  };
+    weight_decays.push_back(options.weight_decay);
+    trust_coefs.push_back(options.trust_coef.value_or(0));
+    eps.push_back(options.eps.value_or(0));
+    lrs.push_back(number_of(options.lr));
+  }
 
-  explicit SgdBucket(const Key& key) : key(key) {}
-
-  Key key;
-  PyTensors params;
-  Tensors grads;
-  PyTensors momentum_buffers;  // or codes
-  PyTensors momentum_scales;
-  std::optional<at::Tensor> lr;
-  Numbers weight_decays;
-  Numbers trust_coefs;
-  Numbers eps;
-  Numbers lrs;
-  Numbers momentums;
-  Numbers dampenings;
-
-  // Takes the step. Returns the trust ratios, if there are any.
-  std::optional<at::Tensor> update(const std::optional<at::Tensor>& inv_scale) const {
-    SgdArguments arguments;
+  // Sets the arguments that the ops of all bases have, and calls the op. Returns the trust ratios, if there are any.
+  template <typename Arguments>
+  std::optional<at::Tensor> call_with(Arguments arguments, const std::optional<at::Tensor>& inv_scale) const {
     arguments.params = params.tensors();
     arguments.grads = grads;
-    arguments.momentum_buffers = momentum_buffers.tensors();
-    if (key.momentum_dtype == c10::kChar) {
-      arguments.momentum_scales = momentum_scales.tensors();
-    }
     arguments.maximize = key.maximize;
     arguments.weight_decays = weight_decays;
     arguments.lrs = lrs;
     arguments.lr_tensor = lr_tensor_of(lr, key.device);
-    arguments.momentums = momentums;
-    arguments.dampenings = dampenings;
-    arguments.nesterov = key.nesterov;
     arguments.inv_scale = inv_scale;
     if (key.is_adapted) {
       arguments.decayed_norm = key.dialect.decayed_norm;
-      arguments.lr_in_momentum = key.dialect.lr_in_momentum;
       arguments.ratios = empty_ratios(grads);
       arguments.trust_coefs = trust_coefs;
       arguments.eps = eps;
@@ -505,14 +515,52 @@ struct SgdBucket {
     call(arguments);
     return arguments.ratios;
   }
+
+  Key key;
+  PyTensors params;
+  Tensors grads;
+  std::optional<at::Tensor> lr;
+  Numbers weight_decays;
+  Numbers trust_coefs;
+  Numbers eps;
+  Numbers lrs;
 };
 
-// Whether kernels can take values of an optimizer's state, and whether what they write may share its memory.
-class StateReader {
+// Gathers the layers of a fused base. A layer without state, or with one that a kernel cannot take, is left to the slow
+// path, which makes one.
+template <typename Bucket, typename Options>
+class FusedLayers {
  public:
+  virtual ~FusedLayers() = default;
+
+  // state: the optimizer's.
+  Positions add(const Groups<Options>& groups, const py::dict& state) {
+    return for_groups(groups, [&](const py::sequence& params, const Options& options) {
+      return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
+        Bucket* const bucket = bucket_of(param, object, state, options);
+        if (bucket != nullptr) {
+          shares_memory = shares_memory || may_share_memory(param);
+          bucket->add(object, std::move(grad), options);
+        }
+        return bucket != nullptr;
+      });
+    });
+  }
+
+  std::vector<std::shared_ptr<Bucket>> buckets;
   bool shares_memory = false;  // whether any parameter or tensor of the state may share its memory
 
  protected:
+  // The bucket of a layer, to which its state has been added; null if it is left to the slow path.
+  virtual Bucket* bucket_of(const at::Tensor& param, PyObject* object, const py::dict& state,
+                            const Options& options) = 0;
+
+  // The state of one parameter, a dict; null if there is none.
+  static py::object state_of(const py::dict& state, PyObject* object) {
+    py::object own = item_of(state, object);
+    return own && PyDict_Check(own.ptr()) ? own : py::object();
+  }
+
   // Whether a kernel can take a value of the state. If so, notes whether it may share its memory.
   bool is_state(const py::object& value, c10::ScalarType dtype, c10::Device device, at::IntArrayRef sizes) {
     if (!value || !THPVariable_CheckExact(value.ptr())) {
@@ -533,212 +581,157 @@ class StateReader {
            same_strides(param, THPVariable_Unpack(value.ptr()));
   }
 
+ private:
   Seen seen_;
 };
 
-class SgdLayers : public StateReader {
- public:
-  // state: the optimizer's. A layer without a momentum buffer, or with one that a kernel cannot take, is left to the
-  // slow path, which makes one.
-  Positions add(const Groups<SgdOptions>& groups, const py::dict& state) {
-    return for_groups(groups, [&](const py::sequence& params, const SgdOptions& options) {
-      return add_group(params, state, options);
-    });
+struct SgdKey : FusedKey {
+  SgdKey(const at::Tensor& param, const SgdOptions& options) : FusedKey(param, options), nesterov(options.nesterov) {}
+
+  bool operator==(const SgdKey& other) const {
+    return tie() == other.tie() && nesterov == other.nesterov && momentum_dtype == other.momentum_dtype;
   }
 
-  std::vector<std::shared_ptr<SgdBucket>> buckets;
-
- private:
-  std::vector<int64_t> add_group(const py::sequence& params, const py::dict& state, const SgdOptions& options) {
-    return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
-      SgdBucket::Key key{param.device(), param.scalar_type()};
-      key.lr = key_of(options.lr);
-      key.nesterov = options.nesterov;
-      key.maximize = options.maximize;
-      key.is_adapted = options.trust_coef.has_value();
-      key.dialect = options;
-      py::object found, scales;
-      if (options.momentum != 0) {
-        static PyObject* const names[] = {PyUnicode_InternFromString("momentum_buffer"),
-                                          PyUnicode_InternFromString("momentum_codes"),
-                                          PyUnicode_InternFromString("momentum_scales")};
-        const py::object own_state = item_of(state, object);
-        if (!own_state || !PyDict_Check(own_state.ptr())) {
-          return false;
-        }
-        const bool is_in_8bit = options.min_8bit_size.has_value() && is_coded(param, *options.min_8bit_size);
-        key.momentum_dtype = is_in_8bit                                                 ? c10::kChar
-                             : options.momentum_in_float32 && param.element_size() == 2 ? c10::kFloat
-                                                                                        : param.scalar_type();
-        if (PyDict_GET_SIZE(own_state.ptr()) > (is_in_8bit ? 2 : 1)) {  // there may be momentum of both kinds
-          const py::object other = item_of(own_state, names[is_in_8bit ? 0 : 1]);
-          if (other && !other.is_none()) {
-            return false;
-          }
-        }
-        found = item_of(own_state, names[is_in_8bit ? 1 : 0]);
-        if (!is_state_of(param, found, *key.momentum_dtype)) {
-          return false;
-        }
-        if (is_in_8bit) {
-          scales = item_of(own_state, names[2]);
-          if (!is_state(scales, c10::kFloat, param.device(), scales_shape(param)) ||
-              !THPVariable_Unpack(scales.ptr()).is_contiguous()) {
-            return false;
-          }
-        }
-      }
-      shares_memory = shares_memory || may_share_memory(param);
-      SgdBucket& bucket = bucket_for(buckets, key);
-      bucket.params.add(object);
-      bucket.grads.push_back(std::move(grad));
-      if (found) {
-        bucket.momentum_buffers.add(found.ptr());
-      }
-      if (scales) {
-        bucket.momentum_scales.add(scales.ptr());
-      }
-      if (key.lr) {
-        bucket.lr = *tensor_in(options.lr);
-      }
-      bucket.weight_decays.push_back(options.weight_decay);
-      bucket.trust_coefs.push_back(options.trust_coef.value_or(0));
-      bucket.eps.push_back(options.eps.value_or(0));
-      bucket.lrs.push_back(number_of(options.lr));
-      bucket.momentums.push_back(options.momentum);
-      bucket.dampenings.push_back(options.dampening);
-      return true;
-    });
-  }
+  bool nesterov;
+  std::optional<c10::ScalarType> momentum_dtype;  // none: no momentum
 };
 
-// The hyper-parameters of a group of Adam, with trust ratios of gradients or updates or, where there is no trust_coef,
-// without. lr_in_momentum is never set.
-struct AdamOptions : Dialect {
-  double weight_decay = 0;
-  bool decoupled_weight_decay = false;
-  bool maximize = false;
-  Lr lr = 0.0;
-  double beta1 = 0;
-  double beta2 = 0;
-  double adam_eps = 0;
-  bool state_in_float32 = false;
-  bool of_updates = false;
-  std::optional<double> trust_coef;
-  std::optional<double> eps;
-};
+struct SgdBucket : FusedBucket<SgdKey> {
+  using FusedBucket::FusedBucket;
 
-// Layers of which Adam takes the step in one call.
-struct AdamBucket {
-  struct Key {
-    c10::Device device;
-    c10::ScalarType dtype;
-    c10::ScalarType state_dtype;
-    const c10::TensorImpl* lr;  // null: a number
-    double beta1, beta2, adam_eps;
-    bool decoupled_weight_decay, maximize, is_adapted, of_updates;
-    Dialect dialect;
-
-    auto tie() const {
-      return std::tie(device, dtype, state_dtype, lr, beta1, beta2, adam_eps, decoupled_weight_decay, maximize,
-                      is_adapted, of_updates, dialect);
+  // Takes the step. Returns the trust ratios, if there are any.
+  std::optional<at::Tensor> update(const std::optional<at::Tensor>& inv_scale) const {
+    SgdArguments arguments;
+    arguments.momentum_buffers = momentum_buffers.tensors();
+    if (key.momentum_dtype == c10::kChar) {
+      arguments.momentum_scales = momentum_scales.tensors();
     }
-    bool operator==(const Key& other) const { return tie() == other.tie(); }
-  };
+    arguments.lr_in_momentum = key.is_adapted && key.dialect.lr_in_momentum;
+    arguments.momentums = momentums;
+    arguments.dampenings = dampenings;
+    arguments.nesterov = key.nesterov;
+    return call_with(arguments, inv_scale);
+  }
 
-  explicit AdamBucket(const Key& key) : key(key) {}
+  PyTensors momentum_buffers;  // or codes
+  PyTensors momentum_scales;
+  Numbers momentums;
+  Numbers dampenings;
+};
 
-  Key key;
-  PyTensors params;
-  Tensors grads;
-  PyTensors exp_avgs;
-  PyTensors exp_avg_sqs;
-  PyTensors steps;
-  std::optional<at::Tensor> lr;
-  Numbers weight_decays;
-  Numbers trust_coefs;
-  Numbers eps;
-  Numbers lrs;
+class SgdLayers : public FusedLayers<SgdBucket, SgdOptions> {
+  SgdBucket* bucket_of(const at::Tensor& param, PyObject* object, const py::dict& state,
+                       const SgdOptions& options) override {
+    SgdKey key(param, options);
+    py::object found, scales;
+    if (options.momentum != 0) {
+      static PyObject* const names[] = {PyUnicode_InternFromString("momentum_buffer"),
+                                        PyUnicode_InternFromString("momentum_codes"),
+                                        PyUnicode_InternFromString("momentum_scales")};
+      const py::object own_state = state_of(state, object);
+      if (!own_state) {
+        return nullptr;
+      }
+      const bool is_in_8bit = options.min_8bit_size.has_value() && is_coded(param, *options.min_8bit_size);
+      key.momentum_dtype = is_in_8bit                                                 ? c10::kChar
+                           : options.momentum_in_float32 && param.element_size() == 2 ? c10::kFloat
+                                                                                      : param.scalar_type();
+      if (PyDict_GET_SIZE(own_state.ptr()) > (is_in_8bit ? 2 : 1)) {  // there may be momentum of both kinds
+        const py::object other = item_of(own_state, names[is_in_8bit ? 0 : 1]);
+        if (other && !other.is_none()) {
+          return nullptr;
+        }
+      }
+      found = item_of(own_state, names[is_in_8bit ? 1 : 0]);
+      if (!is_state_of(param, found, *key.momentum_dtype)) {
+        return nullptr;
+      }
+      if (is_in_8bit) {
+        scales = item_of(own_state, names[2]);
+        if (!is_state(scales, c10::kFloat, param.device(), scales_shape(param)) ||
+            !THPVariable_Unpack(scales.ptr()).is_contiguous()) {
+          return nullptr;
+        }
+      }
+    }
+    SgdBucket& bucket = bucket_for(buckets, key);
+    if (found) {
+      bucket.momentum_buffers.add(found.ptr());
+    }
+    if (scales) {
+      bucket.momentum_scales.add(scales.ptr());
+    }
+    bucket.momentums.push_back(options.momentum);
+    bucket.dampenings.push_back(options.dampening);
+    return &bucket;
+  }
+};
+
+struct AdamKey : FusedKey {
+  AdamKey(const at::Tensor& param, const AdamOptions& options)
+      : FusedKey(param, options),
+        beta1(options.beta1),
+        beta2(options.beta2),
+        adam_eps(options.adam_eps),
+        decoupled_weight_decay(options.decoupled_weight_decay),
+        of_updates(options.of_updates),
+        state_dtype(options.state_in_float32 && param.element_size() == 2 ? c10::kFloat : param.scalar_type()) {}
+
+  auto own() const { return std::tie(beta1, beta2, adam_eps, decoupled_weight_decay, of_updates, state_dtype); }
+  bool operator==(const AdamKey& other) const { return tie() == other.tie() && own() == other.own(); }
+
+  double beta1;
+  double beta2;
+  double adam_eps;
+  bool decoupled_weight_decay;
+  bool of_updates;
+  c10::ScalarType state_dtype;
+};
+
+struct AdamBucket : FusedBucket<AdamKey> {
+  using FusedBucket::FusedBucket;
 
   // Takes the step. Returns the trust ratios, if there are any.
   std::optional<at::Tensor> update(const std::optional<at::Tensor>& inv_scale) const {
     AdamArguments arguments;
-    arguments.params = params.tensors();
-    arguments.grads = grads;
     arguments.exp_avgs = exp_avgs.tensors();
     arguments.exp_avg_sqs = exp_avg_sqs.tensors();
     arguments.steps = steps.tensors();
-    arguments.maximize = key.maximize;
-    arguments.weight_decays = weight_decays;
     arguments.decoupled_weight_decay = key.decoupled_weight_decay;
     arguments.beta1 = key.beta1;
     arguments.beta2 = key.beta2;
     arguments.adam_eps = key.adam_eps;
-    arguments.lrs = lrs;
-    arguments.lr_tensor = lr_tensor_of(lr, key.device);
-    arguments.inv_scale = inv_scale;
-    if (key.is_adapted) {
-      arguments.decayed_norm = key.dialect.decayed_norm;
-      arguments.of_updates = key.of_updates;
-      arguments.ratios = empty_ratios(grads);
-      arguments.trust_coefs = trust_coefs;
-      arguments.eps = eps;
-      arguments.clip = key.dialect.clip;
-    }
-    call(arguments);
-    return arguments.ratios;
+    arguments.of_updates = key.of_updates;
+    return call_with(arguments, inv_scale);
   }
+
+  PyTensors exp_avgs;
+  PyTensors exp_avg_sqs;
+  PyTensors steps;
 };
 
-class AdamLayers : public StateReader {
- public:
-  // state: the optimizer's. A layer without state, or with one that a kernel cannot take, is left to the slow path,
-  // which makes one.
-  Positions add(const Groups<AdamOptions>& groups, const py::dict& state) {
-    return for_groups(groups, [&](const py::sequence& params, const AdamOptions& options) {
-      return add_group(params, state, options);
-    });
-  }
-
-  std::vector<std::shared_ptr<AdamBucket>> buckets;
-
- private:
-  std::vector<int64_t> add_group(const py::sequence& params, const py::dict& state, const AdamOptions& options) {
+class AdamLayers : public FusedLayers<AdamBucket, AdamOptions> {
+  AdamBucket* bucket_of(const at::Tensor& param, PyObject* object, const py::dict& state,
+                        const AdamOptions& options) override {
     static PyObject* const names[] = {PyUnicode_InternFromString("exp_avg"), PyUnicode_InternFromString("exp_avg_sq"),
                                       PyUnicode_InternFromString("step")};
-    return for_plain_layers(params, seen_, [&](const at::Tensor& param, at::Tensor grad, PyObject* object) {
-      const py::object own_state = item_of(state, object);
-      if (!own_state || !PyDict_Check(own_state.ptr())) {
-        return false;
-      }
-      const auto dtype = param.scalar_type();
-      const auto state_dtype = options.state_in_float32 && param.element_size() == 2 ? c10::kFloat : dtype;
-      const py::object exp_avg = item_of(own_state, names[0]);
-      const py::object exp_avg_sq = item_of(own_state, names[1]);
-      const py::object step = item_of(own_state, names[2]);
-      if (!is_state_of(param, exp_avg, state_dtype) || !is_state_of(param, exp_avg_sq, state_dtype) ||
-          !is_state(step, c10::kFloat, param.device(), {})) {
-        return false;
-      }
-      shares_memory = shares_memory || may_share_memory(param);
-      AdamBucket& bucket = bucket_for(
-          buckets, AdamBucket::Key{param.device(), dtype, state_dtype, key_of(options.lr), options.beta1, options.beta2,
-                                   options.adam_eps, options.decoupled_weight_decay, options.maximize,
-                                   options.trust_coef.has_value(), options.of_updates, options});
-      bucket.params.add(object);
-      bucket.grads.push_back(std::move(grad));
-      bucket.exp_avgs.add(exp_avg.ptr());
-      bucket.exp_avg_sqs.add(exp_avg_sq.ptr());
-      bucket.steps.add(step.ptr());
-      if (tensor_in(options.lr)) {
-        bucket.lr = *tensor_in(options.lr);
-      }
-      bucket.weight_decays.push_back(options.weight_decay);
-      bucket.trust_coefs.push_back(options.trust_coef.value_or(0));
-      bucket.eps.push_back(options.eps.value_or(0));
-      bucket.lrs.push_back(number_of(options.lr));
-      return true;
-    });
+    const py::object own_state = state_of(state, object);
+    if (!own_state) {
+      return nullptr;
+    }
+    const AdamKey key(param, options);
+    const py::object exp_avg = item_of(own_state, names[0]);
+    const py::object exp_avg_sq = item_of(own_state, names[1]);
+    const py::object step = item_of(own_state, names[2]);
+    if (!is_state_of(param, exp_avg, key.state_dtype) || !is_state_of(param, exp_avg_sq, key.state_dtype) ||
+        !is_state(step, c10::kFloat, param.device(), {})) {
+      return nullptr;
+    }
+    AdamBucket& bucket = bucket_for(buckets, key);
+    bucket.exp_avgs.add(exp_avg.ptr());
+    bucket.exp_avg_sqs.add(exp_avg_sq.ptr());
+    bucket.steps.add(step.ptr());
+    return &bucket;
   }
 };
 
