@@ -318,21 +318,9 @@ def test_layers_that_require_gradients_stay_leaves(backend, op):
 
 
 x, y = torch.ones(3), torch.ones(4)
-bad_lr_tensor = r"lr_tensor to be one float64 on cpu \(got: shape "
-bad_inv_scale = r"inv_scale to be one float32 on cpu \(got: shape "
 BAD_CALLS = {
+    **calls.BAD_LAYERS,
     "no params": ({"params": [], "grads": []}, r"at least one tensor \(got: grads is empty\)"),
-    "more params": ({"params": [x, x, x]}, r"one length \(grads: 2, params: 3\)"),
-    "integers": ({"params": [x.long(), y.long()]}, r"expected float64, float32, .* \(params\[0\]: "),
-    "a sparse gradient": ({"grads": [x.to_sparse(), y]}, r"strided tensors \(grads\[0\]: .*[Ss]parse"),
-    "mixed dtypes": ({"params": [x, y.double()]}, r"one dtype \(params\[0\]: .*, params\[1\]: "),
-    "mixed devices": ({"grads": [x, y.to("meta")]}, r"one device \(grads\[0\]: cpu, grads\[1\]: meta\)"),
-    "kinds": ({"grads": [x * 1j, y * 1j]}, r"both real or both complex \(grads\[0\]: "),
-    "shapes": ({"grads": [y, x]}, r"one shape \(grads\[0\]: \[4\], params\[0\]: \[3\]\)"),
-    "shapes without decay": (
-        {"grads": [x, x], "weight_decays": [0.0, 0.0]},
-        r"one shape \(grads\[1\]: \[3\], params\[1\]: \[4\]\)",
-    ),
     "an expanded parameter": (
         {"params": [torch.ones(1).expand(3), y]},
         r"params that can be written in place \(params\[0\]: shape \[3\], strides \[0\] overlap in memory\); clone it first",
@@ -341,11 +329,6 @@ BAD_CALLS = {
         {"momentum_buffers": [x, torch.ones(1).expand(4)]},
         r"momentum_buffers that can be written in place \(momentum_buffers\[1\]: shape \[4\], strides \[0\] overlap",
     ),
-    "more decays": ({"weight_decays": [0.1] * 3}, r"one length \(grads: 2, weight_decays: 3\)"),
-    "decay < 0": ({"weight_decays": [0.1, -0.1]}, r"non-negative numbers \(weight_decays\[1\]: -0.1\)"),
-    "fewer lrs": ({"lrs": [0.1]}, r"one length \(grads: 2, lrs: 1\)"),
-    "lr < 0": ({"lrs": [0.1, -2.0]}, r"non-negative numbers \(lrs\[1\]: -2"),
-    "lr NaN": ({"lrs": [math.nan, 0.1]}, r"non-negative numbers \(lrs\[0\]: nan\)"),
     "fewer momentums": ({"momentums": [0.9]}, r"one length \(grads: 2, momentums: 1\)"),
     "momentum infinite": ({"momentums": [0.9, math.inf]}, r"non-negative numbers \(momentums\[1\]: inf\)"),
     "more dampenings": ({"dampenings": [0.0] * 3}, r"one length \(grads: 2, dampenings: 3\)"),
@@ -376,18 +359,6 @@ BAD_CALLS = {
         {"momentum_buffers": [], "momentums": [0.0, 0.0], "nesterov": True},
         r"momentum_buffers where nesterov is True",
     ),
-    "lr_tensor in float32": ({"lr_tensor": torch.tensor(0.5)}, bad_lr_tensor + r"\[\], .*[Ff]loat"),
-    "lr_tensor of two": ({"lr_tensor": torch.ones(2, dtype=torch.float64)}, bad_lr_tensor + r"\[2\]"),
-    "lr_tensor elsewhere": (
-        {"lr_tensor": torch.ones((), dtype=torch.float64, device="meta")},
-        bad_lr_tensor + r"\[\], .*meta",
-    ),
-    "inv_scale in float64": (
-        {"inv_scale": torch.tensor(0.5, dtype=torch.float64)},
-        bad_inv_scale + r"\[\], .*([Dd]ouble|float64)",
-    ),
-    "inv_scale of two": ({"inv_scale": torch.ones(2)}, bad_inv_scale + r"\[2\]"),
-    "inv_scale elsewhere": ({"inv_scale": torch.ones(1, device="meta")}, bad_inv_scale + r"\[1\], .*meta"),
 }
 BAD_CALLS_OF_ONE = {
     "given": {
