@@ -1,6 +1,7 @@
 """Groups, layers and gradients for tests of torchlars.optim.SGD, and comparison with torch's own SGD."""
 
 import copy
+import io
 import math
 
 import pytest
@@ -251,3 +252,67 @@ def sgd_of(model, cls=optim.SGD, under_lars=False, **options):
     """Our SGD, or another class, with two groups of different decay."""
     base = sgd(model, cls, **options)
     return LARS(base, eps=EPS, trust_coef=TRUST_COEF) if under_lars else base
+
+
+def through(how, state_dict):
+    """A state dict after it was copied or saved."""
+    if how == "deepcopy":
+        return copy.deepcopy(state_dict)
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def hand_over_in_mid_training(how, ours, theirs, expected, other):
+    """Theirs, then ours and then another of theirs go on with the state and parameters of the one before."""
+
+    def hand_over(one, to):
+        to.load_state_dict(through(how, one.state_dict()))
+        for p, q in zip(params_of(one), params_of(to), strict=True):
+            q.data.copy_(p.detach())
+
+    run([theirs, expected], range(2))
+    hand_over(theirs, ours)
+    run([ours, expected], range(2, 4))
+    assert_same(ours, expected, 1e-12)
+    hand_over(ours, other)
+    run([other, expected], range(4, 6))
+    assert_same(other, expected, 1e-12)
+
+
+def step_with_lr_tensors(ours, other, shape, lr_dtype, tolerance):
+    """Ours has tensors for lr, which change in place, and the other one the numbers in them."""
+    tensors = []
+    for group, its_other in zip(ours.param_groups, other.param_groups, strict=True):
+        group["lr"] = torch.full(shape, group["lr"], dtype=lr_dtype)
+        its_other["lr"] = group["lr"].item()
+        tensors.append(group["lr"])
+    for step in range(4):
+        give_gradients([ours, other], step)
+        ours.step()
+        other.step()
+        assert_same(ours, other, tolerance)
+        for group, its_other, tensor in zip(ours.param_groups, other.param_groups, tensors, strict=True):
+            assert group["lr"] is tensor
+            tensor.mul_(0.7)
+            its_other["lr"] = tensor.item()
+
+
+def step_odd_layers(name, ours, theirs, also=None):
+    """Three steps over an odd layer and others; ``also()`` after each. Gradients are only read."""
+    grads = [
+        (param.grad, param.grad._version if name != "gradient made in inference mode" else 0)
+        for param in params_of(ours)
+    ]
+    for _ in range(3):
+        for p, q in zip(params_of(ours), params_of(theirs), strict=True):
+            q.grad = p.grad.clone()
+        ours.step()
+        theirs.step()
+        assert_same(ours, theirs, 2e-6)
+        if also is not None:
+            also()
+    for param, (grad, version) in zip(params_of(ours), grads, strict=True):
+        assert param.grad is grad
+        assert grad.is_inference() or grad._version == version

@@ -5,7 +5,6 @@ The oracle is torch's optimizer in float64; of 16-bit layers it is the reference
 
 import copy
 import inspect
-import io
 import itertools
 import pickle
 
@@ -32,11 +31,15 @@ from sgd_cases import (
     assert_same,
     assert_unchanged,
     give_gradients,
+    hand_over_in_mid_training,
     layers,
     of_grad_dtype,
     parameter,
     run,
     snapshot,
+    step_odd_layers,
+    step_with_lr_tensors,
+    through,
     with_gradient,
 )
 from wrapped_networks import loss_of, network
@@ -74,20 +77,7 @@ def test_a_step_equals_that_of_torch(ours_of, theirs_of, betas, eps, decays, max
 @adams
 def test_lr_may_be_a_tensor_which_is_read_at_each_step(ours_of, theirs_of, shape, lr_dtype, backend):
     ours, theirs = pair(ours_of, theirs_of)
-    tensors = []
-    for group, other in zip(ours.param_groups, theirs.param_groups, strict=True):
-        group["lr"] = torch.full(shape, group["lr"], dtype=lr_dtype)
-        other["lr"] = group["lr"].item()
-        tensors.append(group["lr"])
-    for step in range(4):
-        give_gradients([ours, theirs], step)
-        ours.step()
-        theirs.step()
-        assert_same(ours, theirs, 1e-12)
-        for group, other, tensor in zip(ours.param_groups, theirs.param_groups, tensors, strict=True):
-            assert group["lr"] is tensor
-            tensor.mul_(0.7)
-            other["lr"] = tensor.item()
+    step_with_lr_tensors(ours, theirs, shape, lr_dtype, 1e-12)
     assert isinstance(ours_of(layers(0), lr=torch.tensor(0.5)).param_groups[0]["lr"], torch.Tensor)
 
 
@@ -381,15 +371,6 @@ def test_step_is_a_float32_without_dimensions_on_the_parameters_device(ours_of, 
             assert count.item() == 1 + step - (index == 6) - (index == 1 and step == 2)
 
 
-def through(how, state_dict):
-    if how == "deepcopy":
-        return copy.deepcopy(state_dict)
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 @pytest.mark.parametrize("implementation", [{}, {"foreach": True}, {"fused": True}], ids=str)
 @pytest.mark.parametrize("how", ["deepcopy", "weights_only"])
 @adams
@@ -397,19 +378,7 @@ def test_state_dicts_go_from_torch_to_us_and_back_in_mid_training(ours_of, their
     (ours, theirs), (_, expected), (_, other) = (pair(ours_of, theirs_of) for _ in range(3))
     for group in [*theirs.param_groups, *other.param_groups]:
         group.update(implementation)
-    run([theirs, expected], range(2))
-
-    def hand_over(one, to):
-        to.load_state_dict(through(how, one.state_dict()))
-        for p, q in zip(params_of(one), params_of(to), strict=True):
-            q.data.copy_(p.detach())
-
-    hand_over(theirs, ours)
-    run([ours, expected], range(2, 4))
-    assert_same(ours, expected, 1e-12)
-    hand_over(ours, other)
-    run([other, expected], range(4, 6))
-    assert_same(other, expected, 1e-12)
+    hand_over_in_mid_training(how, ours, theirs, expected, other)
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "weights_only"])
@@ -607,19 +576,7 @@ REFUSED = {"sparse", "sparse, of an expanded parameter", "parameter conjugated",
 @adams
 def test_an_odd_layer_is_stepped_as_by_torch(ours_of, theirs_of, name, backend):
     ours, theirs = odd_pair(ours_of, theirs_of, name)
-    grads = [
-        (param.grad, param.grad._version if name != "gradient made in inference mode" else 0)
-        for param in params_of(ours)
-    ]
-    for _ in range(3):
-        for p, q in zip(params_of(ours), params_of(theirs), strict=True):
-            q.grad = p.grad.clone()
-        ours.step()
-        theirs.step()
-        assert_same(ours, theirs, 2e-6)
-    for param, (grad, version) in zip(params_of(ours), grads, strict=True):
-        assert param.grad is grad
-        assert grad.is_inference() or grad._version == version
+    step_odd_layers(name, ours, theirs)
 
 
 @STATE_DTYPES

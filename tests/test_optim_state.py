@@ -1,7 +1,6 @@
 """State of torchlars.optim.SGD: momentum, its dtype and memory order, copies, state dicts and checkpoints."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -17,11 +16,13 @@ from sgd_cases import (
     few,
     give_gradients,
     groups,
+    hand_over_in_mid_training,
     layers,
     pair,
     run,
     sgd_of,
     snapshot,
+    through,
     unders,
 )
 from wrapped_networks import loss_of, network
@@ -103,15 +104,6 @@ def test_momentum_stays_the_same_tensor(pair_of, backend):
 # State dicts.
 
 
-def through(how, state_dict):
-    if how == "deepcopy":
-        return copy.deepcopy(state_dict)
-    file = io.BytesIO()
-    torch.save(state_dict, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
-
-
 hows = pytest.mark.parametrize("how", ["deepcopy", "weights_only"])
 
 
@@ -133,19 +125,7 @@ def test_state_dict_is_that_of_torch(pair_of, options):
 def test_state_dicts_go_from_torch_to_us_and_back_in_mid_training(pair_of, options, how, backend):
     ours, theirs = pair_of(options)
     expected, other = pair_of(options)[1], pair_of(options)[1]
-    run([theirs, expected], range(2))
-
-    def hand_over(one, to):
-        to.load_state_dict(through(how, one.state_dict()))
-        for p, q in zip(params_of(one), params_of(to), strict=True):
-            q.data.copy_(p.detach())
-
-    hand_over(theirs, ours)
-    run([ours, expected], range(2, 4))
-    assert_same(ours, expected, 1e-12)
-    hand_over(ours, other)
-    run([other, expected], range(4, 6))
-    assert_same(other, expected, 1e-12)
+    hand_over_in_mid_training(how, ours, theirs, expected, other)
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])

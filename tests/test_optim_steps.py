@@ -26,6 +26,7 @@ from sgd_cases import (
     run,
     sgd_of,
     snapshot,
+    step_with_lr_tensors,
     table,
     unders,
     widened,
@@ -301,20 +302,7 @@ def test_a_compiled_step_is_one_graph_however_many_layers_there_are(numel, exten
 @both
 def test_lr_may_be_a_tensor_which_is_read_at_each_step(pair_of, options, shape, lr_dtype, backend):
     ours, other = pair_of(options)[0], pair_of(options)[0]
-    tensors = []
-    for group, its_other in zip(ours.param_groups, other.param_groups, strict=True):
-        group["lr"] = torch.full(shape, group["lr"], dtype=lr_dtype)
-        its_other["lr"] = group["lr"].item()
-        tensors.append(group["lr"])
-    for step in range(3):
-        give_gradients([ours, other], step)
-        ours.step()
-        other.step()
-        assert_same(ours, other, 1e-15)
-        for group, its_other, tensor in zip(ours.param_groups, other.param_groups, tensors, strict=True):
-            assert group["lr"] is tensor
-            tensor.mul_(0.7)
-            its_other["lr"] = tensor.item()
+    step_with_lr_tensors(ours, other, shape, lr_dtype, 1e-15)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

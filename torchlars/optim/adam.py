@@ -97,6 +97,7 @@ class FusedAdam(FusedOptimizer):
     torch_keys = MOMENTS
     state_keys = (*MOMENTS, "step")
     own_keys = ("state_dtype",)
+    dtype_key = "state_dtype"
     #: A GradScaler leaves it to :meth:`step` to unscale gradients and to skip it.
     _step_supports_amp_scaling = True
 

@@ -95,8 +95,9 @@ class FusedOptimizer(Optimizer):
     #: The keys of a parameter's state in the class of :mod:`torch.optim`, and all keys of tensors that it can have.
     torch_keys: ClassVar[tuple[str, ...]]
     state_keys: ClassVar[tuple[str, ...]]
-    #: The keys of groups that the class of :mod:`torch.optim` does not know; the first is a dtype of state.
+    #: The keys of groups that the class of :mod:`torch.optim` does not know, and which of them is a dtype of state.
     own_keys: ClassVar[tuple[str, ...]]
+    dtype_key: ClassVar[str]
     #: How that dtype is written in a state dict.
     dtype_names: ClassVar[dict[torch.dtype, str]] = {torch.float32: "float32"}
 
@@ -309,7 +310,7 @@ class FusedOptimizer(Optimizer):
         torch.distributed.checkpoint gathers nothing else to one rank.
         """
         state_dict = super().state_dict()
-        key = self.own_keys[0]
+        key = self.dtype_key
         for group in state_dict["param_groups"]:
             if group.get(key) in self.dtype_names:
                 group[key] = self.dtype_names[group[key]]
@@ -346,7 +347,7 @@ class FusedOptimizer(Optimizer):
 
     def _check_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raise if no step could be taken with what a state dict holds."""
-        key = self.own_keys[0]
+        key = self.dtype_key
         for index, group in enumerate(state_dict["param_groups"]):
             dtype = group.get(key, self.defaults.get(key))
             numbers = {**self.defaults, **group, key: self._dtype_named(dtype)}
@@ -367,7 +368,7 @@ class FusedOptimizer(Optimizer):
 
     def _load_state(self, loaded: dict[str, Any], own_keys: Sequence[dict[str, Any]]) -> None:
         """Give loaded state the dtype that groups ask for: torch has cast it to the parameters' dtype."""
-        key = self.own_keys[0]
+        key = self.dtype_key
         for group, own in zip(self.param_groups, own_keys, strict=True):
             group.update({**own, **group})
             if key in group:
@@ -439,15 +440,29 @@ def problem_of_state(param: Tensor, state: Mapping[str, Any], names: Iterable[st
         tensor = state.get(name)
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            return f"{name} must be a tensor (got: {tensor!r})"
-        if not ops.has_memory(memory_of(tensor)):
-            return f"{name} must have memory (its storage was freed)"
+        problem = problem_of_tensor(name, tensor)
+        if problem is not None:
+            return problem
         if tensor.layout not in (torch.strided, torch.sparse_coo):
             return f"{name} must be strided or sparse COO (got: {tensor.layout})"
         if tensor.shape != param.shape:
             return f"{name} must have its parameter's shape (got: {tuple(tensor.shape)})"
-        if sharding.is_distributed(tensor) != sharding.is_distributed(param):
-            kind = "a DTensor" if sharding.is_distributed(tensor) else "a whole tensor"
-            return f"{name} must be distributed as its parameter is (got: {kind})"
+        problem = problem_of_distribution(param, name, tensor)
+        if problem is not None:
+            return problem
     return None
+
+
+def problem_of_tensor(name: str, value: Any) -> str | None:
+    """Return why a value of the state is no tensor with memory, or None."""
+    if not isinstance(value, Tensor):
+        return f"{name} must be a tensor (got: {value!r})"
+    return None if ops.has_memory(memory_of(value)) else f"{name} must have memory (its storage was freed)"
+
+
+def problem_of_distribution(param: Tensor, name: str, tensor: Tensor) -> str | None:
+    """Return why a tensor of the state is not distributed as its parameter, or None."""
+    if sharding.is_distributed(tensor) == sharding.is_distributed(param):
+        return None
+    kind = "a DTensor" if sharding.is_distributed(tensor) else "a whole tensor"
+    return f"{name} must be distributed as its parameter is (got: {kind})"

@@ -8,9 +8,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from torchlars import codes, ops, sharding
-from torchlars.layers import memory_of
-from torchlars.optim.fused import check_can_begin, is_in_order, problem_of_state, state_like
+from torchlars import codes, sharding
+from torchlars.optim.fused import (
+    check_can_begin,
+    is_in_order,
+    problem_of_distribution,
+    problem_of_state,
+    problem_of_tensor,
+    state_like,
+)
 
 __all__: list[str] = []
 
@@ -120,10 +126,9 @@ def problem_of_momentum(param: Tensor, state: Mapping[str, Any]) -> str | None:
         tensor = found.get(name)
         if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            return f"{name} must be a tensor (got: {tensor!r})"
-        if not ops.has_memory(memory_of(tensor)):
-            return f"{name} must have memory (its storage was freed)"
+        problem = problem_of_tensor(name, tensor)
+        if problem is not None:
+            return problem
         dtype, shape = {
             CODES: (torch.int8, tuple(param.shape)),
             SCALES: (torch.float32, codes.scales_shape(param.shape)),
@@ -136,9 +141,9 @@ def problem_of_momentum(param: Tensor, state: Mapping[str, Any]) -> str | None:
             return f"{name} must be {dtype} of shape {shape} (got: {got}){remedy if is_cast else ''}"
         if name == ORDER and not torch.compiler.is_compiling() and not codes.is_order(int(tensor), param.dim()):
             return f"{ORDER} must name dimensions 1 to {param.dim() - 1}, a digit each (got: {int(tensor)})"
-        if name != ORDER and sharding.is_distributed(tensor) != sharding.is_distributed(param):
-            kind = "a DTensor" if sharding.is_distributed(tensor) else "a whole tensor"
-            return f"{name} must be distributed as its parameter is (got: {kind})"
+        problem = None if name == ORDER else problem_of_distribution(param, name, tensor)
+        if problem is not None:
+            return problem
     if CODES in found and not sharding.is_placed_like(found[CODES], found[SCALES]):
         both = ", ".join(f"{name}: {found[name].placements}" for name in (CODES, SCALES))
         return f"{CODES} and {SCALES} must have the same placements ({both})"

@@ -219,6 +219,7 @@ class SGD(FusedOptimizer, torch.optim.SGD):
     torch_keys = ("momentum_buffer",)
     state_keys = MOMENTUM_KEYS
     own_keys = ("momentum_dtype", "min_8bit_size")
+    dtype_key = "momentum_dtype"
     dtype_names = {torch.float32: "float32", torch.int8: "int8"}  # noqa: RUF012
 
     def __init__(
