@@ -1,11 +1,14 @@
 """Arguments of the op adam_, groups and gradients for tests of torchlars.optim.Adam and AdamW, and comparisons."""
 
+import copy
+
 import pytest
 import torch
 from cases import copied
 from closeness import assert_all_equal
 from optimizers import params_of
-from sgd_cases import DECAYS, layers
+from sgd_cases import DECAYS, assert_same, layers
+from wrapped_networks import loss_of, network
 
 from torchlars import ops, optim, reference
 
@@ -322,3 +325,35 @@ def widen(theirs, ours):
             theirs.state[q] = {
                 name: value.clone() if name == "step" else value.to(q.dtype) for name, value in ours.state[p].items()
             }
+
+
+def train_with_overflows(build, if_skipped=lambda optimizer: None, if_taken=lambda optimizer, plain: None):
+    """Train under a scaler with overflows in steps 0 and 3, beside steps without one; ``build(parameters)`` is taken.
+
+    A step that is skipped leaves parameters and state as they were; of the first one it begins state, by zeros.
+    """
+    model, same = network(dtype=torch.float32), network(dtype=torch.float32)
+    optimizer, plain = build(model.parameters()), build(same.parameters())
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
+    for step in range(6):
+        overflows = step in (0, 3)
+        optimizer.zero_grad()
+        scaler.scale(loss_of(model, step)).backward()
+        if overflows:
+            model[2].bias.grad[0] = float("inf")
+        before = copy.deepcopy(([*model.parameters()], optimizer.state_dict()["state"]))
+        scaler.step(optimizer)
+        scaler.update()
+        if overflows:
+            assert all(map(torch.equal, before[0], model.parameters()))
+            for index, state in optimizer.state_dict()["state"].items():
+                assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
+                for name, value in state.items():
+                    assert torch.equal(value, before[1][index][name] if step else torch.zeros_like(value))
+            if_skipped(optimizer)
+        else:
+            plain.zero_grad()
+            loss_of(same, step).backward()
+            plain.step()
+            assert_same(optimizer, plain)  # a power of two leaves no trace
+            if_taken(optimizer, plain)

@@ -20,6 +20,7 @@ from adam_cases import (
     op_arguments,
     pair,
     results_of,
+    train_with_overflows,
     widen,
 )
 from cases import channels_last, sliced, transposed
@@ -283,32 +284,8 @@ def test_a_closure_is_called_once_with_gradients_enabled_and_its_loss_returned(o
 @STATE_DTYPES
 @adams
 def test_a_scaler_skips_the_step_of_an_overflow_and_leaves_clean_state(ours_of, theirs_of, state_dtype, backend):
-    """Also where the first step is skipped: then it is begun, by zeros and no step."""
-    model, same = network(dtype=torch.float32), network(dtype=torch.float32)
     options = {"lr": 0.05, "weight_decay": 0.1, "state_dtype": state_dtype}
-    optimizer, plain = ours_of(model.parameters(), **options), ours_of(same.parameters(), **options)
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
-    for step in range(6):
-        overflows = step in (0, 3)
-        optimizer.zero_grad()
-        scaler.scale(loss_of(model, step)).backward()
-        if overflows:
-            model[2].bias.grad[0] = float("inf")
-        before = copy.deepcopy(([*model.parameters()], optimizer.state_dict()["state"]))
-        scaler.step(optimizer)
-        scaler.update()
-        if overflows:
-            assert all(map(torch.equal, before[0], model.parameters()))
-            after = optimizer.state_dict()["state"]
-            for index, state in after.items():
-                assert state.keys() == {"step", "exp_avg", "exp_avg_sq"}
-                for name, value in state.items():
-                    assert torch.equal(value, before[1][index][name] if step else torch.zeros_like(value))
-        else:
-            plain.zero_grad()
-            loss_of(same, step).backward()
-            plain.step()
-            assert_same(optimizer, plain)  # a power of two leaves no trace
+    train_with_overflows(lambda params: ours_of(params, **options))
 
 
 # What it is to whoever asks.
