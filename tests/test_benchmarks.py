@@ -447,3 +447,25 @@ def test_nanoseconds_in_host_times_readme_are_those_of_the_results():
     tables = re.findall(r"(?:^\|.*\|\n)+", (folder / "results/cpu_1_threads.md").read_text("utf-8"), re.M)
     assert len(tables) == 2
     assert all(table in (folder / "README.md").read_text("utf-8") for table in tables)
+
+
+def test_passes_of_lamb_in_the_readme_are_those_of_the_results():
+    found = ratios_of("lamb_cpu_passes_2_threads.md")
+    readme = (ROOT / "benchmarks/step_time/README.md").read_text("utf-8")
+    names = ("LAMB(torchlars.optim.AdamW)", "first pass of LAMB alone", "second pass of LAMB alone")
+    for layers in ("resnet50", "vit_b_16"):
+        cells = " | ".join(found[layers][name] for name in names)
+        assert f"| {layers} | {cells} |" in readme
+
+
+def test_ratios_of_lamb_beside_targets_are_those_of_the_results(module):
+    targets = module("step_time.targets")
+    found = ratios_of("lamb_cpu_float32_2_threads.md")
+    readme = (ROOT / "benchmarks/step_time/README.md").read_text("utf-8")
+    forms = {"fused": "LAMB(torchlars.optim.AdamW)", "base": "torchlars.optim.AdamW", "wrapper": "LAMB(AdamW fused)"}
+    for layers in ("resnet50", "vit_b_16", "tiny"):
+        cells = []
+        for form, name in forms.items():
+            target = targets.target("lamb", form, "cpu", layers, 2, "float32")
+            cells += [f"{target.at_most:.1f}" if target else "–", found[layers][name]]
+        assert re.search(rf"^\| {layers} +\| {re.escape(' | '.join(cells))} \|$", readme, re.M), layers

@@ -17,7 +17,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from benchmarks.step_time.contestants import Contestant, Hyper, Step, grads_of, import_alone
-from torchlars import LAMB
+from torchlars import LAMB, ops
 
 
 def contestants(base: str) -> list[Contestant]:
@@ -70,6 +70,8 @@ def contestants(base: str) -> list[Contestant]:
             is_core=True,
             states=2,
         ),
+        Contestant("first pass of LAMB alone", None, lambda params, hyper: one_pass(params, hyper, True), states=2),
+        Contestant("second pass of LAMB alone", None, lambda params, hyper: one_pass(params, hyper, False), states=2),
         other("timm Lamb", timm_lamb, is_foreign=True),
         other("pytorch_optimizer Lamb", pytorch_optimizer_lamb, None, is_foreign=True),
         other("bitsandbytes LAMB", bitsandbytes_lamb, None, is_foreign=True, host_syncs=True),
@@ -113,6 +115,40 @@ def torchlars_adamw(params: list[Parameter], hyper: Hyper) -> Optimizer:
     """Build the AdamW that takes trust ratios into its own update."""
     optim = importlib.import_module("torchlars.optim")
     return optim.AdamW(params, lr=hyper.lr, betas=hyper.betas, eps=hyper.adam_eps, weight_decay=hyper.weight_decay)
+
+
+def one_pass(params: list[Parameter], hyper: Hyper, is_first: bool) -> Step:
+    """Return one of the passes of LAMB(torchlars.optim.AdamW) over all layers, which reads them from memory.
+
+    The first updates moments and measures, the second updates parameters.
+    """
+    layers = len(params)
+    exp_avgs, exp_avg_sqs = ([torch.zeros_like(param) for param in params] for _ in range(2))
+    steps = [torch.zeros((), device=param.device) for param in params]
+    dtype = ops.compute_dtype(params[0].dtype, params[0].dtype)
+    ones = torch.ones(layers, dtype=dtype, device=params[0].device)
+    squared_norms = torch.empty(2 * layers, dtype=torch.float64, device=params[0].device)
+
+    def step() -> None:
+        ops.adam_(
+            params,
+            grads_of(params) if is_first else [],
+            exp_avgs,
+            exp_avg_sqs,
+            steps,
+            maximize=False,
+            weight_decays=[hyper.weight_decay] * layers,
+            decoupled_weight_decay=True,
+            beta1=hyper.betas[0],
+            beta2=hyper.betas[1],
+            adam_eps=hyper.adam_eps,
+            lrs=[hyper.lr] * layers,
+            of_updates=True,
+            ratios=None if is_first else ones,
+            squared_norms=squared_norms if is_first else None,
+        )
+
+    return step
 
 
 # Peers
