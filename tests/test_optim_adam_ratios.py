@@ -417,6 +417,30 @@ def test_a_copy_goes_on_like_the_original(ours_of, theirs_of, path):
 
 
 @adams
+def test_overlapping_parameters_are_stepped_one_after_the_other(ours_of, theirs_of, path):
+    """The oracle has an optimizer for each. LAMB measured them all first, by values that the others change."""
+    options = {"lr": 0.05, "weight_decay": 0.1}
+
+    def views():
+        memory = torch.linspace(-1.0, 2.0, 8, dtype=torch.float64)
+        return [torch.nn.Parameter(memory[:5]), torch.nn.Parameter(memory[3:])]
+
+    one, two = views(), views()
+    together = LAMB(ours_of(one, **options), trust_coef=0.3)
+    apart = [LAMB(ours_of([param], **options), trust_coef=0.3) for param in two]
+    for step in range(3):
+        for params in (one, two):
+            for i, param in enumerate(params):
+                param.grad = torch.linspace(0.5 - step, 1.0 + i, 5, dtype=torch.float64)
+        together.step()
+        for optimizer in apart:
+            optimizer.step()
+        for p, q, optimizer in zip(one, two, apart, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-13, atol=1e-13)
+            torch.testing.assert_close(together.trust_ratios()[p], optimizer.trust_ratios()[q], rtol=1e-13, atol=0)
+
+
+@adams
 def test_a_scaler_skips_the_step_of_an_overflow_and_leaves_clean_state(ours_of, theirs_of, path):
     """Also the first one. The ratios of a step that was skipped are 1."""
 
