@@ -166,15 +166,15 @@ TORCHLARS_INLINE void sgd_block_loop(T* param, const T* grad, int8_t* codes, flo
 }
 
 // A part of a step of Adam. kMoments: updates the moments; kApplies: updates the parameter, else writes the updates.
-// kUsual: gradients are neither scaled nor negated, which saves two multiplications by 1.
-// Moments of gradients that
+// kUsual: gradients are neither scaled nor negated, which saves two multiplications by 1. Moments of gradients that
 // hold weight decay are updated in double: in float they would have two roundings more, which their square doubles.
 template <bool kMoments, bool kApplies, bool kUsual, bool kDecays, bool kDecoupled, typename T, typename M,
           typename Compute>
 TORCHLARS_INLINE void adam_loop(T* __restrict param, const T* __restrict grad, M* __restrict exp_avg,
                                 M* __restrict exp_avg_sq, Compute* __restrict updates, int64_t count,
                                 const AdamNumbers<double>& given, Compute lr) {
-  using Wide = std::conditional_t<kDecays && !kDecoupled, double, Compute>;
+  constexpr bool kGradientDecays = kDecays && !kDecoupled, kUpdateDecays = kDecays && kDecoupled;
+  using Wide = std::conditional_t<kGradientDecays, double, Compute>;
   AdamNumbers<Wide> of_moments(given);  // local copies, which cannot alias the outputs
   const AdamNumbers<Compute> of_update(given);
   if constexpr (kUsual) {
@@ -184,13 +184,13 @@ TORCHLARS_INLINE void adam_loop(T* __restrict param, const T* __restrict grad, M
     if constexpr (kMoments) {
       auto m = static_cast<Wide>(exp_avg[i]);
       auto v = static_cast<Wide>(exp_avg_sq[i]);
-      update_moments<kDecays && !kDecoupled>(static_cast<Wide>(param[i]), static_cast<Wide>(grad[i]), m, v, of_moments);
+      update_moments<kGradientDecays>(static_cast<Wide>(param[i]), static_cast<Wide>(grad[i]), m, v, of_moments);
       exp_avg[i] = static_cast<M>(m);
       exp_avg_sq[i] = static_cast<M>(v);
     }
     const auto w = static_cast<Compute>(param[i]);
-    const Compute update = adam_update < kDecays && kDecoupled > (w, static_cast<Compute>(exp_avg[i]),
-                                                                  static_cast<Compute>(exp_avg_sq[i]), of_update);
+    const Compute update =
+        adam_update<kUpdateDecays>(w, static_cast<Compute>(exp_avg[i]), static_cast<Compute>(exp_avg_sq[i]), of_update);
     if constexpr (kApplies) {
       param[i] = static_cast<T>(w - lr * update);
     } else {
