@@ -24,6 +24,9 @@ from torchlars import _extension
 
 PEERS = ("timm", "pytorch_optimizer", "bitsandbytes")
 
+#: How the names of environment variables begin that say how memory is allocated and where threads run.
+TUNING = ("GLIBC_TUNABLES", "GOMP_", "KMP_", "LD_PRELOAD", "MALLOC_", "OMP_", "THP_")
+
 
 def seconds(call: Callable[[], object]) -> float:
     """Return the wall time of one call."""
@@ -96,6 +99,7 @@ def environment(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         "torchlars": f"{torchlars.__version__} ({'reference' if _extension.extension is None else 'extension'})",
         **versions,
+        **{name: value for name, value in sorted(os.environ.items()) if name.startswith(TUNING)},
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)

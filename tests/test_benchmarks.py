@@ -45,11 +45,13 @@ def test_the_reference_is_not_timed_in_the_name_of_torchlars(module, name, monke
     assert "torchlars has no extension in" in capsys.readouterr().err
 
 
-def test_step_time_writes_what_the_table_needs(step_time, tmp_path, capsys):
+def test_step_time_writes_what_the_table_needs(step_time, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "4000000000")
     step_time()
     report = json.loads((tmp_path / "run.json").read_text(encoding="utf-8"))
     assert report["command"].startswith("python -m benchmarks.step_time.main --sets smoke")
     assert {"cpu", "cores", "threads", "torch", "torchlars", *PEERS} <= report["environment"].keys()
+    assert report["environment"]["MALLOC_TRIM_THRESHOLD_"] == "4000000000"
     result = report["sets"]["smoke"]
     assert (result["tensors"], result["elements"], result["floor"]) == (4, 216 + 8 + 128 + 16, "SGD fused")
     timed = result["contestants"]
