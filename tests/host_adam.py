@@ -147,8 +147,7 @@ def check_adam(case: Case, ways: list[Way], results: list[Result]) -> None:
         if way.inverse == SKIP:
             check_skipped(case, way, result)
         else:
-            check_moments(case, way, result)
-            check_updates(case, way, result)
+            check_updates(case, way, result, *check_moments(case, way, result))
         if way.op == LAMB_IN_TWO_PARTS and one_call:
             assert result.bits() == one_call, f"two calls differ from one: {case.name}, {case.dtype}, {way}"
         one_call = result.bits() if way.op == LAMB else []
@@ -243,7 +242,8 @@ def decays_of(case: Case, decays: bool) -> list[Tensor]:
     ]
 
 
-def check_moments(case: Case, way: Way, result: Result) -> None:
+def check_moments(case: Case, way: Way, result: Result) -> tuple[State, list[Tensor]]:
+    """Compare with moments in float64. Return these, and what both may be off by before they are rounded."""
     before, expected = state_of(case, way), state_of(case, way).wide()
     params, grads = wide(case.params), wide(case.grads)
     ratios = result.ratios if way.op == LARS_ADAM or way.has_ratios else None
@@ -262,22 +262,33 @@ def check_moments(case: Case, way: Way, result: Result) -> None:
     old = numbers["beta1"] * joined(before.exp_avgs).abs(), numbers["beta2"] * joined(before.exp_avg_sqs)
     sizes = old[0] + (1 - numbers["beta1"]) * direction, old[1] + (1 - numbers["beta2"]) * direction.square()
     moments = (result.state.exp_avgs, expected.exp_avgs), (result.state.exp_avg_sqs, expected.exp_avg_sqs)
+    all_roundings = []
     for what, (got, exact), size in zip(("first moments", "second moments"), moments, sizes, strict=True):
         roundings = 10 * real.eps * size + least * (4 + direction)
+        all_roundings.append(roundings)
         assert_within(
             what, case, way, torch.cat(got), joined(exact), roundings, [*terms, direction, direction.square()]
         )
+    return expected, all_roundings
 
 
-def check_updates(case: Case, way: Way, result: Result) -> None:
-    """Compare with updates of the moments as they are stored, which ``check_moments`` has compared."""
+def check_updates(case: Case, way: Way, result: Result, exact: State, of_moments: list[Tensor]) -> None:
+    """Compare with updates of the moments as they are stored, which ``check_moments`` has compared.
+
+    Those of 16-bit moments that are not measured are updates of the moments before they were rounded, which are
+    ``exact`` up to ``of_moments``.
+    """
     stored, layers = result.state.wide(), len(case.layers)
+    are_unrounded = way.momentum.itemsize == 2 and way.op in (ADAM, LARS_ADAM)
+    if are_unrounded:
+        stored = exact
     real = torch.finfo(reference.compute_dtype(case.dtype, case.dtype))
     expected = wide(case.params)
     unit = [torch.zeros_like(param) for param in expected]  # loses the update itself, without decay
     numbers, steps = numbers_of(way), joined(stored.steps)
-    roots = joined(stored.exp_avg_sqs).sqrt() / of_elements(case, (1 - numbers["beta2"] ** steps).sqrt())
-    numerators = joined(stored.exp_avgs) / of_elements(case, 1 - numbers["beta1"] ** steps)
+    corrections = [of_elements(case, 1 - numbers[beta] ** steps) for beta in ("beta1", "beta2")]
+    numerators = joined(stored.exp_avgs) / corrections[0]
+    roots = (joined(stored.exp_avg_sqs) / corrections[1]).sqrt()
     reference.adam_(
         unit,
         [],
@@ -295,6 +306,12 @@ def check_updates(case: Case, way: Way, result: Result) -> None:
     terms = [params, numerators, roots, joined(unit), joined(decays)]
     least = real.smallest_normal * real.eps * (1 + 1 / (roots + numbers["adam_eps"]))
     roundings = 10 * real.eps * (joined(unit).abs() + joined(decays).abs()) + 4 * least
+    if are_unrounded:
+        of_numerators, of_squares = (off / by for off, by in zip(of_moments, corrections, strict=True))
+        least_roots = (roots.square() - of_squares).clamp(min=0).sqrt()
+        of_roots = joined(unit).abs() * (roots - least_roots)
+        roundings = roundings + (of_numerators + of_roots) / (least_roots + numbers["adam_eps"])
+        terms += [joined(stored.exp_avgs), joined(stored.exp_avg_sqs)]
     updates = [decay - lost for lost, decay in zip(unit, decays, strict=True)]
     if way.op in (LAMB, LAMB_IN_TWO_PARTS):
         check_norms(case, way, result, updates, roundings, terms)

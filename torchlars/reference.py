@@ -404,8 +404,9 @@ def adam_(
     first is given ``squared_norms``: it updates t, m and v, and measures. The second has no ``grads``: it updates w, by
     ``ratios`` that are given. The bits are those of one call, for gradients of the parameters' dtype.
 
-    u is that of m and v as they are stored, rounded to their dtype; where gradients have another dtype than parameters,
-    one call may take it before they are rounded. Kernels compute in float32 (float64 for float64 layers). A parameter
+    A u that is measured, and that of a call without ``grads``, is that of m and v as they are stored, rounded to their
+    dtype. Any other is that of m and v before they are rounded, and so may be one that one call measures where
+    gradients have another dtype than parameters. Kernels compute in float32 (float64 for float64 layers). A parameter
     and each moment are rounded once, when they are written.
 
     Args:
@@ -456,6 +457,8 @@ def adam_(
             inv_scale=inv_scale,
         )
     factors = [1.0] * len(params) if ratios is None or of_updates else ratios
+    is_measured = squared_norms is not None or (of_updates and len(trust_coefs) > 0)
+    moments = []
     for i, grad in enumerate(grads):
         direction = _times(_real(grad).double(), inv_scale)
         if maximize:
@@ -463,20 +466,24 @@ def adam_(
         if not decoupled_weight_decay and weight_decays[i] != 0:
             direction = direction + weight_decays[i] * _real(params[i]).double()
         direction = factors[i] * direction
-        m, v = (_real(moments[i]).double() for moments in (exp_avgs, exp_avg_sqs))
+        m, v = _real(exp_avgs[i]).double(), _real(exp_avg_sqs[i]).double()
         m = m + (1 - beta1) * (direction - m) if beta1 > 0.5 else direction - beta1 * (direction - m)
+        v = beta2 * v + (1 - beta2) * direction.square()
         _write(exp_avgs[i], m, inv_scale)
-        _write(exp_avg_sqs[i], beta2 * v + (1 - beta2) * direction.square(), inv_scale)
+        _write(exp_avg_sqs[i], v, inv_scale)
         _write(steps[i], steps[i] + 1, inv_scale)
+        moments.append((m, v))
+    if is_measured or len(grads) == 0:
+        stored = zip(exp_avgs, exp_avg_sqs, strict=True)
+        moments = [(_real(m).double(), _real(v).double()) for m, v in stored]
     updates = []
-    for i, param in enumerate(params):
+    for i, (param, (m, v)) in enumerate(zip(params, moments, strict=True)):
         t = steps[i].double().reshape(())
-        root = _real(exp_avg_sqs[i]).double().sqrt() / (1 - beta2**t).sqrt()
-        update = _real(exp_avgs[i]).double() / (1 - beta1**t) / (root + adam_eps)
+        update = m / (1 - beta1**t) / (v.sqrt() / (1 - beta2**t).sqrt() + adam_eps)
         if decoupled_weight_decay and weight_decays[i] != 0:
             update = update + weight_decays[i] * _real(param).double()
         updates.append(update)
-    if squared_norms is not None or (of_updates and len(trust_coefs) > 0):
+    if is_measured:
         measured = torch.cat([_squared_norms(params), _squared_norms(updates)])
         if inv_scale is not None:
             measured = torch.where(inv_scale.reshape(()) == 0, 0.0, measured)

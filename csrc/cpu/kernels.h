@@ -168,6 +168,7 @@ TORCHLARS_INLINE void sgd_block_loop(T* param, const T* grad, int8_t* codes, flo
 // A part of a step of Adam. kMoments: updates the moments; kApplies: updates the parameter, else writes the updates.
 // kUsual: gradients are neither scaled nor negated, which saves two multiplications by 1. Moments of gradients that
 // hold weight decay are updated in double: in float they would have two roundings more, which their square doubles.
+// Updates that two passes compute are those of the moments as they are stored.
 template <bool kMoments, bool kApplies, bool kUsual, bool kDecays, bool kDecoupled, typename T, typename M,
           typename Compute>
 TORCHLARS_INLINE void adam_loop(T* __restrict param, const T* __restrict grad, M* __restrict exp_avg,
@@ -181,16 +182,23 @@ TORCHLARS_INLINE void adam_loop(T* __restrict param, const T* __restrict grad, M
     of_moments.ratio = of_moments.inv_scale = 1;
   }
   for (int64_t i = 0; i < count; ++i) {
+    Compute m, v;
     if constexpr (kMoments) {
-      auto m = static_cast<Wide>(exp_avg[i]);
-      auto v = static_cast<Wide>(exp_avg_sq[i]);
-      update_moments<kGradientDecays>(static_cast<Wide>(param[i]), static_cast<Wide>(grad[i]), m, v, of_moments);
-      exp_avg[i] = static_cast<M>(m);
-      exp_avg_sq[i] = static_cast<M>(v);
+      auto new_m = static_cast<Wide>(exp_avg[i]);
+      auto new_v = static_cast<Wide>(exp_avg_sq[i]);
+      update_moments<kGradientDecays>(static_cast<Wide>(param[i]), static_cast<Wide>(grad[i]), new_m, new_v,
+                                      of_moments);
+      exp_avg[i] = static_cast<M>(new_m);
+      exp_avg_sq[i] = static_cast<M>(new_v);
+      m = static_cast<Compute>(new_m);
+      v = static_cast<Compute>(new_v);
+    }
+    if constexpr (!kMoments || !kApplies) {
+      m = static_cast<Compute>(exp_avg[i]);
+      v = static_cast<Compute>(exp_avg_sq[i]);
     }
     const auto w = static_cast<Compute>(param[i]);
-    const Compute update =
-        adam_update<kUpdateDecays>(w, static_cast<Compute>(exp_avg[i]), static_cast<Compute>(exp_avg_sq[i]), of_update);
+    const Compute update = adam_update<kUpdateDecays>(w, m, v, of_update);
     if constexpr (kApplies) {
       param[i] = static_cast<T>(w - lr * update);
     } else {
@@ -424,7 +432,6 @@ inline void adam(c10::Half* param, const c10::Half* grad, M* exp_avg, M* exp_avg
   float grad_block[kHalfTile];
   float exp_avg_block[kHalfTile];
   float exp_avg_sq_block[kHalfTile];
-  float unused[kHalfTile];
   for (int64_t i = 0; i < count; i += kHalfTile) {
     const int64_t size = std::min(kHalfTile, count - i);
     float* const to_write = updates == nullptr ? nullptr : updates + i;
@@ -438,15 +445,17 @@ inline void adam(c10::Half* param, const c10::Half* grad, M* exp_avg, M* exp_avg
     } else {
       to_float(exp_avg + i, exp_avg_block, size);
       to_float(exp_avg_sq + i, exp_avg_sq_block, size);
-      if (grad != nullptr) {  // the moments first, as updates are those of rounded ones
-        adam(param_block, new_grad, exp_avg_block, exp_avg_sq_block, unused, size, numbers, lr);
+      adam(param_block, new_grad, exp_avg_block, exp_avg_sq_block, to_write, size, numbers, lr);
+      if (grad != nullptr) {
         to_half(exp_avg_block, exp_avg + i, size);
         to_half(exp_avg_sq_block, exp_avg_sq + i, size);
+      }
+      if (grad != nullptr && updates != nullptr) {  // again, from the moments as they are stored
         to_float(exp_avg + i, exp_avg_block, size);
         to_float(exp_avg_sq + i, exp_avg_sq_block, size);
+        adam(param_block, static_cast<const float*>(nullptr), exp_avg_block, exp_avg_sq_block, to_write, size, numbers,
+             lr);
       }
-      adam(param_block, static_cast<const float*>(nullptr), exp_avg_block, exp_avg_sq_block, to_write, size, numbers,
-           lr);
     }
     if (updates == nullptr) {
       to_half(param_block, param + i, size);

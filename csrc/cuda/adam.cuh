@@ -74,19 +74,22 @@ __device__ inline AdamNumbers<Compute> numbers_of(const AdamLayer& layer, const 
 }
 
 // A part of the step of one element. kMoments: updates the moments. kApplies: updates the parameter. Returns the
-// update, which is that of the moments as they are stored.
+// update. One that two passes compute is that of the moments as they are stored.
 template <bool kMoments, bool kApplies, typename T, typename M, typename Compute>
 __device__ inline Compute adam_one(T& param, T grad, M& exp_avg, M& exp_avg_sq, const AdamNumbers<Compute>& numbers,
                                    Compute lr) {
   const auto w = static_cast<Compute>(param);
+  auto m = static_cast<Compute>(exp_avg), v = static_cast<Compute>(exp_avg_sq);
   if constexpr (kMoments) {
     const auto g = static_cast<Compute>(grad);
-    auto m = static_cast<Compute>(exp_avg), v = static_cast<Compute>(exp_avg_sq);
     numbers.weight_decay != 0 ? update_moments<true>(w, g, m, v, numbers) : update_moments<false>(w, g, m, v, numbers);
     exp_avg = static_cast<M>(m);
     exp_avg_sq = static_cast<M>(v);
+    if constexpr (!kApplies) {
+      m = static_cast<Compute>(exp_avg);
+      v = static_cast<Compute>(exp_avg_sq);
+    }
   }
-  const auto m = static_cast<Compute>(exp_avg), v = static_cast<Compute>(exp_avg_sq);
   const Compute update =
       numbers.decoupled_weight_decay != 0 ? adam_update<true>(w, m, v, numbers) : adam_update<false>(w, m, v, numbers);
   if constexpr (kApplies) {
