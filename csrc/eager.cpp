@@ -56,6 +56,14 @@ class PyTensors {
     objects_.append(py::handle(object));
   }
 
+  // To be called after foreign code has run, which may have put other tensors into the Python objects.
+  void read_again() {
+    for (size_t i = 0; i < tensors_.size(); ++i) {
+      Borrow::assignBorrow(tensors_[i],
+                           THPVariable_Unpack(PyList_GET_ITEM(objects_.ptr(), static_cast<Py_ssize_t>(i))));
+    }
+  }
+
   at::TensorList tensors() const { return tensors_; }
   const py::list& objects() const { return objects_; }
 
@@ -392,15 +400,22 @@ struct LarsBucket {
     return *arguments.ratios;
   }
 
-  // Copies the parameters before the base's step. Lets go of gradients, which the base reads faster if it alone does.
+  // Copies the parameters and their lr before the base's step. Lets go of gradients, which the base reads faster if it
+  // alone does.
   void copy_params() {
     grads.clear();
     const py::gil_scoped_release no_gil;
     old_params = copies(params.tensors());
+    if (lr.has_value()) {
+      const auto options = at::TensorOptions(key.device).dtype(c10::kDouble);
+      lr = lr->detach().to(options, /*non_blocking=*/!key.device.is_cpu(), /*copy=*/true);
+    }
   }
 
   // Scales the updates since then. Returns the trust ratios.
-  at::Tensor scale_updates() const {
+  at::Tensor scale_updates() {
+    params.read_again();
+    const py::gil_scoped_release no_gil;
     ScaleUpdatesArguments arguments;
     arguments.params = params.tensors();
     arguments.old_params = old_params;
@@ -864,9 +879,8 @@ void bind_fast_path(py::module_& m) {
       .def_property_readonly("params", [](const LarsBucket& bucket) { return bucket.params.objects(); })
       .def("adapt", &LarsBucket::adapt, py::arg("inv_scale") = py::none(), no_gil,
            "Scale the gradients, and return the trust ratios.")
-      .def("copy_params", &LarsBucket::copy_params, "Copy the parameters before the base's step.")
-      .def("scale_updates", &LarsBucket::scale_updates, no_gil,
-           "Scale the updates since then, and return the trust ratios.");
+      .def("copy_params", &LarsBucket::copy_params, "Copy the parameters and their lr before the base's step.")
+      .def("scale_updates", &LarsBucket::scale_updates, "Scale the updates since then, and return the trust ratios.");
   py::class_<LarsLayers>(m, "LarsLayers", "The layers of one step on the fast path, in buckets.")
       .def(py::init<>())
       .def(

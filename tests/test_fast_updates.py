@@ -192,6 +192,45 @@ def test_with_a_closure_all_layers_are_left(left):
     assert_equal(optimizer, same)
 
 
+class Swapping(SGD):
+    """A base whose step puts other tensors into the parameters, and lets go of the old ones."""
+
+    def step(self, closure=None):
+        loss = closure() if closure is not None else None
+        for group in self.param_groups:
+            for param in group["params"]:
+                new = nn.Parameter(param.detach() - group["lr"] * param.grad)
+                new.grad = param.grad
+                torch.utils.swap_tensors(param, new)
+        return loss
+
+
+@pytest.mark.parametrize("closure", [None, lambda: torch.tensor(0.5)], ids=["", "closure"])
+def test_a_base_may_swap_the_tensors_of_parameters(closure):
+    params = [with_gradient(parameter(5, 3)), with_gradient(parameter(300), torch.randn(300))]
+    before = [param.detach().clone() for param in params]
+    optimizer = LAMB(Swapping(params, lr=0.25), trust_coef=0.5)
+    optimizer.step(closure)
+    for param, old in zip(params, before, strict=True):
+        ratio = 0.5 * old.norm() / param.grad.norm()
+        torch.testing.assert_close(param.detach(), old - 0.25 * ratio * param.grad)
+
+
+@pytest.mark.parametrize("closure", [None, lambda: torch.tensor(0.5)], ids=["", "closure"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_lr_is_that_before_the_step_of_the_base(dtype, closure):
+    """A hook of the base may change it in place, as a scheduler there does."""
+    lr = torch.tensor(0.25, dtype=dtype)
+    params = [with_gradient(parameter(5, 3)), with_gradient(parameter(4, dtype=torch.float64))]
+    before = [param.detach().clone() for param in params]
+    optimizer = LAMB(SGD([{"params": [param], "lr": lr} for param in params]), trust_coef=0.5)
+    optimizer.optim.register_step_post_hook(lambda *args: lr.mul_(0.5))
+    optimizer.step(closure)
+    assert lr == 0.125
+    for param, old in zip(params, before, strict=True):
+        torch.testing.assert_close((param.detach() - old).norm(), 0.25 * 0.5 * old.norm())
+
+
 def test_the_base_alone_refers_to_gradients():
     """A second reference would make reading .grad take longer."""
     param = with_gradient(parameter(3))

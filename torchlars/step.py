@@ -303,10 +303,17 @@ class Step:
         self._scale_for_base = self._grad_scale.once_unscaled() if self._unscales else self._grad_scale
 
     def _copy_params(self) -> None:
-        """Copy all parameters whose updates may have to be scaled here. The closure may give gradients to more."""
+        """Copy all parameters whose updates may have to be scaled here, and their lr.
+
+        The closure may give gradients to more.
+        """
         self._fast_updates, left = self._gather_fast_updates()
+        hows = {index: self._plan.adaptations[index] for index, _ in left}
+        lrs = {how.lr: how.lr.detach().clone() for how in hows.values() if isinstance(how.lr, Tensor)}
+        for index, how in hows.items():  # the base's step may change lr in place
+            hows[index] = replace(how, lr=lrs[how.lr]) if isinstance(how.lr, Tensor) else how
         for index, position in left:
-            how = self._plan.adaptations[index]
+            how = hows[index]
             param = how.group["params"][position]
             if param.grad is not None or (self._closure is not None and param.requires_grad):
                 check_update(index, position, param)
