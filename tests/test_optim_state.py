@@ -19,15 +19,17 @@ from sgd_cases import (
     hand_over_in_mid_training,
     layers,
     pair,
+    parameter,
     run,
     sgd_of,
     snapshot,
     through,
     unders,
+    with_gradient,
 )
 from wrapped_networks import loss_of, network
 
-from torchlars import optim, reference
+from torchlars import LAMB, LARS, optim, reference
 
 pytestmark = pytest.mark.usefixtures("one_thread", "checked_sparse_tensors")
 
@@ -142,6 +144,28 @@ def test_a_copy_goes_on_like_the_original(pair_of, copied, backend):
     assert not any(
         p.data_ptr() == q.data_ptr() for p, q in zip(params_of(ours), params_of(other), strict=True) if p.numel()
     )
+
+
+@pytest.mark.parametrize("base", ["SGD", "AdamW"])
+@pytest.mark.parametrize("wrap", [LARS, LAMB])
+def test_gradients_stay_where_a_state_dict_says_that_torchs_fused_form_wrote_it(wrap, base, backend):
+    """Which alone needs gradients in their parameters' memory order, and parameters without gaps."""
+    theirs = getattr(torch.optim, base)([with_gradient(parameter(4, 3)) for _ in range(2)], lr=0.25, fused=True)
+    theirs.step()
+    params = [parameter(4, 3), torch.nn.Parameter(parameter(4, 6).detach()[:, ::2])]
+    ours = wrap(getattr(optim, base)(params, lr=0.25, weight_decay=0.1))
+    ours.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    assert ours.param_groups[0]["fused"]
+    expected = wrap(getattr(optim, base)([torch.nn.Parameter(p.detach().clone()) for p in params], lr=0.25))
+    expected.load_state_dict(copy.deepcopy(theirs.state_dict()))
+    expected.param_groups[0]["fused"] = False
+    grads = [torch.arange(12.0).reshape(3, 4).t() for _ in params]
+    for param, same, grad in zip(params, params_of(expected), grads, strict=True):
+        param.grad, same.grad = grad, grad.contiguous()
+    ours.step()
+    expected.step()
+    assert all(param.grad is grad for param, grad in zip(params, grads, strict=True))
+    assert_same(ours, expected)
 
 
 def test_a_state_dict_of_other_groups_is_refused_and_nothing_changes(backend):

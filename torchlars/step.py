@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from itertools import repeat
 from typing import Any, ClassVar
@@ -341,7 +341,7 @@ class Step:
         """Adapt the gradients of all layers, except those that the base adapts itself."""
         self._warn_of_zero_layers()
         plan = self._plan
-        lay_out_gradients(self._wrapper.param_groups, skipped=plan.written)  # those are looked at as they are gathered
+        self._lay_out_gradients(skipped=plan.written)  # those are looked at as they are gathered
         if self._wrapper.ratio_of == "update" or len(plan.for_base) == len(plan.adaptations):
             return
         fast_layers, buckets = self._gather()
@@ -385,13 +385,21 @@ class Step:
         fast_layers, buckets = self._gather_as_they_lie()
         replaced = False
         if not fast_layers.same_layout or buckets:
-            replaced = lay_out_gradients(self._wrapper.param_groups)
+            replaced = self._lay_out_gradients()
         if fast_layers.shares_memory or any(bucket.is_written for bucket in buckets):
             written = [param for bucket in fast_layers.buckets for param in bucket.params]
             written += [param for bucket in buckets if bucket.is_written for param in bucket.params]
             params = (param for group in self._wrapper.param_groups for param in group["params"])
             replaced = own_gradients(written, params, self._wrapper.state) or replaced
         return self._gather_as_they_lie() if replaced else (fast_layers, buckets)
+
+    def _lay_out_gradients(self, skipped: Collection[int] = ()) -> bool:
+        """Lay out gradients as torch's fused optimizers need them. Return whether any was replaced."""
+        # A base that takes ratios is none of these, though its groups may hold their key from a state dict.
+        base = self._wrapper.optim
+        if any(getattr(base, takes_ratios, False) for takes_ratios in _TAKES_RATIOS_OF.values()):
+            return False
+        return lay_out_gradients(self._wrapper.param_groups, skipped)
 
     def _gather_as_they_lie(self) -> tuple[Any, Sequence[Bucket]]:
         """Return all layers to adapt, in buckets, with gradients of any memory layout."""
