@@ -36,6 +36,16 @@ BAD = {
         ValueError,
         r"lr of parameter group 1 must be a number or a tensor of one element \(got: \(2,\)\)",
     ),
+    "lr true": (
+        {"lr": torch.tensor(True)},
+        TypeError,
+        r"lr of parameter group 1 must be a real number \(got: a tensor of torch.bool\)",
+    ),
+    "lr complex": (
+        {"lr": torch.tensor(0.1 + 1j)},
+        TypeError,
+        r"lr of parameter group 1 must be a real number \(got: a tensor of torch.complex64\)",
+    ),
     "lr of none": (
         {"lr": torch.ones(0, 3)},
         ValueError,
