@@ -43,6 +43,11 @@ BAD = {
         ValueError,
         r"lr of parameter group 1 must be a number or a tensor of one element \(got: \(2,\)\)",
     ),
+    "lr complex": (
+        {"lr": torch.tensor(1j)},
+        TypeError,
+        r"lr of parameter group 1 must be a real number \(got: a tensor of torch.complex64\)",
+    ),
     "betas a number": ({"betas": 0.9}, TypeError, r"betas of parameter group 1 must be two numbers \(got: 0.9\)"),
     "betas of three": (
         {"betas": (0.9, 0.8, 0.7)},
@@ -338,8 +343,18 @@ LOADED = {
     ),
     "step a string": (
         lambda s: s["state"][1].update(step="3"),
-        TypeError,
-        r"state_dict\['state'\]\[1\]\['step'\] must be a .* \(got: str\)",
+        ValueError,
+        r"^step must be a number or a tensor of one \(got: '3'\) in state_dict\['state'\]\[1\]$",
+    ),
+    "step true": (
+        lambda s: s["state"][1].update(step=True),
+        ValueError,
+        r"^step must be a number or a tensor of one \(got: True\) in state_dict\['state'\]\[1\]$",
+    ),
+    "all None": (
+        lambda s: s["state"][1].update(step=None, exp_avg=None, exp_avg_sq=None),
+        ValueError,
+        r"^step must be a number or a tensor of one \(got: None\) in state_dict\['state'\]\[1\]$",
     ),
     "step of two": (
         lambda s: s["state"][1].update(step=torch.ones(2)),

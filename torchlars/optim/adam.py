@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any
 
 import torch
@@ -62,7 +63,7 @@ class Bucket(fused.Bucket):
 
     def _call(self, grads: Sequence[Tensor], inv_scale: Tensor | None, **arguments: Any) -> None:
         hyper, layers = self.hyper, len(self.params)
-        states = [_begun(param, self.state[param], hyper, self.group) for param in self.params]
+        states = [_begun(param, self.state.get(param, {}), hyper, self.group) for param in self.params]
         exp_avgs, exp_avg_sqs, steps = (
             [sharding.local(state[name]) for state in states] for name in (*MOMENTS, "step")
         )
@@ -111,10 +112,12 @@ class FusedAdam(FusedOptimizer):
         amsgrad: bool,
         maximize: bool,
         state_dtype: torch.dtype | None,
+        **of_class: bool,
     ) -> None:
         given: Group = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
-        self.hyper_parameters("", {**given, "maximize": maximize, "state_dtype": state_dtype})
-        super().__init__(params, maximize=maximize, **given)
+        given |= {"maximize": maximize, **of_class}
+        self.hyper_parameters("", {**given, "state_dtype": state_dtype})
+        super().__init__(params, **given)
         self._add_own({} if state_dtype is None else {"state_dtype": state_dtype})
 
     def hyper_parameters(self, of_group: str, group: Group) -> HyperParameters:
@@ -177,7 +180,9 @@ class FusedAdam(FusedOptimizer):
         super()._check_state_dict(state_dict)
         for key, state in state_dict["state"].items():
             problem = self._problem_of_keys(state)
-            step = 0.0 if state.get("step") is None else state["step"]
+            step = state.get("step", 0.0)
+            if problem is None and step is None:  # which torch cannot load
+                problem = "step must be a number or a tensor of one (got: None)"
             if problem is None and not (isinstance(step, Tensor) and step.device.type != "cpu"):
                 steps = float(step.detach()) if isinstance(step, Tensor) else float(step)
                 if not 0 <= steps < math.inf:
@@ -195,7 +200,8 @@ class FusedAdam(FusedOptimizer):
             is_number = step.numel() == 1 and not step.is_complex() and step.dtype != torch.bool
             got = f"shape {tuple(step.shape)}, {step.dtype}"
         else:
-            is_number, got = step is None or type(step) in (int, float), repr(step)
+            is_real = isinstance(step, Real) and not isinstance(step, bool)
+            is_number, got = is_real or step is None, repr(step)
         return None if is_number else f"step must be a number or a tensor of one (got: {got})"
 
 
@@ -220,7 +226,7 @@ class Adam(FusedAdam, torch.optim.Adam):
     implementations, of which this is one, and do not exist here. ``step`` is on the parameter's device, as with
     ``fused=True``, so that steps can be captured in CUDA graphs and a scaler can skip them without waiting. bfloat16
     and float16 layers are computed in float32, and rounded once when they are written. A parameter that a group lists
-    twice is one layer, and stepped once.
+    twice is one layer, and stepped once. Layers that share memory are stepped one after the other, under LAMB as well.
 
     Args:
         params: parameters, named parameters, or groups of them. Their gradients must be dense.
@@ -233,13 +239,16 @@ class Adam(FusedAdam, torch.optim.Adam):
         maximize: whether to ascend.
         state_dtype: ``torch.float32`` keeps the moments *m* and *v* of bfloat16 and float16 parameters in float32. None
             keeps them in the parameter's dtype, as :class:`torch.optim.Adam` does. A group's key as well, if given.
+            float16 needs it: it holds no *v* below 3e-8, where gradients are below 0.005. With *v* = 0 the update is
+            *m* / ε, and LAMB takes the direction of few elements.
+        decoupled_weight_decay: whether λ is decoupled, as in :class:`torchlars.optim.AdamW`.
 
     Raises:
         TypeError, ValueError: an argument is of the wrong kind, or out of its range.
 
     Source: Kingma and Ba, *Adam: A Method for Stochastic Optimization*, 2015, arXiv:1412.6980, and the update rule of
-    :class:`torch.optim.Adam`. Here *u* is that of the moments as they are stored, after rounding, if gradients have
-    their parameter's dtype.
+    :class:`torch.optim.Adam`. As with ``fused=True``, *u* is that of the moments before they are rounded to their
+    dtype. LAMB computes it twice, from the moments as they are stored, if gradients have their parameter's dtype.
     """
 
     def __init__(
@@ -253,8 +262,10 @@ class Adam(FusedAdam, torch.optim.Adam):
         *,
         maximize: bool = False,
         state_dtype: torch.dtype | None = None,
+        decoupled_weight_decay: bool = False,
     ) -> None:
-        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize, state_dtype)
+        of_class = {"decoupled_weight_decay": decoupled_weight_decay}
+        super().__init__(params, lr, betas, eps, weight_decay, amsgrad, maximize, state_dtype, **of_class)
 
 
 class AdamW(FusedAdam, torch.optim.AdamW):

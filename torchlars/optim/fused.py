@@ -361,9 +361,8 @@ class FusedOptimizer(Optimizer):
             where = f"state_dict['state'][{key!r}]"
             if not isinstance(state, dict):
                 raise TypeError(f"{where} must be a dict (got: {type(state).__name__})")
-            for name in {*self.torch_keys, *self.state_keys}:
-                is_number = name == "step" and isinstance(state.get(name), float | int)
-                if not (is_number or isinstance(state.get(name), Tensor | None)):
+            for name in {*self.torch_keys, *self.state_keys} - {"step"}:
+                if not isinstance(state.get(name), Tensor | None):
                     raise TypeError(f"{where}[{name!r}] must be a tensor or None (got: {type(state[name]).__name__})")
 
     def _load_state(self, loaded: dict[str, Any], own_keys: Sequence[dict[str, Any]]) -> None:
@@ -390,7 +389,12 @@ def is_for_torch(param: Tensor, grad: Tensor) -> bool:
     """Tell whether no op of ours can update a layer: torch lets none write a list of lazily conjugated tensors."""
     if grad.is_sparse or (is_traceable_wrapper_subclass(param) and not sharding.is_distributed(param)):
         return True
-    return not torch.compiler.is_compiling() and (param.is_conj() or param.is_neg())  # asking would cause a graph break
+    return _is_lazy(param)
+
+
+def _is_lazy(tensor: Tensor) -> bool:
+    """Tell whether a tensor is lazily conjugated or negated."""
+    return not torch.compiler.is_compiling() and (tensor.is_conj() or tensor.is_neg())  # asking would break the graph
 
 
 def state_like(param: Tensor, found: Tensor | None, dtype: torch.dtype, group: int) -> Tensor:
@@ -410,7 +414,8 @@ def state_like(param: Tensor, found: Tensor | None, dtype: torch.dtype, group: i
     """
     if found is not None:  # torch begins a sparse one from a sparse gradient
         placed = found.to_dense() if found.is_sparse else sharding.placed_like(param, found)
-        if placed is found and found.dtype == dtype and found.device == param.device and is_in_order(param, found):
+        is_alike = (found.dtype, found.device, _is_lazy(found)) == (dtype, param.device, False)
+        if placed is found and is_alike and is_in_order(param, found):
             return found
         found = placed
     check_can_begin(param, group)
