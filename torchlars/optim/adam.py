@@ -239,8 +239,8 @@ class Adam(FusedAdam, torch.optim.Adam):
         maximize: whether to ascend.
         state_dtype: ``torch.float32`` keeps the moments *m* and *v* of bfloat16 and float16 parameters in float32. None
             keeps them in the parameter's dtype, as :class:`torch.optim.Adam` does. A group's key as well, if given.
-            float16 needs it: it holds no *v* below 3e-8, where gradients are below 0.005. With *v* = 0 the update is
-            *m* / ε, and LAMB takes the direction of few elements.
+            float16 needs it: it holds no *v* below 3e-8, as gradients below 0.005 give it with β₂ = 0.999. Under LAMB,
+            where *v* is 0 the update is *m* / ε, so that few elements set the direction of a layer.
         decoupled_weight_decay: whether λ is decoupled, as in :class:`torchlars.optim.AdamW`.
 
     Raises:
