@@ -404,6 +404,11 @@ inline void check(const AdamArguments& given) {
   if (arguments.squared_norms.has_value()) {
     check_needs(op, "squared_norms", "are given", true, "of_updates", arguments.of_updates);
     check_needs(op, "squared_norms", "are given", true, "no ratios", !arguments.ratios.has_value());
+    const at::Tensor &param = arguments.params[0], &grad = arguments.grads[0], &exp_avg = arguments.exp_avgs[0];
+    TORCH_CHECK(grad.scalar_type() == param.scalar_type() || exp_avg.element_size() > 2, op,
+                ": expected exp_avgs of float32 where squared_norms are given with grads of another dtype than params "
+                "(params[0]: ",
+                param.scalar_type(), ", grads[0]: ", grad.scalar_type(), ", exp_avgs[0]: ", exp_avg.scalar_type(), ")");
     check_squared_norms(op, "squared_norms", *arguments.squared_norms);
     check_length(op, "squared_norms", arguments.squared_norms->size(0), "twice the params",
                  2 * arguments.params.size());

@@ -179,14 +179,17 @@ def assert_follows_the_reference(arguments, actual, ulps=4):
 
     The state is compared to that after a step of the reference; parameters and ratios of updates to those that the
     reference makes of the state as it was written, so that its rounding counts once. Updates of 16-bit moments that are
-    not measured are those before they were rounded, as the reference has them in float64.
+    not measured, or from gradients of another dtype, are those before they were rounded, as the reference has them in
+    float64.
     """
     n, of_updates = len(arguments["params"]), arguments.get("of_updates", False)
     ratio_dtype = ops.compute_dtype(arguments["grads"][0].dtype, arguments["params"][0].dtype)
     compute_dtype = ops.compute_dtype(arguments["params"][0].dtype, arguments["params"][0].dtype)
-    # Where gradients have another dtype, updates may be those of the state before it was rounded.
     is_mixed = arguments["grads"][0].dtype != arguments["params"][0].dtype
-    of_state = arguments["exp_avgs"][0].dtype if is_mixed else compute_dtype
+    is_unrounded = arguments["exp_avgs"][0].dtype.itemsize == 2 and (
+        is_mixed or not of_updates or "trust_coefs" not in arguments
+    )
+    of_state = arguments["exp_avgs"][0].dtype if is_mixed and not is_unrounded else compute_dtype
     measures, inv_scale = "trust_coefs" in arguments, arguments.get("inv_scale")
     given = {k: v for k, v in arguments.items() if k not in ("trust_coefs", "eps", "clip", "decayed_norm", "ratios")}
     if actual.get("ratios") is not None:
@@ -205,7 +208,7 @@ def assert_follows_the_reference(arguments, actual, ulps=4):
     assert_all_equal(actual["steps"], expected["steps"], "steps of layer")
     factors = actual.get("ratios") if of_updates else None
     state = sizes = actual
-    if arguments["exp_avgs"][0].dtype.itemsize == 2 and not is_mixed and not (of_updates and measures):
+    if is_unrounded:
         wide = {name: widened(given[name]) for name in WRITTEN[:3]}
         state, sizes = call({**given, **wide, "ratios": absolute.get("ratios")}, reference), terms
     expected_params = rest_of_step(arguments, state, factors)
@@ -222,7 +225,7 @@ def assert_follows_the_reference(arguments, actual, ulps=4):
         is_wide, how = ratio_dtype == torch.float64, {}
         weight_decays = [0.0] * n
         if of_updates:
-            others, params = reference.squared_norms(updates_of(arguments, actual)), arguments["params"]
+            others, params = reference.squared_norms(updates_of(arguments, state)), arguments["params"]
             how = {"of_updates": True, "lrs": [1.0] * n}
         else:
             how = {"lrs": arguments["lrs"], "lr_tensor": arguments.get("lr_tensor")}
@@ -247,7 +250,7 @@ def assert_follows_the_reference(arguments, actual, ulps=4):
         if of_updates:  # which are computed in the precision of the arithmetic
             tolerance = 1e-12 if of_state.itemsize == 8 and is_wide else 4 * torch.finfo(of_state).eps
             # Where the two terms of u cancel, as they may in layers of one element, u is less exact.
-            plain = updates_of({**arguments, "weight_decays": [0.0] * n}, actual)
+            plain = updates_of({**arguments, "weight_decays": [0.0] * n}, state)
             most = reference.squared_norms(plain).sqrt() / others.sqrt()
             tolerance = tolerance * most.nan_to_num(1.0, posinf=1.0).clamp(min=1.0)
         a, e = actual["ratios"].double(), ratios.double()

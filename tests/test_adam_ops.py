@@ -331,6 +331,15 @@ BAD_CALLS_OF = {
             {"ratios": None, "squared_norms": squares[:3]},
             r"one length \(twice the params: 4, squared_norms: 3\)",
         ),
+        "squared_norms, but grads of another dtype beside 16-bit moments": (
+            {
+                **{name: [x.bfloat16(), y.bfloat16()] for name in ("params", "exp_avgs", "exp_avg_sqs")},
+                "ratios": None,
+                "squared_norms": squares,
+            },
+            r"expected exp_avgs of float32 where squared_norms are given with grads of another dtype than params "
+            r"\(params\[0\]: .*[Bb][Ff]loat16, grads\[0\]: .*[Ff]loat.*, exp_avgs\[0\]: .*[Bb][Ff]loat16\)",
+        ),
         "squared_norms in float32": (
             {"ratios": None, "squared_norms": squares.float()},
             r"a contiguous vector of float64 \(squared_norms: ",

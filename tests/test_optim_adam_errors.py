@@ -46,7 +46,7 @@ BAD = {
     "lr complex": (
         {"lr": torch.tensor(1j)},
         TypeError,
-        r"lr of parameter group 1 must be a real number \(got: a tensor of torch.complex64\)",
+        r"lr of parameter group 1 must be a real number in a dense tensor \(got: torch.complex64, torch.strided\)",
     ),
     "betas a number": ({"betas": 0.9}, TypeError, r"betas of parameter group 1 must be two numbers \(got: 0.9\)"),
     "betas of three": (
@@ -354,7 +354,22 @@ LOADED = {
     "all None": (
         lambda s: s["state"][1].update(step=None, exp_avg=None, exp_avg_sq=None),
         ValueError,
-        r"^step must be a number or a tensor of one \(got: None\) in state_dict\['state'\]\[1\]$",
+        r"^the state of a parameter must hold .*, or none \(got: None\) in state_dict\['state'\]\[1\]$",
+    ),
+    "moments of None alone": (
+        lambda s: s["state"].update({1: {"exp_avg": None}}),
+        ValueError,
+        r"^the state of a parameter must hold .*, or none \(got: None\) in state_dict\['state'\]\[1\]$",
+    ),
+    "step a huge integer": (
+        lambda s: s["state"][1].update(step=10**400),
+        ValueError,
+        r"^step must be a non-negative number within float32 \(got: 10*\) in state_dict\['state'\]\[1\]$",
+    ),
+    "step beyond float32": (
+        lambda s: s["state"][1].update(step=torch.tensor(1e300, dtype=torch.float64)),
+        ValueError,
+        r"^step must be a non-negative number within float32 \(got: 1e\+300\) in state_dict\['state'\]\[1\]$",
     ),
     "step of two": (
         lambda s: s["state"][1].update(step=torch.ones(2)),
@@ -374,12 +389,12 @@ LOADED = {
     "step NaN": (
         lambda s: s["state"][1].update(step=torch.tensor(math.nan)),
         ValueError,
-        r"^step must be a non-negative number \(got: nan\) in state_dict\['state'\]\[1\]$",
+        r"^step must be a non-negative number within float32 \(got: nan\) in state_dict\['state'\]\[1\]$",
     ),
     "step negative": (
         lambda s: s["state"][1].update(step=-3),
         ValueError,
-        r"^step must be a non-negative number \(got: -3.0\) in state_dict\['state'\]\[1\]$",
+        r"^step must be a non-negative number within float32 \(got: -3\) in state_dict\['state'\]\[1\]$",
     ),
     "moment of another shape": (
         lambda s: s["state"][1].update(exp_avg_sq=torch.zeros(7)),

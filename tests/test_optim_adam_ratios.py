@@ -25,6 +25,7 @@ from sgd_cases import (
     assert_same_ratios,
     give_gradients,
     layers,
+    of_grad_dtype,
     parameter,
     run,
     with_gradient,
@@ -333,6 +334,28 @@ def test_16_bit_layers_with_state_in_float32_follow_float64(ours_of, theirs_of, 
             if p in ratios:
                 assert ratios[p].dtype == torch.float32
                 assert ratios[p].item() == pytest.approx(theirs.trust_ratios()[q].item(), rel=1e-6)
+
+
+@KEPT
+@adams
+def test_gradients_of_another_dtype_have_the_ratio_of_the_update_that_is_applied(ours_of, theirs_of, dtype, path):
+    """In float16 their second moments are 0 once they are rounded, after both."""
+    param = of_grad_dtype(parameter(300, dtype=dtype), torch.float32)
+    options = {"lr": 0.01, "weight_decay": 0.1}
+    ours = LAMB(ours_of([param], **options))
+    theirs = LAMB(theirs_of([torch.nn.Parameter(param.detach().double())], **options))
+    for step in range(3):
+        param.grad = 1e-3 * (1 + step) * torch.randn(300, generator=torch.Generator().manual_seed(step))
+        widen(theirs.optim, ours.optim)
+        ours.step()
+        theirs.step()
+        (p, ratio), (q, expected) = ours.trust_ratios().popitem(), theirs.trust_ratios().popitem()
+        assert ratio.item() == pytest.approx(expected.item(), rel=1e-5)
+        torch.testing.assert_close(p.detach().double(), q.detach(), rtol=torch.finfo(dtype).eps, atol=1e-6)
+        for name in ("exp_avg", "exp_avg_sq"):
+            moment, exact = ours.optim.state[p][name], theirs.optim.state[q][name]
+            assert moment.dtype == dtype
+            torch.testing.assert_close(moment, exact.to(dtype), rtol=torch.finfo(dtype).eps, atol=6e-8)
 
 
 # Ratios of gradients.

@@ -151,6 +151,12 @@ def adam_(op: str, a: Arguments) -> None:
     if norms is not None:
         _check_needs(op, "squared_norms", "are given", True, "of_updates", a["of_updates"])
         _check_needs(op, "squared_norms", "are given", True, "no ratios", ratios is None)
+        is_mixed, exp_avg = a["grads"][0].dtype != params[0].dtype, exp_avgs[0]
+        _check(
+            not is_mixed or exp_avg.dtype.itemsize > 2,
+            f"{op}: expected exp_avgs of float32 where squared_norms are given with grads of another dtype than params "
+            f"(params[0]: {params[0].dtype}, grads[0]: {a['grads'][0].dtype}, exp_avgs[0]: {exp_avg.dtype})",
+        )
         _check_squared_norms(op, "squared_norms", norms)
         _check_length(op, "squared_norms", norms, "twice the params", 2 * len(params))
         _check(

@@ -402,12 +402,12 @@ def adam_(
 
     A step with ratios of updates can be taken in two calls, between which norms are completed over several ranks. The
     first is given ``squared_norms``: it updates t, m and v, and measures. The second has no ``grads``: it updates w, by
-    ``ratios`` that are given. The bits are those of one call, for gradients of the parameters' dtype.
+    ``ratios`` that are given. The bits are those of one call, for gradients of the parameters' dtype. For others the
+    moments must not be of 16 bits in the first call.
 
-    A u that is measured, and that of a call without ``grads``, is that of m and v as they are stored, rounded to their
-    dtype. Any other is that of m and v before they are rounded, and so may be one that one call measures where
-    gradients have another dtype than parameters. Kernels compute in float32 (float64 for float64 layers). A parameter
-    and each moment are rounded once, when they are written.
+    If u is measured from gradients of the parameters' dtype, it is that of m and v as they are stored, rounded to their
+    dtype. Otherwise it is that of m and v before they are rounded. Kernels compute in float32 (float64 for float64
+    layers). A parameter and each moment are rounded once, when they are written.
 
     Args:
         params: n parameters w, written in place.
@@ -473,7 +473,7 @@ def adam_(
         _write(exp_avg_sqs[i], v, inv_scale)
         _write(steps[i], steps[i] + 1, inv_scale)
         moments.append((m, v))
-    if is_measured or len(grads) == 0:
+    if len(grads) == 0 or (is_measured and grads[0].dtype == params[0].dtype):
         stored = zip(exp_avgs, exp_avg_sqs, strict=True)
         moments = [(_real(m).double(), _real(v).double()) for m, v in stored]
     updates = []

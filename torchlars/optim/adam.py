@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
@@ -48,6 +47,7 @@ class Bucket(fused.Bucket):
 
     def __post_init__(self) -> None:
         self._is_measured = False
+        self._wide_moments: list[Tensor] = []  # where these are not rounded before the update is applied
 
     def measure_updates(self, inv_scale: Tensor | None) -> Tensor:
         """Update the moments, and return the squared norms of parameters and updates, as far as they are here."""
@@ -61,12 +61,17 @@ class Bucket(fused.Bucket):
         grads = [] if self._is_measured else self.grads
         self._call(grads, inv_scale, of_updates=self._is_measured, ratios=self.ratios)
 
-    def _call(self, grads: Sequence[Tensor], inv_scale: Tensor | None, **arguments: Any) -> None:
+    def _call(self, grads: Sequence[Tensor], inv_scale: Tensor | None, of_updates: bool, **arguments: Any) -> None:
         hyper, layers = self.hyper, len(self.params)
         states = [_begun(param, self.state.get(param, {}), hyper, self.group) for param in self.params]
         exp_avgs, exp_avg_sqs, steps = (
             [sharding.local(state[name]) for state in states] for name in (*MOMENTS, "step")
         )
+        moments = [*exp_avgs, *exp_avg_sqs]
+        if of_updates and self.grads[0].dtype != self.params[0].dtype and moments[0].dtype.itemsize == 2:
+            # What is measured from such gradients is the update of moments that are not rounded yet.
+            self._wide_moments = self._wide_moments or [moment.float() for moment in moments]
+            exp_avgs, exp_avg_sqs = self._wide_moments[:layers], self._wide_moments[layers:]
         ops.adam_(
             self.local_params,
             grads,
@@ -80,9 +85,12 @@ class Bucket(fused.Bucket):
             beta2=hyper.beta2,
             adam_eps=hyper.adam_eps,
             **hyper.lr_arguments(layers, self.params[0].device),
+            of_updates=of_updates,
             inv_scale=inv_scale,
             **arguments,
         )
+        if len(grads) > 0 and self._wide_moments:
+            torch._foreach_copy_(moments, self._wide_moments)
         for param, state in zip(self.params, states, strict=True):
             self.state[param].update(state)
         if sharding.is_distributed(self.params[0]):
@@ -180,13 +188,13 @@ class FusedAdam(FusedOptimizer):
         super()._check_state_dict(state_dict)
         for key, state in state_dict["state"].items():
             problem = self._problem_of_keys(state)
-            step = state.get("step", 0.0)
-            if problem is None and step is None:  # which torch cannot load
-                problem = "step must be a number or a tensor of one (got: None)"
-            if problem is None and not (isinstance(step, Tensor) and step.device.type != "cpu"):
-                steps = float(step.detach()) if isinstance(step, Tensor) else float(step)
-                if not 0 <= steps < math.inf:
-                    problem = f"step must be a non-negative number (got: {steps})"
+            step = state.get("step")
+            if problem is None and step is None and any(name in state for name in self.state_keys):
+                problem = f"the state of a parameter must hold {', '.join(self.state_keys)}, or none (got: None)"
+            if problem is None and step is not None and not (isinstance(step, Tensor) and step.device.type != "cpu"):
+                steps = step.item() if isinstance(step, Tensor) else step
+                if not 0 <= steps <= torch.finfo(torch.float32).max:
+                    problem = f"step must be a non-negative number within float32 (got: {steps})"
             if problem is not None:
                 raise ValueError(f"{problem} in state_dict['state'][{key!r}]")
 
@@ -239,8 +247,8 @@ class Adam(FusedAdam, torch.optim.Adam):
         maximize: whether to ascend.
         state_dtype: ``torch.float32`` keeps the moments *m* and *v* of bfloat16 and float16 parameters in float32. None
             keeps them in the parameter's dtype, as :class:`torch.optim.Adam` does. A group's key as well, if given.
-            float16 needs it: it holds no *v* below 3e-8, as gradients below 0.005 give it with β₂ = 0.999. Under LAMB,
-            where *v* is 0 the update is *m* / ε, so that few elements set the direction of a layer.
+            Use it for float16 under LAMB. There *v* becomes 0 where it is below 3e-8, as it is for gradients below
+            0.005 with β₂ = 0.999; *u* is *m* / ε then, and elements with such gradients outweigh all others.
         decoupled_weight_decay: whether λ is decoupled, as in :class:`torchlars.optim.AdamW`.
 
     Raises:
@@ -248,7 +256,7 @@ class Adam(FusedAdam, torch.optim.Adam):
 
     Source: Kingma and Ba, *Adam: A Method for Stochastic Optimization*, 2015, arXiv:1412.6980, and the update rule of
     :class:`torch.optim.Adam`. As with ``fused=True``, *u* is that of the moments before they are rounded to their
-    dtype. LAMB computes it twice, from the moments as they are stored, if gradients have their parameter's dtype.
+    dtype. Only LAMB takes it from the moments as they are stored, unless gradients have another dtype than parameters.
     """
 
     def __init__(
