@@ -262,7 +262,20 @@ def test_updates_of_weights_that_share_memory(backend, threads, wrap):
         assert torch.equal(step(2), expected)
 
 
-@pytest.mark.parametrize("base", [SGD, Adam, AdamW, Adagrad])
+class Taking(SGD):
+    """A base that takes trust ratios, and leaves the rest of its step to torch."""
+
+    takes_trust_ratios = True
+
+    def step(self, closure=None, *, trust_ratios=None):
+        for index, group in enumerate(self.param_groups):
+            ratios = None if trust_ratios is None else trust_ratios.measure(index, group["params"])
+            for param, ratio in zip(group["params"], () if ratios is None else ratios, strict=ratios is not None):
+                param.grad.mul_(ratio)
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("base", [SGD, Adam, AdamW, Adagrad, Taking])
 @pytest.mark.parametrize("wrap", [LARS, partial(LARS, apply_to="update"), LAMB], ids=["LARS", "LARS-update", "LAMB"])
 @pytest.mark.parametrize("options", [{}, {"trust_coef": None}], ids=["adapted", "left alone"])
 def test_a_fused_base_and_a_gradient_of_another_layout(backend, wrap, base, options):

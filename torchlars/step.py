@@ -25,6 +25,7 @@ from torchlars.layers import (
     undo_adaptation,
     writable_gradient,
 )
+from torchlars.optim.fused import FusedOptimizer
 from torchlars.options import Group, GroupReader, is_capturing, learning_rate, warn_of_caller, weight_decay_of
 from torchlars.wrapper import OptimizerWrapper
 from torchlars.zero_layers import ZeroLayers, large_lr_of_unadapted
@@ -395,11 +396,9 @@ class Step:
 
     def _lay_out_gradients(self, skipped: Collection[int] = ()) -> bool:
         """Lay out gradients as torch's fused optimizers need them. Return whether any was replaced."""
-        # A base that takes ratios is none of these, though its groups may hold their key from a state dict.
-        base = self._wrapper.optim
-        if any(getattr(base, takes_ratios, False) for takes_ratios in _TAKES_RATIOS_OF.values()):
-            return False
-        return lay_out_gradients(self._wrapper.param_groups, skipped)
+        # Ours are none of these, though their groups may hold the key of these from a state dict.
+        is_ours = isinstance(self._wrapper.optim, FusedOptimizer)
+        return not is_ours and lay_out_gradients(self._wrapper.param_groups, skipped)
 
     def _gather_as_they_lie(self) -> tuple[Any, Sequence[Bucket]]:
         """Return all layers to adapt, in buckets, with gradients of any memory layout."""
