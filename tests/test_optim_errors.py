@@ -39,12 +39,17 @@ BAD = {
     "lr true": (
         {"lr": torch.tensor(True)},
         TypeError,
-        r"lr of parameter group 1 must be a real number \(got: a tensor of torch.bool\)",
+        r"lr of parameter group 1 must be a real number in a dense tensor \(got: torch.bool, torch.strided\)",
     ),
     "lr complex": (
         {"lr": torch.tensor(0.1 + 1j)},
         TypeError,
-        r"lr of parameter group 1 must be a real number \(got: a tensor of torch.complex64\)",
+        r"lr of parameter group 1 must be a real number in a dense tensor \(got: torch.complex64, torch.strided\)",
+    ),
+    "lr sparse": (
+        {"lr": torch.tensor([0.1]).to_sparse()},
+        TypeError,
+        r"lr of parameter group 1 must be a real number in a dense tensor \(got: torch.float32, torch.sparse_coo\)",
     ),
     "lr of none": (
         {"lr": torch.ones(0, 3)},

@@ -129,8 +129,8 @@ def learning_rate(name: str, lr: Any) -> float | Tensor:
         return non_negative_number(name, lr)
     if lr.numel() != 1:
         raise ValueError(f"{name} must be a number or a tensor of one element (got: {tuple(lr.shape)})")
-    if lr.is_complex() or lr.dtype == torch.bool:
-        raise TypeError(f"{name} must be a real number (got: a tensor of {lr.dtype})")
+    if lr.is_complex() or lr.dtype == torch.bool or lr.layout != torch.strided:
+        raise TypeError(f"{name} must be a real number in a dense tensor (got: {lr.dtype}, {lr.layout})")
     if not torch.compiler.is_compiling() and lr.device.type == "cpu" and is_capturing():
         raise RuntimeError(
             f"lr must be on the parameters' device while a CUDA graph is captured (got: a tensor on {lr.device}); "
