@@ -299,7 +299,7 @@ def step_with_lr_tensors(ours, other, shape, lr_dtype, tolerance):
             its_other["lr"] = tensor.item()
 
 
-def step_odd_layers(name, ours, theirs, also=None):
+def step_odd_layers(name, ours, theirs, also=None, tolerance=2e-6):
     """Three steps over an odd layer and others; ``also()`` after each. Gradients are only read."""
     grads = [
         (param.grad, param.grad._version if name != "gradient made in inference mode" else 0)
@@ -310,7 +310,7 @@ def step_odd_layers(name, ours, theirs, also=None):
             q.grad = p.grad.clone()
         ours.step()
         theirs.step()
-        assert_same(ours, theirs, 2e-6)
+        assert_same(ours, theirs, tolerance)
         if also is not None:
             also()
     for param, (grad, version) in zip(params_of(ours), grads, strict=True):
