@@ -63,7 +63,8 @@ struct AdamNumbers {
 
 // Updates the moments of one element. kDecays: by a gradient that holds weight decay.
 template <bool kDecays, typename T>
-C10_HOST_DEVICE inline void update_moments(T param, T grad, T& exp_avg, T& exp_avg_sq, const AdamNumbers<T>& numbers) {
+C10_HOST_DEVICE C10_ALWAYS_INLINE void update_moments(T param, T grad, T& exp_avg, T& exp_avg_sq,
+                                                      const AdamNumbers<T>& numbers) {
   const T direction = kDecays ? adapted_gradient(grad, param, numbers.weight_decay, numbers.ratio, numbers.inv_scale)
                               : adapted_gradient(grad, numbers.ratio, numbers.inv_scale);
   // beta1 * exp_avg + (1 - beta1) * direction, from the one of the two that has the larger factor.
@@ -74,7 +75,7 @@ C10_HOST_DEVICE inline void update_moments(T param, T grad, T& exp_avg, T& exp_a
 // The update of one element: what lr multiplies and the parameter loses. kDecays: with decoupled weight decay. The
 // fraction is that of both moments with their biases corrected, times 1 - beta1^t above and below.
 template <bool kDecays, typename T>
-C10_HOST_DEVICE inline T adam_update(T param, T exp_avg, T exp_avg_sq, const AdamNumbers<T>& numbers) {
+C10_HOST_DEVICE C10_ALWAYS_INLINE T adam_update(T param, T exp_avg, T exp_avg_sq, const AdamNumbers<T>& numbers) {
   const T update = exp_avg / (numbers.root_factor * std::sqrt(exp_avg_sq) + numbers.eps);
   return kDecays ? update + numbers.decoupled_weight_decay * param : update;
 }

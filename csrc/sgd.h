@@ -39,7 +39,7 @@ struct SgdNumbers {
 
 // One element: updates its momentum, if there is any, and returns the new parameter.
 template <bool kDecays, bool kMomentum, bool kNesterov, typename T>
-C10_HOST_DEVICE inline T sgd(T param, T grad, T& momentum, const SgdNumbers<T>& numbers) {
+C10_HOST_DEVICE C10_ALWAYS_INLINE T sgd(T param, T grad, T& momentum, const SgdNumbers<T>& numbers) {
   T direction = kDecays ? adapted_gradient(grad, param, numbers.weight_decay, numbers.ratio, numbers.inv_scale)
                         : adapted_gradient(grad, numbers.ratio, numbers.inv_scale);
   if (kMomentum) {

@@ -47,19 +47,19 @@ C10_HOST_DEVICE inline double unscaled_squared_norm(double squared_norm, double 
 // for double layers. weight_decay is negative with maximize: the decay still pulls towards zero. inv_scale is 1 where
 // gradients are not scaled, which changes no bit. It is never 0, as such a step is skipped.
 template <typename T>
-C10_HOST_DEVICE inline T adapted_gradient(T grad, T param, T weight_decay, T ratio, T inv_scale) {
+C10_HOST_DEVICE C10_ALWAYS_INLINE T adapted_gradient(T grad, T param, T weight_decay, T ratio, T inv_scale) {
   return ratio * (inv_scale * grad + weight_decay * param);
 }
 
 // The same without weight decay.
 template <typename T>
-C10_HOST_DEVICE inline T adapted_gradient(T grad, T ratio, T inv_scale) {
+C10_HOST_DEVICE C10_ALWAYS_INLINE T adapted_gradient(T grad, T ratio, T inv_scale) {
   return ratio * (inv_scale * grad);
 }
 
 // One element of a parameter whose update is scaled, from its values before and after the base optimizer's step.
 template <typename T>
-C10_HOST_DEVICE inline T scaled_update(T param, T old_param, T ratio) {
+C10_HOST_DEVICE C10_ALWAYS_INLINE T scaled_update(T param, T old_param, T ratio) {
   return old_param + ratio * (param - old_param);
 }
 
