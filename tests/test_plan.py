@@ -92,6 +92,12 @@ def test_chunk_counts_and_sizes_by_hand(numel: int, count: int, size: int) -> No
     assert chunks[0, 2] == size
 
 
+def in_order(backwards: list[tuple[int, int, int, int]]) -> list[tuple[int, int, int, int]]:
+    """What was visited backwards, in the order of chunks: from the last block of 16 to the first, forwards within each."""
+    blocks = [backwards[i : i + 16] for i in range(0, len(backwards), 16)]
+    return [chunk for block in reversed(blocks) for chunk in block]
+
+
 @pytest.mark.parametrize("backwards", [False, True])
 def test_shares_of_threads_visit_every_chunk_once(backwards: bool) -> None:
     for seed, numels in enumerate(RANDOM_SETS):
@@ -107,7 +113,7 @@ def test_shares_of_threads_visit_every_chunk_once(backwards: bool) -> None:
         for share in pairwise(cuts):
             taken = extension.chunks_starting_in(numels, *share, backwards)
             assert all(share[0] <= start[index] < share[1] for _, index, _, _ in taken)
-            visited += reversed(taken) if backwards else taken
+            visited += in_order(taken) if backwards else taken
 
         indices = [index for _, index, _, _ in visited]
         assert indices == list(range(len(chunks)))
@@ -120,10 +126,16 @@ def test_shares_hold_the_chunks_whose_work_begins_in_them() -> None:
     chunk = CHUNK + CHUNK_WORK
     assert extension.chunks_starting_in(numels, 0, 1) == [(0, 0, 0, 5)]
     assert extension.chunks_starting_in(numels, 1, third + 1) == [(1, 1, 0, 0), (2, 2, 0, CHUNK)]
-    assert extension.chunks_starting_in(numels, 1, third + 1, backwards=True) == [(2, 2, 0, CHUNK), (1, 1, 0, 0)]
     assert extension.chunks_starting_in(numels, third + 1, third + chunk + 1) == [(2, 3, CHUNK, 2 * CHUNK)]
     assert extension.chunks_starting_in(numels, third + chunk + 1, third + 2 * chunk) == []
     assert extension.chunks_starting_in(numels, second, second) == []
+
+
+def test_backwards_goes_from_the_last_block_of_16_chunks_to_the_first_and_forwards_within() -> None:
+    numels = [5, 33 * CHUNK, 7]  # 35 chunks
+    work = 35 * CHUNK_WORK + 12 + 33 * CHUNK
+    indices = [index for _, index, _, _ in extension.chunks_starting_in(numels, 0, work, backwards=True)]
+    assert indices == [*range(19, 35), *range(3, 19), *range(3)]
 
 
 @pytest.mark.parametrize("backwards", [False, True])
