@@ -53,9 +53,11 @@ TORCHLARS_INLINE void add_squares_loop(Lanes& lanes, const T* x, int64_t count) 
       local.sums[lane] += value * value;
     }
   }
-  for (int lane = 0; lane < count % kCount; ++lane) {
-    const double value = static_cast<double>(tail[lane]);
-    local.sums[lane] += value * value;
+  if (const int64_t rest = count % kCount; rest != 0) {
+    for (int lane = 0; lane < kCount; ++lane) {  // of constant length, so that lanes stay in registers
+      const double value = lane < rest ? static_cast<double>(tail[lane]) : 0.0;
+      local.sums[lane] += value * value;
+    }
   }
   lanes = local;
 }
@@ -236,8 +238,16 @@ TORCHLARS_INLINE void scale_update_loop(T* __restrict param, const T* __restrict
 // target_clones applies to functions, not to templates: hence one overload for each type.
 TORCHLARS_CLONES double join(const Lanes& lanes) { return join_lanes<Lanes::kCount>(lanes.sums); }
 
-#define TORCHLARS_SUM(T) \
-  TORCHLARS_CLONES void add_squares(Lanes& lanes, const T* x, int64_t count) { add_squares_loop(lanes, x, count); }
+// sum_of_squares is add_squares from zero and join, without the way through memory, which takes longer than few
+// elements.
+#define TORCHLARS_SUM(T)                                                                                            \
+  TORCHLARS_CLONES void add_squares(Lanes& lanes, const T* x, int64_t count) { add_squares_loop(lanes, x, count); } \
+                                                                                                                    \
+  TORCHLARS_CLONES double sum_of_squares(const T* x, int64_t count) {                                               \
+    Lanes lanes;                                                                                                    \
+    add_squares_loop(lanes, x, count);                                                                              \
+    return join_lanes<Lanes::kCount>(lanes.sums);                                                                   \
+  }
 
 #define TORCHLARS_SUM_OF_SUMS(T)                                                                                 \
   TORCHLARS_CLONES void add_squares_of_sums(Lanes& lanes, const T* x, const T* y, int64_t count, double scale) { \
@@ -350,6 +360,12 @@ inline void add_squares(Lanes& lanes, const c10::Half* x, int64_t count) {
     to_float(x + i, block, size);
     add_squares(lanes, block, size);
   }
+}
+
+inline double sum_of_squares(const c10::Half* x, int64_t count) {
+  Lanes lanes;
+  add_squares(lanes, x, count);
+  return join(lanes);
 }
 
 inline void add_squares_of_sums(Lanes& lanes, const c10::Half* x, const c10::Half* y, int64_t count, double scale) {
