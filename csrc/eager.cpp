@@ -109,10 +109,12 @@ bool is_plain_layer(const at::Tensor& param, const at::Tensor& grad) {
          grad.scalar_type() == param.scalar_type() && grad.device() == param.device() && grad.sizes() == param.sizes();
 }
 
-// The attribute by which FSDP1 marks a parameter that it has flattened and split.
+// Whether a parameter has the attribute by which FSDP1 marks those that it has flattened and split. Its class is torch's,
+// so that only its own attributes need to be looked at.
 bool is_fsdp_flattened(PyObject* param) {
   static PyObject* const name = PyUnicode_InternFromString("_fsdp_flattened");
-  return PyObject_HasAttr(param, name) != 0;
+  PyObject** const attributes = _PyObject_GetDictPtr(param);
+  return attributes && *attributes && PyDict_GetItemWithError(*attributes, name) != nullptr;
 }
 
 // The value of a key in a dict; null if there is none.
@@ -124,19 +126,43 @@ py::object item_of(const py::handle& dict, PyObject* key) {
   return py::reinterpret_borrow<py::object>(item);
 }
 
-// How many parameters ahead are prefetched: tensors are scattered in memory.
-constexpr Py_ssize_t kAhead = 4;
+// Prefetches what is read of the parameters that come next, whose objects are scattered in memory. Each stage reads what
+// an earlier one has prefetched: the tensor, what autograd keeps for it, its gradient, and the storages of both.
+class Ahead {
+ public:
+  explicit Ahead(PyObject* params) : params_(params) {}
 
-void fetch_ahead([[maybe_unused]] PyObject* param) {
+  void fetch([[maybe_unused]] Py_ssize_t position) const {
 #ifdef __GNUC__
-  if (THPVariable_CheckExact(param)) {
-    const auto* const impl = reinterpret_cast<const char*>(THPVariable_Unpack(param).unsafeGetTensorImpl());
+    if (const c10::TensorImpl* const tensor = tensor_at(position + 8)) {
+      fetch_all(tensor);
+    }
+    if (const c10::TensorImpl* const tensor = tensor_at(position + 6)) {
+      __builtin_prefetch(tensor->autograd_meta());
+    }
+    if (const c10::TensorImpl* const tensor = tensor_at(position + 4)) {
+      fetch_all(tensor->grad().unsafeGetTensorImpl());
+    }
+#endif
+  }
+
+ private:
+  const c10::TensorImpl* tensor_at(Py_ssize_t position) const {
+    if (position >= PySequence_Fast_GET_SIZE(params_)) {
+      return nullptr;
+    }
+    PyObject* const param = PySequence_Fast_GET_ITEM(params_, position);
+    return THPVariable_CheckExact(param) ? THPVariable_Unpack(param).unsafeGetTensorImpl() : nullptr;
+  }
+
+  static void fetch_all(const c10::TensorImpl* tensor) {
     for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64) {
-      __builtin_prefetch(impl + line);
+      __builtin_prefetch(reinterpret_cast<const char*>(tensor) + line);
     }
   }
-#endif
-}
+
+  PyObject* params_;
+};
 
 using Seen = ska::flat_hash_set<const c10::TensorImpl*>;
 
@@ -158,18 +184,17 @@ std::vector<int64_t> for_plain_layers(const py::sequence& params, Seen& seen, co
     throw py::error_already_set();
   }
   seen.reserve(seen.size() + PySequence_Fast_GET_SIZE(fast.ptr()));
+  const Ahead ahead(fast.ptr());
   std::vector<int64_t> others;
   for (Py_ssize_t position = 0; position < PySequence_Fast_GET_SIZE(fast.ptr()); ++position) {
     const auto item = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(fast.ptr(), position));
-    if (position + kAhead < PySequence_Fast_GET_SIZE(fast.ptr())) {
-      fetch_ahead(PySequence_Fast_GET_ITEM(fast.ptr(), position + kAhead));
-    }
+    ahead.fetch(position);
     if (!THPVariable_CheckExact(item.ptr()) || is_fsdp_flattened(item.ptr())) {
       others.push_back(position);
       continue;
     }
     const at::Tensor& param = THPVariable_Unpack(item.ptr());
-    at::Tensor grad = param.grad();
+    at::Tensor grad = param.unsafeGetTensorImpl()->grad();  // which does not ask whether the parameter is a leaf
     if (!grad.defined()) {
       continue;
     }
