@@ -109,8 +109,8 @@ bool is_plain_layer(const at::Tensor& param, const at::Tensor& grad) {
          grad.scalar_type() == param.scalar_type() && grad.device() == param.device() && grad.sizes() == param.sizes();
 }
 
-// Whether a parameter has the attribute by which FSDP1 marks those that it has flattened and split. Its class is torch's,
-// so that only its own attributes need to be looked at.
+// Whether a parameter has the attribute by which FSDP1 marks those that it has flattened and split. Its class is
+// torch's, so that only its own attributes need to be looked at.
 bool is_fsdp_flattened(PyObject* param) {
   static PyObject* const name = PyUnicode_InternFromString("_fsdp_flattened");
   PyObject** const attributes = _PyObject_GetDictPtr(param);
@@ -126,8 +126,8 @@ py::object item_of(const py::handle& dict, PyObject* key) {
   return py::reinterpret_borrow<py::object>(item);
 }
 
-// Prefetches what is read of the parameters that come next, whose objects are scattered in memory. Each stage reads what
-// an earlier one has prefetched: the tensor, what autograd keeps for it, its gradient, and the storages of both.
+// Prefetches what is read of the parameters that come next, whose objects are scattered in memory. Each stage reads
+// what an earlier one has prefetched: the tensor, what autograd keeps for it, its gradient, and the storages of both.
 class Ahead {
  public:
   explicit Ahead(PyObject* params) : params_(params) {}
@@ -595,9 +595,22 @@ class FusedLayers {
   virtual Bucket* bucket_of(const at::Tensor& param, PyObject* object, const py::dict& state,
                             const Options& options) = 0;
 
-  // The state of one parameter, a dict; null if there is none.
-  static py::object state_of(const py::dict& state, PyObject* object) {
-    py::object own = item_of(state, object);
+  // The state of one parameter, a dict; null if there is none. States most often lie in the order of the parameters,
+  // some of which may have no gradient: so the next few are looked at first. A tensor's hash is a Python function.
+  py::object state_of(const py::dict& state, PyObject* object) {
+    constexpr int kLookedAt = 8;
+    PyObject* key = nullptr;
+    PyObject* value = nullptr;
+    Py_ssize_t next = next_state_;
+    for (int i = 0; i < kLookedAt && key != object && PyDict_Next(state.ptr(), &next, &key, &value); ++i) {
+    }
+    py::object own;
+    if (key == object) {
+      next_state_ = next;
+      own = py::reinterpret_borrow<py::object>(value);
+    } else {
+      own = item_of(state, object);
+    }
     return own && PyDict_Check(own.ptr()) ? own : py::object();
   }
 
@@ -623,6 +636,7 @@ class FusedLayers {
 
  private:
   Seen seen_;
+  Py_ssize_t next_state_ = 0;  // where PyDict_Next goes on
 };
 
 struct SgdKey : FusedKey {
