@@ -207,6 +207,10 @@ def blog_2018(w, g, h, memory):
     return w - h.lr * local_lr * torch_momentum(h, memory, g + h.weight_decay * w)
 
 
+def intel_lars(w, g, h, memory):
+    return w - h.lr * raw_ratio(h, w, g) * torch_momentum(h, memory, g + h.weight_decay * w)
+
+
 def colossalai_lars(w, g, h, memory):
     ratio = min(raw_ratio(h, w, g), 50)
     gradient = (g + h.weight_decay * w).clamp(-10, 10)
@@ -279,6 +283,7 @@ FORMULAS = {
     "MLPerf's reference until v0.6": mlperf_until_v0_6,
     "Algorithm 1 of the paper": algorithm_1,
     "the 2018 blog implementation (`eta`)": blog_2018,
+    "Intel's extension for PyTorch, `Lars` and `lars_fused_step`": intel_lars,
     "ColossalAI `Lars`": colossalai_lars,
     "`optax.lamb`": lamb,
     "timm `Lamb`": timm_lamb,

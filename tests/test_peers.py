@@ -56,7 +56,7 @@ PROMISED = [
         "pytorch_optimizer `LARS`",
     ),
     *("bitsandbytes", "Barlow Twins", "VICReg", "SimCLR", "`optax.lars`", "MLPerf", "Algorithm 1", "2018 blog"),
-    *("ColossalAI `Lars`", "`optax.lamb`", "timm `Lamb`", "`LARS32bit`", "`LARS8bit`"),
+    *("Intel's extension", "ColossalAI `Lars`", "`optax.lamb`", "timm `Lamb`", "`LARS32bit`", "`LARS8bit`"),
     *("apex `FusedLAMB`", "DeepSpeed `FusedLamb`"),
 ]
 EIGHT_BITS = "bitsandbytes `LARS8bit`, `LARS(optim_bits=8)`"
