@@ -369,11 +369,33 @@ def test_host_time_writes_what_the_table_needs(module, tmp_path):
         assert all(len(times["rounds"]) == 2 for times in timed.values())
     table = (tmp_path / "run.md").read_text(encoding="utf-8")
     assert all(f"| {name} " in table for name in timed)
-    assert "≤ 100" in table
+    assert "≤ 120" in table
     for count in ("1", "4"):
         timed = report["groups"][count]
         assert {"no-op", "LARS(torchlars.optim.SGD)", part} <= timed.keys()
     assert "a further one" in table
+
+
+def test_an_earlier_version_stands_beside_this_one(step_time, module, tmp_path):
+    names = {"SGD fused", "LARS(SGD fused)", "torchlars.optim.SGD", "LARS(torchlars.optim.SGD)"}
+    timed = step_time("--earlier", str(ROOT), "--contestants", "LARS(SGD fused)")["sets"]["smoke"]["contestants"]
+    at = next(name.removeprefix("no-op") for name in timed if name.startswith("no-op at "))
+    assert {name + at for name in names} <= timed.keys()
+    assert all(len(entry["clocks"]["wall"]["rounds"]) == 2 for entry in timed.values())
+    assert timed["LARS(SGD fused)" + at]["form"] == "earlier"
+
+    argv = ["--tensors", "1", "--groups", "1", "4", "--out", str(tmp_path), *QUICK, "--earlier", str(ROOT)]
+    report = module("host_time.main").main(argv)
+    part = "LARS part: LARS(no-op) − no-op"
+    for found in (report["tensors"][1], report["groups"][1], report["groups"][4]):
+        assert {name + at for name in (*names, "no-op", part)} <= found.keys()
+
+
+@pytest.mark.parametrize("more", [["--device", "cuda"], ["--optimizer", "lamb"]], ids=["cuda", "lamb"])
+def test_an_earlier_version_is_for_lars_on_a_cpu(step_time, more, capsys):
+    with pytest.raises(SystemExit):
+        step_time("--earlier", str(ROOT), *more)
+    assert re.search("--earlier is for|needs a GPU", capsys.readouterr().err)
 
 
 # --- What the READMEs say ----------------------------------------------------------------------------------------------
@@ -441,7 +463,7 @@ def test_ratios_beside_targets_are_those_of_the_results(module):
         expected = []
         for form, name in (("wrapper", "LARS(SGD fused)"), ("fused", "LARS(torchlars.optim.SGD)")):
             target = targets.target("lars", form, "cpu", layers, int(threads), "float32")
-            expected.append(f"{target.at_most:.1f}" if target else "–")
+            expected.append(f"{target.at_most:g}" if target else "–")
             expected.append(ratios_of(f"cpu_float32_{threads}_threads.md")[layers][name])
         assert cells_of(rest) == expected, layers
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import torch
 from torch.nn import Parameter
 
 from benchmarks import common
+from benchmarks.earlier import Earlier
 from benchmarks.step_time.contestants import Hyper, NoOp, grads_of, lars, sgd, torchlars_sgd
 from torchlars import ops
 
 HYPER = Hyper(lr=1e-6, weight_decay=1e-4)
 PART = "LARS part: LARS(no-op) − no-op"
-TARGET_NS = 100
+TARGET_NS = 120
 FROM_TENSORS = 100  # a step of fewer costs what any step costs
 LAYERS_IN_GROUPS = 200
 
@@ -67,6 +69,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     common.add_arguments(parser, Path(__file__).parent / "results", rounds=15, min_time=0.05)
     args = parser.parse_args(argv)
     common.check_extension(parser)
+    if args.earlier and args.device != "cpu":
+        parser.error("--earlier is for --device cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that torch can see, and there is none")
     return args
@@ -140,10 +144,22 @@ def time_tensors(
     samples = {name: clock(step) for name, step in steps.items()}
     for step in steps.values():
         step()  # allocates state
-    times = common.interleaved(samples, args.rounds, args.min_time, args.seed)
-    times[PART] = [with_lars - base for with_lars, base in zip(times["LARS(no-op)"], times["no-op"], strict=True)]
+    times = in_turns(samples, args, count, groups=1)
     per_tensor = {name: [time / count * 1e9 for time in rounds] for name, rounds in times.items()}
     return {name: {**common.summary(rounds), "rounds": rounds} for name, rounds in per_tensor.items()}
+
+
+def in_turns(
+    samples: dict[str, Callable[[], float]], args: argparse.Namespace, count: int, groups: int
+) -> dict[str, list[float]]:
+    """Return the times of all contestants and of the LARS part, and those of an earlier version if there is one."""
+    with Earlier.of(args.earlier, [(1,)] * count, asdict(HYPER), groups=groups, restores=False) as earlier:
+        before = earlier.samples() if earlier else {}
+        times = common.interleaved(samples | before, args.rounds, args.min_time, args.seed)
+    for at in ["", f" at {earlier.revision}"] if earlier else [""]:
+        pairs = zip(times[f"LARS(no-op){at}"], times[f"no-op{at}"], strict=True)
+        times[PART + at] = [with_lars - base for with_lars, base in pairs]
+    return times
 
 
 def time_groups(count: int, args: argparse.Namespace, device: torch.device) -> dict[str, dict[str, Any]]:
@@ -165,8 +181,7 @@ def time_groups(count: int, args: argparse.Namespace, device: torch.device) -> d
     for step in steps.values():
         step()
     samples = {name: partial(common.seconds, step) for name, step in steps.items()}
-    times = common.interleaved(samples, args.rounds, args.min_time, args.seed)
-    times[PART] = [with_lars - base for with_lars, base in zip(times["LARS(no-op)"], times["no-op"], strict=True)]
+    times = in_turns(samples, args, LAYERS_IN_GROUPS, groups=count)
     return {name: common.summary([time * 1e6 for time in rounds]) for name, rounds in times.items()}
 
 

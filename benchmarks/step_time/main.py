@@ -6,7 +6,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from benchmarks import common
+from benchmarks.earlier import Earlier
 from benchmarks.step_time import agreement, chart, cuda, lamb, targets
 from benchmarks.step_time.contestants import (
     EIGHT_BITS,
@@ -146,6 +147,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     args.sets = args.sets or [name for name, layers in SETS.items() if args.device in layers.devices]
     if args.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda needs a GPU that torch can see, and there is none")
+    if args.earlier and (args.device != "cpu" or args.optimizer != "lars"):
+        parser.error("--earlier is for --device cpu and --optimizer lars")
     known = {entrant.name for base in ("fused", "foreach") for entrant in CONTESTANTS[args.optimizer](base)}
     unknown = sorted(set(args.contestants or ()) - known)
     if unknown:
@@ -235,10 +238,13 @@ def time_set(
     for entrant_name, reason in left_out.items():
         print(f"left out of {name}: {entrant_name}: {reason}", flush=True)
     timed: dict[str, dict[str, Any]] = {entrant_name: {"clocks": {}} for entrant_name in entries}
-    for clock in ("gpu", "wall") if device.type == "cuda" else ("wall",):
-        samples = {entrant_name: entry.clocks[clock] for entrant_name, entry in entries.items()}
-        for entrant_name, times in common.interleaved(samples, args.rounds, args.min_time, args.seed).items():
-            timed[entrant_name]["clocks"][clock] = {**common.summary(times), "rounds": times}
+    with Earlier.of(args.earlier, layers.shapes(), asdict(HYPER), dtype) as earlier:
+        before = earlier.samples() if earlier else {}
+        timed |= {entrant_name: {"clocks": {}, "formula": None, "form": "earlier"} for entrant_name in before}
+        for clock in ("gpu", "wall") if device.type == "cuda" else ("wall",):
+            samples = {entrant_name: entry.clocks[clock] for entrant_name, entry in entries.items()} | before
+            for entrant_name, times in common.interleaved(samples, args.rounds, args.min_time, args.seed).items():
+                timed[entrant_name]["clocks"][clock] = {**common.summary(times), "rounds": times}
     for entrant_name, entry in entries.items():
         if device.type == "cuda":  # after all timing, which a profiler may slow down
             entry.facts["launches"] = len(cuda.kernels(entry.step))
@@ -274,10 +280,10 @@ def make_layers(
     masters = [normal(tuple(param.shape), 0.01) for param in params]
     for param in params:
         param.grad = torch.empty_like(param)
-    grads = [param.grad for param in params]
 
     def restore() -> None:
-        torch._foreach_copy_(grads[::-1], masters[::-1])
+        # Nothing refers to gradients in between, as in training: else a step of LARS asks whether layers share them.
+        torch._foreach_copy_([param.grad for param in params[::-1]], masters[::-1])
 
     restore()
     return params, restore

@@ -17,14 +17,16 @@ class Target(NamedTuple):
 
 
 LARS_TARGETS = (
-    Target("wrapper", "cpu", "resnet50", 2, 1.9),
-    Target("wrapper", "cpu", "resnet50", 1, 2.1),
-    Target("wrapper", "cpu", "vit_b_16", 2, 2.1),
-    Target("wrapper", "cpu", "one_100m", 2, 2.6),
-    Target("wrapper", "cpu", "tiny", 2, 1.10),
-    Target("fused", "cpu", "resnet50", 2, 1.3),
+    Target("wrapper", "cpu", "resnet50", 2, 1.85),
+    Target("wrapper", "cpu", "resnet50", 1, 2.0),
+    Target("wrapper", "cpu", "vit_b_16", 2, 1.9),
+    Target("wrapper", "cpu", "one_100m", 2, 2.2),
+    Target("wrapper", "cpu", "tiny", 2, 1.08),
+    Target("fused", "cpu", "resnet50", 2, 1.35),
     Target("fused", "cpu", "resnet50", 1, 1.5),
     Target("fused", "cpu", "vit_b_16", 2, 1.4),
+    Target("fused", "cpu", "one_100m", 2, 1.6),
+    Target("fused", "cpu", "tiny", 2, 0.3),
     Target("wrapper", "cuda", "resnet50", None, 1.7, first=2.1),
     Target("fused", "cuda", "resnet50", None, 1.2, first=1.45),
     Target("fused", "cuda", "llama_7b_bf16", None, 1.4),
