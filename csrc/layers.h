@@ -2,6 +2,7 @@
 #pragma once
 
 #include <ATen/core/Tensor.h>
+#include <c10/core/impl/COW.h>
 #include <c10/util/MaybeOwned.h>
 
 #include <algorithm>
@@ -39,12 +40,17 @@ inline bool same_strides(const at::Tensor& a, const at::Tensor& b) {
   return true;
 }
 
+// Whether a tensor's memory is computed or copied later: a lazy conjugation, or memory that is copied on write, which
+// moves when another tensor that shares it is written.
+inline bool is_lazy(const at::Tensor& tensor) {
+  return tensor.is_conj() || tensor.is_neg() || c10::impl::cow::is_cow_data_ptr(tensor.storage().data_ptr());
+}
+
 // Dense, and in the memory order of another dense tensor, so that the two can be swept side by side. Lazy conjugations
 // are resolved, as the dispatcher does not do it in an optional list of tensors.
 inline Swept beside(const at::Tensor& other, const at::Tensor& tensor, c10::ScalarType dtype) {
-  const bool is_lazy = tensor.is_conj() || tensor.is_neg();
   if (tensor.scalar_type() == dtype && tensor.is_non_overlapping_and_dense() && same_strides(other, tensor) &&
-      !is_lazy) {
+      !is_lazy(tensor)) {
     return Swept::borrowed(tensor);
   }
   at::Tensor copy = other.new_empty_strided(other.sizes(), other.strides(), tensor.options().dtype(dtype));

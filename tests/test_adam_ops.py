@@ -195,6 +195,17 @@ def test_memory_around_views_is_not_touched_and_versions_are_bumped(backend, mod
         assert torch.equal(grad.new_empty(0).set_(grad.untyped_storage()), grad.new_empty(0).set_(storage))
 
 
+def test_the_second_call_of_two_writes_no_more_than_parameters(backend):
+    arguments = arguments_of(CASES[0], torch.float32, "of updates", 1)
+    state = [tensor for name in ("exp_avgs", "exp_avg_sqs", "steps") for tensor in arguments[name]]
+    before = [(tensor._version, tensor.clone()) for tensor in state], [param._version for param in arguments["params"]]
+    ops.adam_(**{**arguments, "grads": []})
+    for tensor, (version, value) in zip(state, before[0], strict=True):
+        assert tensor._version == version
+        assert torch.equal(tensor, value)
+    assert all(param._version > version for param, version in zip(arguments["params"], before[1], strict=True))
+
+
 @pytest.mark.parametrize("mode", ["plain", "of gradients, measured", "of updates, measured"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_moments_of_any_layout_are_written_in_place(extension, dtype, mode):

@@ -402,3 +402,82 @@ def test_bad_calls_are_refused_and_change_nothing(backend, op, bad):
     for tensor, (version, value) in zip(tensors, before, strict=True):
         assert tensor._version == version
         assert tensor.device.type == "meta" or torch.equal(tensor.to_dense(), value.to_dense())
+
+
+def layers_at_the_borders(dtype):
+    """Layers that one thread takes alone and those that all share, and a neighbour of another memory order."""
+    torch.manual_seed(0)
+    own = [2**k + more for k in (17, 20) for more in (-1, 0, 1)]  # 4 MB of parameter and gradient are 2**19 floats each
+    shapes = [(64,), *((2**19 // dtype.itemsize * 4 + more,) for more in (-1, 0, 1)), *((n,) for n in own), (300, 70)]
+    params = [torch.randn(shape).to(dtype) for shape in shapes]
+    grads = [(0.1 * torch.randn(shape)).to(dtype) for shape in shapes]
+    grads[-1] = transposed(grads[-1])
+    return params, grads, [torch.randn(shape).to(dtype) for shape in shapes]
+
+
+@pytest.mark.parametrize("decayed_norm", [False, True])
+@pytest.mark.parametrize("dtype", REAL_DTYPES, ids=str)
+def test_a_layer_is_stepped_alike_alone_and_among_others_by_any_number_of_threads(
+    extension, threads, dtype, decayed_norm
+):
+    found = []
+    for count in (1, 2, 3, 4):
+        threads(count)
+        params, grads, buffers = layers_at_the_borders(dtype)
+        numbers = {name: [0.1 + 0.01 * i for i in range(len(params))] for name in ("weight_decays", "lrs", "momentums")}
+        numbers |= {name: [0.02 * (i + 1) for i in range(len(params))] for name in ("dampenings", "trust_coefs", "eps")}
+        how = {"maximize": True, "decayed_norm": decayed_norm}
+        if count == 1:  # one by one
+            ratios = [
+                calls.sgd(
+                    params=params[i : i + 1],
+                    grads=grads[i : i + 1],
+                    momentum_buffers=buffers[i : i + 1],
+                    **{name: values[i : i + 1] for name, values in numbers.items()},
+                    **how,
+                )
+                for i in range(len(params))
+            ]
+            found.append([*params, *buffers, torch.cat(ratios)])
+            params, grads, buffers = layers_at_the_borders(dtype)
+        ratios = calls.sgd(params=params, grads=grads, momentum_buffers=buffers, **numbers, **how)
+        found.append([*params, *buffers, ratios])
+    assert len(set(found[0][-1].tolist())) == len(found[0][-1])
+    for others in found[1:]:
+        assert_all_equal(others, found[0], "bits")
+
+
+@pytest.mark.parametrize(
+    "count", [32, 2**20]
+)  # of the layer that takes the shared memory: it is stepped at once if large
+@pytest.mark.parametrize("is_measured", [False, True])
+def test_gradients_that_are_copied_on_write_are_read_as_they_were(extension, is_measured, count):
+    base = torch.randn(count + 64)
+    copy = torch._lazy_clone(base)
+    gradient, param = copy[:32].clone(), torch.zeros(32)
+    numbers = {"weight_decays": [0.0] * 3, "lrs": [1.0] * 3, "momentums": [0.0] * 3, "dampenings": [0.0] * 3}
+    arguments = {"params": [param, copy[32:64], base], "grads": [copy[:32], torch.ones(32), torch.ones(count + 64)]}
+    if is_measured:
+        numbers |= {"trust_coefs": [1.0] * 3, "eps": [0.0] * 3, "ratios": torch.empty(3)}
+    ops.sgd_(**arguments, momentum_buffers=[], maximize=False, **numbers)
+    assert torch.equal(param, -gradient)
+    assert torch.equal(copy[:32], gradient)
+
+
+def test_a_skipped_step_copies_nothing_that_is_copied_on_write(extension):
+    param, buffer = torch._lazy_clone(torch.ones(40)), torch._lazy_clone(torch.ones(40))
+    numbers = {"weight_decays": [0.1], "lrs": [1.0], "momentums": [0.9], "dampenings": [0.0]}
+    ratios = calls.sgd(
+        params=[param],
+        grads=[torch.ones(40)],
+        momentum_buffers=[buffer],
+        maximize=False,
+        trust_coefs=[0.5],
+        eps=[0.0],
+        inv_scale=torch.zeros(1),
+        **numbers,
+    )
+    assert ratios.tolist() == [1]
+    assert torch._C._is_cow_tensor(param)
+    assert torch._C._is_cow_tensor(buffer)
+    assert param._version == buffer._version == 0

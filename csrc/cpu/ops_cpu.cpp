@@ -125,11 +125,12 @@ class Squares {
   std::array<int64_t, kLists> bytes_per_element_;
 };
 
-// Squared norms of several lists of tensors of the same sizes, one vector for each list. The tensors of the last list
-// are multiplied by inv_scale, and then their addends are added.
+// Squared norms of the tensors at some positions of several lists, one vector for each list. The plan is that of these
+// tensors. Those of the last list are multiplied by inv_scale, and then their addends are added.
 template <size_t kLists>
-std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::array<at::TensorList, kLists>& lists,
-                                                double inv_scale, const Addends& addends = {}) {
+std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::vector<size_t>& positions,
+                                                const std::array<at::TensorList, kLists>& lists, double inv_scale,
+                                                const Addends& addends = {}) {
   constexpr size_t kLast = kLists - 1;
   const bool has_addends = !addends.scales.empty();
   std::array<std::vector<Swept>, kLists> swept;
@@ -137,29 +138,27 @@ std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::arr
   std::array<std::vector<double>, kLists> partials;
   std::vector<Swept> added;
   for (size_t list = 0; list < kLists; ++list) {
-    swept[list].reserve(plan.numel.size());
-    if (list == kLast && has_addends) {
-      for (size_t i = 0; i < plan.numel.size(); ++i) {
+    swept[list].reserve(positions.size());
+    for (const size_t i : positions) {
+      if (list == kLast && has_addends) {
         Pair pair(lists[list][i], addends.others[i], addends.scales[i]);
         swept[list].push_back(std::move(pair.grad));
         added.push_back(std::move(pair.param));
-      }
-    } else {
-      for (const at::Tensor& tensor : lists[list]) {
-        swept[list].push_back(dense(tensor));
+      } else {
+        swept[list].push_back(dense(lists[list][i]));
       }
     }
     dtypes[list] = real_dtype(*swept[list][0]);
     partials[list].resize(plan.chunks);
   }
   const Squares<kLists> squares(dtypes);
-  for_chunks(plan, real_size(lists[0][0]), Order::kForwards, [&](int64_t tensor, int64_t chunk, Range range) {
+  for_chunks(plan, real_size(lists[0][0]), Order::kForwards, [&](int64_t i, int64_t chunk, Range range) {
     std::array<const void*, kLists> data;
     for (size_t list = 0; list < kLists; ++list) {
-      data[list] = swept[list][tensor]->const_data_ptr();
+      data[list] = swept[list][i]->const_data_ptr();
     }
-    const void* const addend = has_addends && added[tensor]->defined() ? added[tensor]->const_data_ptr() : nullptr;
-    const double scale = has_addends ? addends.scales[tensor] / inv_scale : 0;
+    const void* const addend = has_addends && added[i]->defined() ? added[i]->const_data_ptr() : nullptr;
+    const double scale = has_addends ? addends.scales[positions[i]] / inv_scale : 0;
     const std::array<double, kLists> sums = squares(data, addend, scale, range);
     for (size_t list = 0; list < kLists; ++list) {
       partials[list][chunk] = sums[list];
@@ -225,8 +224,10 @@ void* writable(const Swept& swept) { return swept->mutable_data_ptr(); }
 
 const void* readable(const Swept& swept) { return swept->defined() ? swept->const_data_ptr() : nullptr; }
 
-// Whether all tensors of a layer are the user's own, and no copies.
-bool are_borrowed(const Pair& layer) { return layer.grad.unsafeIsBorrowed() && layer.param.unsafeIsBorrowed(); }
+// Whether all tensors of a layer are there, and the user's own: no copies.
+bool are_borrowed(const Pair& layer) {
+  return layer.grad.unsafeIsBorrowed() && layer.param.unsafeIsBorrowed() && layer.param->defined();
+}
 
 bool are_borrowed(const Triple& layer) {
   return layer.param.unsafeIsBorrowed() && layer.grad.unsafeIsBorrowed() && layer.momentum.unsafeIsBorrowed();
@@ -239,13 +240,23 @@ bool are_borrowed(const AdamTensors& layer) {
 
 // The memory of a layer.
 struct Layer {
-  size_t index;       // in the lists of the op
-  int64_t numel;      // of real elements
-  const void* param;  // whose squared norms are measured, this and the next: of scale_updates_ the old parameter
-  const void* grad;   // and the new one
-  void* written;      // the gradient or the parameter
-  std::array<void*, 2> state;  // momentum or codes, and scales; exp_avg and exp_avg_sq
+  size_t index = 0;   // in the lists of the op
+  int64_t numel = 0;  // of real elements
+  // The two whose squared norms are measured; of scale_updates_ the old parameter, and the new one.
+  const void* param = nullptr;
+  const void* grad = nullptr;
+  void* written = nullptr;          // the one of these that the op writes
+  std::array<void*, 2> state = {};  // momentum or codes, and scales; exp_avg and exp_avg_sq
 };
+
+Plan plan_of(const std::vector<Layer>& layers) {
+  std::vector<int64_t> numels;
+  numels.reserve(layers.size());
+  for (const Layer& layer : layers) {
+    numels.push_back(layer.numel);
+  }
+  return Plan(std::move(numels));
+}
 
 // What the classes of the ops have in common, each of which knows what an op does to one layer:
 //
@@ -255,12 +266,13 @@ struct Layer {
 //   write_back()            writes what was computed in copies, and notes the writes
 //   squared_norms_of_chunk  the partial sums of the parameter and of its gradient or update
 //   completed()             the squared norms, given the sums of these
-//   squared_norms()         the same, measured by all threads
+//   squared_norms()         the same of several layers, measured by all threads
 template <typename Arguments>
 class Op {
  public:
   size_t size() const { return params_.size(); }
   int64_t bytes_per_element() const { return static_cast<int64_t>(c10::elementSize(dtype_)); }
+  int64_t numel(size_t i) const { return real_numel(grads_[i]); }
   bool is_skipped() const { return inv_scale_ == 0; }
 
   std::array<double, 2> squared_norms_of_chunk(const Layer& layer, Range range) const {
@@ -272,11 +284,12 @@ class Op {
     return {sums[0], unscaled_squared_norm(sums[1], inv_scale_)};
   }
 
-  std::array<double, 2> squared_norms(const Layer& layer, const Plan& plan) const {
-    const auto params = params_.slice(layer.index, 1);
-    const auto scales = at::ArrayRef<double>(scales_).slice(scales_.empty() ? 0 : layer.index, scales_.empty() ? 0 : 1);
-    const auto norms = measure<2>(plan, {params, grads_.slice(layer.index, 1)}, inv_scale_, {params, scales});
-    return {norms[0][0], norms[1][0]};
+  std::array<std::vector<double>, 2> squared_norms(const std::vector<Layer>& layers, const Plan& plan) const {
+    std::vector<size_t> positions;
+    for (const Layer& layer : layers) {
+      positions.push_back(layer.index);
+    }
+    return measure<2>(plan, positions, {params_, grads_}, inv_scale_, {params_, scales_});
   }
 
  protected:
@@ -320,13 +333,15 @@ class ScaleGradients : public Op<ScaleGradientsArguments> {
         adapt_(adapt_of(dtype_)) {}
 
   Tensors tensors(size_t i) const {
-    const bool reads_param = measures(arguments_) || arguments_.weight_decays[i] != 0;
-    return {arguments_.grads[i], arguments_.params[i], reads_param ? 1.0 : 0.0};
+    const at::Tensor &grad = arguments_.grads[i], &param = arguments_.params[i];
+    const bool is_measured_beside =
+        measures(arguments_) && grad.scalar_type() == param.scalar_type() && same_strides(grad, param);
+    return {grad, param, is_measured_beside ? 1 : arguments_.weight_decays[i]};
   }
 
   Layer layer(const Tensors& tensors, size_t i) const {
     void* const grad = writable(tensors.grad);
-    return {i, real_numel(arguments_.grads[i]), readable(tensors.param), grad, grad, {}};
+    return {i, numel(i), readable(tensors.param), grad, grad, {}};
   }
 
   void apply(const Layer& layer, Range range, double ratio) const {
@@ -356,7 +371,7 @@ class ScaleUpdates : public Op<ScaleUpdatesArguments> {
 
   Layer layer(const Tensors& tensors, size_t i) const {
     void* const param = writable(tensors.grad);
-    return {i, real_numel(arguments_.params[i]), readable(tensors.param), param, param, {}};
+    return {i, numel(i), readable(tensors.param), param, param, {}};
   }
 
   // What has the ratio 1 is not written.
@@ -396,7 +411,7 @@ class Sgd : public Op<SgdArguments> {
     void* const param = writable(tensors.param);
     void* const momentum = tensors.momentum->defined() ? writable(tensors.momentum) : nullptr;
     void* const scales = sgd_blocks_ ? (*arguments_.momentum_scales)[i].mutable_data_ptr() : nullptr;
-    return {i, real_numel(arguments_.params[i]), param, readable(tensors.grad), param, {momentum, scales}};
+    return {i, numel(i), param, readable(tensors.grad), param, {momentum, scales}};
   }
 
   void apply(const Layer& layer, Range range, double ratio) const {
@@ -445,7 +460,9 @@ class Adam : public Op<AdamArguments> {
   // Counts the layer's step, if its moments are to be updated.
   Layer layer(const Tensors& tensors, size_t i) {
     auto* const step = arguments_.steps[i].mutable_data_ptr<float>();
-    *step += arguments_.grads.empty() || is_skipped() ? 0 : 1;
+    if (!arguments_.grads.empty()) {
+      *step += 1;
+    }
     if (i == 0 || *step != last_step_) {  // of most layers it is the same, and powers take long
       last_step_ = *step;
       last_corrections_ = bias_corrections(arguments_.beta1, arguments_.beta2, *step);
@@ -453,7 +470,7 @@ class Adam : public Op<AdamArguments> {
     corrections_[i] = last_corrections_;
     void* const param = writable(tensors.param);
     const std::array<void*, 2> moments{writable(tensors.exp_avg), writable(tensors.exp_avg_sq)};
-    return {i, real_numel(arguments_.params[i]), param, readable(tensors.grad), param, moments};
+    return {i, numel(i), param, readable(tensors.grad), param, moments};
   }
 
   // Updates the moments if the ratio is that of the update.
@@ -473,16 +490,10 @@ class Adam : public Op<AdamArguments> {
     return arguments_.of_updates ? sums : Op::completed(sums);
   }
 
-  std::array<double, 2> squared_norms(const Layer& layer, const Plan& plan) const {
-    if (!arguments_.of_updates) {
-      return Op::squared_norms(layer, plan);
-    }
-    const auto norms = squared_norms(std::vector<Layer>{layer}, plan);
-    return {norms[0][0], norms[1][0]};
-  }
-
-  // The same of the parameters and updates of several layers.
   std::array<std::vector<double>, 2> squared_norms(const std::vector<Layer>& layers, const Plan& plan) const {
+    if (!arguments_.of_updates) {
+      return Op::squared_norms(layers, plan);
+    }
     std::array<std::vector<double>, 2> partials{std::vector<double>(plan.chunks), std::vector<double>(plan.chunks)};
     for_chunks(plan, bytes_per_element(), Order::kForwards, [&](int64_t i, int64_t chunk, Range range) {
       const auto [param_sum, update_sum] = squared_norms_of_chunk(layers[i], range);
@@ -501,7 +512,9 @@ class Adam : public Op<AdamArguments> {
   }
 
   void write_back(const Tensors& tensors, size_t i) const {
-    write_back_state(tensors, i);
+    if (!arguments_.grads.empty()) {
+      write_back_state(tensors, i);
+    }
     torchlars::write_back(tensors.param, arguments_.params[i]);
   }
 
@@ -571,15 +584,6 @@ struct AllLayers {
     }
   }
 
-  Plan plan() const {
-    std::vector<int64_t> numels;
-    numels.reserve(layers.size());
-    for (const auto& layer : layers) {
-      numels.push_back(layer.numel);
-    }
-    return Plan(std::move(numels));
-  }
-
   std::vector<typename AnyOp::Tensors> tensors;
   std::vector<Layer> layers;
 };
@@ -591,7 +595,7 @@ void step(AnyOp op, const std::vector<double>& ratios) {
     return;
   }
   const AllLayers<AnyOp> all(op);
-  for_chunks(all.plan(), op.bytes_per_element(), Order::kForwards,
+  for_chunks(plan_of(all.layers), op.bytes_per_element(), Order::kForwards,
              [&](int64_t i, int64_t, Range range) { op.apply(all.layers[i], range, ratios[i]); });
   for (size_t i = 0; i < op.size(); ++i) {
     op.write_back(all.tensors[i], i);
@@ -605,7 +609,7 @@ void measure_updates(Adam op, const at::Tensor& written) {
     return;
   }
   const AllLayers<Adam> all(op);
-  auto [squared_norms, of_updates] = op.squared_norms(all.layers, all.plan());
+  auto [squared_norms, of_updates] = op.squared_norms(all.layers, plan_of(all.layers));
   squared_norms.insert(squared_norms.end(), of_updates.begin(), of_updates.end());
   written.copy_(vector_of(squared_norms));
   note_write(written);
@@ -615,37 +619,68 @@ void measure_updates(Adam op, const at::Tensor& written) {
 }
 
 // Measures all layers, writes their trust ratios, and takes the step. A layer is stepped right after it is measured,
-// while caches hold it: large ones, and those of which a kernel takes copies, one after the other by all threads; all
-// others each by one thread, in one parallel region.
+// while caches hold it. Most layers are taken by one thread each, in one parallel region, which begins when the memory
+// of all is known. Large ones, and those of which kernels take copies, are shared by all threads before, as many at a
+// time as caches hold.
 template <typename AnyOp>
 void measure_and_step(AnyOp op, const RatioNumbers& numbers, Order order, const at::Tensor& ratios) {
   void* const written = ratios.mutable_data_ptr();
   const bool in_double = ratios.scalar_type() == c10::kDouble;
-  const auto decide = [&](size_t i, const std::array<double, 2>& squared_norms) -> double {
-    const double ratio = numbers.of(i, squared_norms[0], squared_norms[1]);
+  const auto decide = [&](size_t i, double param_squared_norm, double other_squared_norm) -> double {
+    const double ratio = numbers.of(i, param_squared_norm, other_squared_norm);
     return in_double ? static_cast<double*>(written)[i] = ratio
                      : static_cast<float*>(written)[i] = static_cast<float>(ratio);
   };
-  std::vector<Layer> own;
+  std::vector<Layer> own, shared;
+  std::vector<typename AnyOp::Tensors> tensors_of_shared;
+  int64_t shared_bytes = 0;
+  const auto step_shared = [&] {
+    if (shared.empty()) {
+      return;
+    }
+    const Plan plan = plan_of(shared);
+    const auto [param_norms, other_norms] = op.squared_norms(shared, plan);
+    std::vector<double> of_shared;
+    for (size_t i = 0; i < shared.size(); ++i) {
+      of_shared.push_back(decide(shared[i].index, param_norms[i], other_norms[i]));
+    }
+    if (!op.is_skipped()) {
+      for_chunks(plan, op.bytes_per_element(), Order::kBackwards,
+                 [&](int64_t i, int64_t, Range range) { op.apply(shared[i], range, of_shared[i]); });
+      for (size_t i = 0; i < shared.size(); ++i) {
+        op.write_back(tensors_of_shared[i], shared[i].index);
+      }
+    }
+    shared.clear();
+    tensors_of_shared.clear();
+    shared_bytes = 0;
+  };
   own.reserve(op.size());
   for (size_t n = 0; n < op.size(); ++n) {
     const size_t i = order == Order::kForwards ? n : op.size() - 1 - n;
-    const typename AnyOp::Tensors tensors = op.tensors(i);
+    if (op.is_skipped()) {  // only norms are read
+      Layer layer;
+      layer.index = i;
+      layer.numel = op.numel(i);
+      shared.push_back(layer);
+      continue;
+    }
+    typename AnyOp::Tensors tensors = op.tensors(i);
     own.push_back(op.layer(tensors, i));
-    if (!are_borrowed(tensors) || 2 * own.back().numel * op.bytes_per_element() > AnyOp::kOwnBytes) {
-      const Layer layer = own.back();
-      own.pop_back();
-      const Plan plan({layer.numel});
-      const double ratio = decide(i, op.squared_norms(layer, plan));
-      if (!op.is_skipped()) {
-        for_chunks(plan, op.bytes_per_element(), Order::kBackwards,
-                   [&](int64_t, int64_t, Range range) { op.apply(layer, range, ratio); });
-      }
+    const int64_t bytes = 2 * own.back().numel * op.bytes_per_element();
+    if (are_borrowed(tensors) && bytes <= AnyOp::kOwnBytes) {
+      op.write_back(tensors, i);  // without copies it only notes the writes
+      continue;
     }
-    if (!op.is_skipped()) {
-      op.write_back(tensors, i);  // of a layer without copies it only notes the writes
+    if (shared_bytes + bytes > kOwnBytes) {
+      step_shared();
     }
+    shared.push_back(own.back());
+    own.pop_back();
+    tensors_of_shared.push_back(std::move(tensors));
+    shared_bytes += bytes;
   }
+  step_shared();
   for_layers(own, op.bytes_per_element(), [&](const Layer& layer) {
     std::array<double, 2> sums{};
     for_chunks_of(layer.numel, Order::kForwards, [&](Range range) {
@@ -653,10 +688,9 @@ void measure_and_step(AnyOp op, const RatioNumbers& numbers, Order order, const 
       sums[0] += param_sum;
       sums[1] += other_sum;
     });
-    const double ratio = decide(layer.index, op.completed(sums));
-    if (!op.is_skipped()) {
-      for_chunks_of(layer.numel, Order::kBackwards, [&](Range range) { op.apply(layer, range, ratio); });
-    }
+    const auto [param_squared_norm, other_squared_norm] = op.completed(sums);
+    const double ratio = decide(layer.index, param_squared_norm, other_squared_norm);
+    for_chunks_of(layer.numel, Order::kBackwards, [&](Range range) { op.apply(layer, range, ratio); });
   });
   note_write(ratios);
 }
@@ -665,7 +699,10 @@ void measure_and_step(AnyOp op, const RatioNumbers& numbers, Order order, const 
 
 at::Tensor squared_norms(const SquaredNormsArguments& arguments) {
   const auto& [tensors, others, scales, inv_scale] = arguments;
-  return vector_of(measure<1>(plan_of(tensors), {tensors}, value_of(inv_scale), {others.value_or(tensors), scales})[0]);
+  std::vector<size_t> positions(tensors.size());
+  std::iota(positions.begin(), positions.end(), 0);
+  return vector_of(
+      measure<1>(plan_of(tensors), positions, {tensors}, value_of(inv_scale), {others.value_or(tensors), scales})[0]);
 }
 
 at::Tensor trust_ratios(const TrustRatiosArguments& arguments) {
