@@ -164,8 +164,8 @@ def check_extension(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser, out: Path, rounds: int, min_time: float) -> None:
     """Add the options that all benchmarks have."""
-    help_of_earlier = "checkout of an earlier version, built in place, that is timed beside this one (LARS, on a CPU)"
-    parser.add_argument("--earlier", type=Path, metavar="FOLDER", help=help_of_earlier)
+    help_of_earlier = "checkouts of earlier versions, built in place, that are timed beside this one (LARS, on a CPU)"
+    parser.add_argument("--earlier", type=Path, nargs="+", default=[], metavar="FOLDER", help=help_of_earlier)
     parser.add_argument("--threads", type=positive(int), help="CPU threads (default: torch's own number)")
     parser.add_argument("--rounds", type=positive(int), default=rounds, help=f"(default: {rounds})")
     parser.add_argument(

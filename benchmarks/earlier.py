@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -57,11 +56,6 @@ class Earlier:
         )
         setup = {"shapes": list(shapes), "dtype": str(dtype).removeprefix("torch."), "hyper": hyper, "groups": groups}
         self.names: list[str] = self._ask({**setup, "threads": torch.get_num_threads(), "restores": restores})
-
-    @classmethod
-    def of(cls, checkout: Path | None, *layers: Any, **options: Any) -> AbstractContextManager[Any]:
-        """Return a process, or where there is no checkout what gives None."""
-        return nullcontext() if checkout is None else cls(checkout, *layers, **options)
 
     def samples(self) -> dict[str, Callable[[], float]]:
         """Return for each of its steps, by name with the revision, what takes it and returns its seconds."""
@@ -107,7 +101,7 @@ def serve() -> None:
 
     of_sgd = {key: hyper[key] for key in ("lr", "momentum", "weight_decay")}
     bases: dict[str, Callable[[], Optimizer]] = {
-        "no-op": no_op,
+        **({} if setup["restores"] else {"no-op": no_op}),  # beside which gradients would take long to restore
         "SGD fused": lambda: torch.optim.SGD(groups(), fused=True, **of_sgd),
         "torchlars.optim.SGD": lambda: torchlars.optim.SGD(groups(), **of_sgd),
     }

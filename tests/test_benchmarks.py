@@ -379,7 +379,7 @@ def test_host_time_writes_what_the_table_needs(module, tmp_path):
 def test_an_earlier_version_stands_beside_this_one(step_time, module, tmp_path):
     names = {"SGD fused", "LARS(SGD fused)", "torchlars.optim.SGD", "LARS(torchlars.optim.SGD)"}
     timed = step_time("--earlier", str(ROOT), "--contestants", "LARS(SGD fused)")["sets"]["smoke"]["contestants"]
-    at = next(name.removeprefix("no-op") for name in timed if name.startswith("no-op at "))
+    at = next(name.removeprefix("SGD fused") for name in timed if name.startswith("SGD fused at "))
     assert {name + at for name in names} <= timed.keys()
     assert all(len(entry["clocks"]["wall"]["rounds"]) == 2 for entry in timed.values())
     assert timed["LARS(SGD fused)" + at]["form"] == "earlier"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -152,11 +153,15 @@ def time_tensors(
 def in_turns(
     samples: dict[str, Callable[[], float]], args: argparse.Namespace, count: int, groups: int
 ) -> dict[str, list[float]]:
-    """Return the times of all contestants and of the LARS part, and those of an earlier version if there is one."""
-    with Earlier.of(args.earlier, [(1,)] * count, asdict(HYPER), groups=groups, restores=False) as earlier:
-        before = earlier.samples() if earlier else {}
-        times = common.interleaved(samples | before, args.rounds, args.min_time, args.seed)
-    for at in ["", f" at {earlier.revision}"] if earlier else [""]:
+    """Return the times of all contestants and of the LARS part, and those of earlier versions if there are any."""
+    with ExitStack() as stack:
+        revisions = [""]
+        for checkout in args.earlier:
+            earlier = Earlier(checkout, [(1,)] * count, asdict(HYPER), groups=groups, restores=False)
+            samples = samples | stack.enter_context(earlier).samples()
+            revisions.append(f" at {earlier.revision}")
+        times = common.interleaved(samples, args.rounds, args.min_time, args.seed)
+    for at in revisions:
         pairs = zip(times[f"LARS(no-op){at}"], times[f"no-op{at}"], strict=True)
         times[PART + at] = [with_lars - base for with_lars, base in pairs]
     return times

@@ -6,6 +6,7 @@ import argparse
 import gc
 import sys
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -238,8 +239,10 @@ def time_set(
     for entrant_name, reason in left_out.items():
         print(f"left out of {name}: {entrant_name}: {reason}", flush=True)
     timed: dict[str, dict[str, Any]] = {entrant_name: {"clocks": {}} for entrant_name in entries}
-    with Earlier.of(args.earlier, layers.shapes(), asdict(HYPER), dtype) as earlier:
-        before = earlier.samples() if earlier else {}
+    with ExitStack() as stack:
+        before: dict[str, Clock] = {}
+        for checkout in args.earlier:
+            before |= stack.enter_context(Earlier(checkout, layers.shapes(), asdict(HYPER), dtype)).samples()
         timed |= {entrant_name: {"clocks": {}, "formula": None, "form": "earlier"} for entrant_name in before}
         for clock in ("gpu", "wall") if device.type == "cuda" else ("wall",):
             samples = {entrant_name: entry.clocks[clock] for entrant_name, entry in entries.items()} | before
