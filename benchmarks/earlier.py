@@ -72,13 +72,20 @@ class Earlier:
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(question) + "\n")
         self._process.stdin.flush()
-        return json.loads(self._process.stdout.readline())
+        answer = self._process.stdout.readline()
+        if not answer:
+            self._process.communicate()
+            raise RuntimeError(f"the process of {self.revision} has ended; what it said is above")
+        return json.loads(answer)
 
 
 def serve() -> None:
     """Build all steps as the first line of the input says, and take one for every further line."""
     import torchlars.optim
-    from torchlars import LARS
+    from torchlars import LARS, _extension
+
+    if _extension.extension is None:
+        sys.exit(f"torchlars has no extension in {_extension.PACKAGE} ({_extension.reason}); build it in place")
 
     class NoOp(Optimizer):
         def step(self, closure: Any = None) -> None:

@@ -127,7 +127,7 @@ py::object item_of(const py::handle& dict, PyObject* key) {
 }
 
 // Prefetches what is read of the parameters that come next, whose objects are scattered in memory. Each stage reads
-// what an earlier one has prefetched: the tensor, what autograd keeps for it, its gradient, and the storages of both.
+// what an earlier one has prefetched: the tensor, what autograd keeps for it, and its gradient.
 class Ahead {
  public:
   explicit Ahead(PyObject* params) : params_(params) {}

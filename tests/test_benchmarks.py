@@ -4,6 +4,7 @@ import dataclasses
 import importlib
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -389,6 +390,13 @@ def test_an_earlier_version_stands_beside_this_one(step_time, module, tmp_path):
     part = "LARS part: LARS(no-op) − no-op"
     for found in (report["tensors"][1], report["groups"][1], report["groups"][4]):
         assert {name + at for name in (*names, "no-op", part)} <= found.keys()
+
+
+def test_the_reference_is_not_timed_in_the_name_of_an_earlier_version(step_time, tmp_path):
+    checkout = tmp_path / "earlier"
+    shutil.copytree(ROOT / "torchlars", checkout / "torchlars", ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
+    with pytest.raises(RuntimeError, match=r"the process of .* has ended"):
+        step_time("--earlier", str(checkout), "--contestants", "LARS(SGD fused)")
 
 
 @pytest.mark.parametrize("more", [["--device", "cuda"], ["--optimizer", "lamb"]], ids=["cuda", "lamb"])
