@@ -84,8 +84,10 @@ def serve() -> None:
     import torchlars.optim
     from torchlars import LARS, _extension
 
-    if _extension.extension is None:
-        sys.exit(f"torchlars has no extension in {_extension.PACKAGE} ({_extension.reason}); build it in place")
+    package = Path(torchlars.__file__).parent
+    # An installed torchlars may lend its extension to a checkout that has none.
+    if _extension.extension is None or Path(str(_extension.extension.__file__)).parent != package:
+        sys.exit(f"torchlars has no extension of its own in {package} ({_extension.reason}); build it in place")
 
     class NoOp(Optimizer):
         def step(self, closure: Any = None) -> None:
