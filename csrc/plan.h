@@ -63,6 +63,15 @@ C10_HOST_DEVICE inline int64_t find_start(const T* starts, int64_t count, int64_
 enum class Order { kForwards, kBackwards };
 constexpr int64_t kBlockOfChunks = 16;
 
+// Calls visit(begin, end) for every block of the chunks [begin, end).
+template <typename Visit>
+void for_blocks(int64_t begin, int64_t end, Order order, const Visit& visit) {
+  const int64_t block = order == Order::kForwards ? end - begin : kBlockOfChunks;
+  for (int64_t block_end = end; block_end > begin; block_end -= block) {
+    visit(block_end - begin < block ? begin : block_end - block, block_end);
+  }
+}
+
 // Consecutive tensors laid end to end: the i-th one's chunks are counted from first_chunk[i], and their work begins at
 // start[i]. The work of a chunk is its elements and kChunkWork more.
 struct Plan {
@@ -86,19 +95,15 @@ struct Plan {
   // Calls visit(tensor, chunk of the plan, range of the tensor) for every chunk whose work begins in [begin, end).
   template <typename Visit>
   void for_chunks_starting_in(int64_t begin, int64_t end, Order order, const Visit& visit) const {
-    const int64_t from = first_chunk_starting_at(begin);
-    const int64_t to = first_chunk_starting_at(end);
-    const int64_t block = order == Order::kForwards ? to - from : kBlockOfChunks;
-    for (int64_t block_end = to; block_end > from; block_end -= block) {
-      int64_t chunk = block_end - from < block ? from : block_end - block;
+    for_blocks(first_chunk_starting_at(begin), first_chunk_starting_at(end), order, [&](int64_t chunk, int64_t last) {
       int64_t tensor = find_start(first_chunk.data(), static_cast<int64_t>(numel.size()), chunk);
-      for (; chunk < block_end; ++chunk) {
+      for (; chunk < last; ++chunk) {
         while (chunk >= first_chunk[tensor] + num_chunks(numel[tensor])) {
           ++tensor;
         }
         visit(tensor, chunk, chunk_range(numel[tensor], chunk - first_chunk[tensor]));
       }
-    }
+    });
   }
 
  private:

@@ -546,12 +546,11 @@ class Adam : public Op<AdamArguments> {
 // Calls visit(range) for every chunk of a tensor.
 template <typename Visit>
 void for_chunks_of(int64_t numel, Order order, const Visit& visit) {
-  const int64_t count = num_chunks(numel), block = order == Order::kForwards ? count : kBlockOfChunks;
-  for (int64_t end = count; end > 0; end -= block) {
-    for (int64_t chunk = std::max<int64_t>(end - block, 0); chunk < end; ++chunk) {
+  for_blocks(0, num_chunks(numel), order, [&](int64_t chunk, int64_t end) {
+    for (; chunk < end; ++chunk) {
       visit(chunk_range(numel, chunk));
     }
-  }
+  });
 }
 
 // Calls visit(layer) for every layer, on all threads. Each takes a share of the layers, then the next one.
