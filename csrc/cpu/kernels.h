@@ -27,7 +27,7 @@
 namespace torchlars::cpu {
 
 // Prefetches memory that is read next. It raises the bandwidth of passes that only read.
-inline void prefetch(const void* begin, const void* end) {
+C10_ALWAYS_INLINE void prefetch(const void* begin, const void* end) {
 #if defined(__GNUC__)
   constexpr int kCacheLine = 64;
   for (const char* line = static_cast<const char*>(begin); line < end; line += kCacheLine) {

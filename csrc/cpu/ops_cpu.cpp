@@ -553,6 +553,21 @@ void for_chunks_of(int64_t numel, Order order, const Visit& visit) {
   });
 }
 
+// Prefetches the begin of a layer's memory, which hardware cannot foresee, if there is such a layer. Inlined always, as
+// the functions that it calls: GCC takes one that only prefetches for one without effects, and leaves its calls out.
+C10_ALWAYS_INLINE void prefetch_begin(const std::vector<Layer>& layers, size_t i) {
+  if (i >= layers.size()) {
+    return;
+  }
+  constexpr int64_t kBytes = 256;
+  const Layer& layer = layers[i];
+  for (const void* const data : {layer.param, layer.grad, static_cast<const void*>(layer.state[0])}) {
+    if (data != nullptr) {
+      cpu::prefetch(data, static_cast<const char*>(data) + kBytes);
+    }
+  }
+}
+
 // Calls visit(layer) for every layer, on all threads. Each takes a share of the layers, then the next one.
 template <typename Visit>
 void for_layers(const std::vector<Layer>& layers, int64_t bytes_per_element, const Visit& visit) {
@@ -566,6 +581,7 @@ void for_layers(const std::vector<Layer>& layers, int64_t bytes_per_element, con
   at::parallel_for(0, std::min<int64_t>(shares.size(), at::get_num_threads()), 1, [&](int64_t, int64_t) {
     for (size_t share = next++; share < shares.size(); share = next++) {
       for (int64_t i = shares[share].begin; i < shares[share].end; ++i) {
+        prefetch_begin(layers, i + 2);
         visit(layers[i]);
       }
     }
@@ -594,8 +610,10 @@ void step(AnyOp op, const std::vector<double>& ratios) {
     return;
   }
   const AllLayers<AnyOp> all(op);
-  for_chunks(plan_of(all.layers), op.bytes_per_element(), Order::kForwards,
-             [&](int64_t i, int64_t, Range range) { op.apply(all.layers[i], range, ratios[i]); });
+  for_chunks(plan_of(all.layers), op.bytes_per_element(), Order::kForwards, [&](int64_t i, int64_t, Range range) {
+    prefetch_begin(all.layers, i + 2);
+    op.apply(all.layers[i], range, ratios[i]);
+  });
   for (size_t i = 0; i < op.size(); ++i) {
     op.write_back(all.tensors[i], i);
   }

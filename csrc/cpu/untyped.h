@@ -19,7 +19,7 @@ namespace torchlars::cpu {
   AT_DISPATCH_FLOATING_TYPES_AND2(c10::kBFloat16, c10::kHalf, TYPE, NAME, __VA_ARGS__)
 
 // Prefetches a part of a tensor.
-inline void prefetch(const void* data, Range range, int64_t bytes_per_element) {
+C10_ALWAYS_INLINE void prefetch(const void* data, Range range, int64_t bytes_per_element) {
   const char* const begin = static_cast<const char*>(data);
   cpu::prefetch(begin + range.begin * bytes_per_element, begin + range.end * bytes_per_element);
 }
