@@ -74,14 +74,36 @@ class PyTensors {
   py::list objects_;
 };
 
-// Whether kernels may read a tensor's memory as it is: no subclass, nothing lazy, no wrapper of a transformation.
-bool is_plain(const at::Tensor& tensor) {
-  static const auto harmless = c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
-  const auto rest = tensor.key_set() - harmless;
-  return c10::toFunctionalityKey(rest.highestPriorityTypeId()) == c10::DispatchKey::Dense &&
-         tensor.layout() == c10::kStrided && tensor.is_non_overlapping_and_dense() && !tensor.is_inference() &&
-         tensor.has_storage() && has_memory(tensor);
-}
+// Whether kernels may read the memory of tensors as it is: no subclass, nothing lazy, no wrapper of a transformation.
+class Plain {
+ public:
+  bool has(const at::Tensor& tensor) {
+    if (tensor.key_set() != keys_) {  // of most tensors they are the same
+      if (!has_plain_keys(tensor)) {
+        return false;
+      }
+      keys_ = tensor.key_set();
+    }
+    return tensor.is_non_overlapping_and_dense() && has_memory(tensor);
+  }
+
+  // The storage of a tensor with the same dispatch keys as the last plain one; null of others.
+  const c10::StorageImpl* storage_of(const c10::TensorImpl& tensor) const {
+    const bool is_alike = tensor.key_set() == keys_ && tensor.has_storage();
+    return is_alike ? tensor.unsafe_storage().unsafeGetStorageImpl() : nullptr;
+  }
+
+ private:
+  // What dispatch keys decide: layout and is_inference() follow from them.
+  static bool has_plain_keys(const at::Tensor& tensor) {
+    static const auto harmless = c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
+    const auto rest = tensor.key_set() - harmless;
+    return c10::toFunctionalityKey(rest.highestPriorityTypeId()) == c10::DispatchKey::Dense &&
+           tensor.layout() == c10::kStrided && !tensor.is_inference() && tensor.has_storage();
+  }
+
+  c10::DispatchKeySet keys_;  // that were seen to be plain
+};
 
 // Whether there are more references than the known ones and the one that the Python object holds, if it exists.
 template <typename Impl>
@@ -104,8 +126,8 @@ bool may_be_shared(const at::Tensor& grad) {
          may_share_memory(grad);
 }
 
-bool is_plain_layer(const at::Tensor& param, const at::Tensor& grad) {
-  return is_plain(param) && is_plain(grad) && is_supported(param.scalar_type()) && !param.is_complex() &&
+bool is_plain_layer(Plain& plain, const at::Tensor& param, const at::Tensor& grad) {
+  return plain.has(param) && plain.has(grad) && is_supported(param.scalar_type()) && !param.is_complex() &&
          grad.scalar_type() == param.scalar_type() && grad.device() == param.device() && grad.sizes() == param.sizes();
 }
 
@@ -127,10 +149,10 @@ py::object item_of(const py::handle& dict, PyObject* key) {
 }
 
 // Prefetches what is read of the parameters that come next, whose objects are scattered in memory. Each stage reads
-// what an earlier one has prefetched: the tensor, what autograd keeps for it, and its gradient.
+// what an earlier one has prefetched: the tensor, what autograd keeps for it, its gradient, and the storages of both.
 class Ahead {
  public:
-  explicit Ahead(PyObject* params) : params_(params) {}
+  Ahead(PyObject* params, const Plain& plain) : params_(params), plain_(plain) {}
 
   void fetch([[maybe_unused]] Py_ssize_t position) const {
 #ifdef __GNUC__
@@ -142,6 +164,10 @@ class Ahead {
     }
     if (const c10::TensorImpl* const tensor = tensor_at(position + 4)) {
       fetch_all(tensor->grad().unsafeGetTensorImpl());
+      fetch_all(plain_.storage_of(*tensor));
+    }
+    if (const c10::TensorImpl* const tensor = tensor_at(position + 2)) {
+      fetch_all(plain_.storage_of(*tensor->grad().unsafeGetTensorImpl()));
     }
 #endif
   }
@@ -155,13 +181,15 @@ class Ahead {
     return THPVariable_CheckExact(param) ? THPVariable_Unpack(param).unsafeGetTensorImpl() : nullptr;
   }
 
-  static void fetch_all(const c10::TensorImpl* tensor) {
-    for (size_t line = 0; line < sizeof(c10::TensorImpl); line += 64) {
-      __builtin_prefetch(reinterpret_cast<const char*>(tensor) + line);
+  template <typename T>
+  static void fetch_all(const T* object) {
+    for (size_t line = 0; line < sizeof(T); line += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(object) + line);
     }
   }
 
   PyObject* params_;
+  const Plain& plain_;
 };
 
 using Seen = ska::flat_hash_set<const c10::TensorImpl*>;
@@ -184,7 +212,8 @@ std::vector<int64_t> for_plain_layers(const py::sequence& params, Seen& seen, co
     throw py::error_already_set();
   }
   seen.reserve(seen.size() + PySequence_Fast_GET_SIZE(fast.ptr()));
-  const Ahead ahead(fast.ptr());
+  Plain plain;
+  const Ahead ahead(fast.ptr(), plain);
   std::vector<int64_t> others;
   for (Py_ssize_t position = 0; position < PySequence_Fast_GET_SIZE(fast.ptr()); ++position) {
     const auto item = py::reinterpret_borrow<py::object>(PySequence_Fast_GET_ITEM(fast.ptr(), position));
@@ -198,7 +227,7 @@ std::vector<int64_t> for_plain_layers(const py::sequence& params, Seen& seen, co
     if (!grad.defined()) {
       continue;
     }
-    if (!is_plain_layer(param, grad)) {
+    if (!is_plain_layer(plain, param, grad)) {
       others.push_back(position);
     } else if (seen.insert(param.unsafeGetTensorImpl()).second && !take(param, std::move(grad), item.ptr())) {
       others.push_back(position);
@@ -286,7 +315,8 @@ bool has_gradient_of_same_layout(PyObject* object) {
   }
   const at::Tensor& param = THPVariable_Unpack(object);
   const at::Tensor& grad = param.grad();
-  return !grad.defined() || (is_plain_layer(param, grad) && same_strides(param, grad));
+  Plain plain;
+  return !grad.defined() || (is_plain_layer(plain, param, grad) && same_strides(param, grad));
 }
 
 // The bucket with a key, which most often is the last one; a new one if there is none.
@@ -620,7 +650,7 @@ class FusedLayers {
       return false;
     }
     const at::Tensor& tensor = THPVariable_Unpack(value.ptr());
-    if (!is_plain(tensor) || tensor.scalar_type() != dtype || tensor.device() != device || tensor.sizes() != sizes) {
+    if (!plain_.has(tensor) || tensor.scalar_type() != dtype || tensor.device() != device || tensor.sizes() != sizes) {
       return false;
     }
     // The references that are known: the caller's and that of the state.
@@ -636,6 +666,7 @@ class FusedLayers {
 
  private:
   Seen seen_;
+  Plain plain_;
   Py_ssize_t next_state_ = 0;  // where PyDict_Next goes on
 };
 
