@@ -124,7 +124,7 @@ def extension(torch, with_cuda):
 
     # No contraction into fused multiply-adds: results are then those of the source on every processor. Nobody asks for
     # floating-point exceptions and errno, and GCC vectorises std::floor and std::sqrt only where it need not set them.
-    flags = ["-O3", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
+    flags = ["-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
     if os.name == "nt":
         flags = ["/O2", "/openmp"]
     link_flags = []
