@@ -184,6 +184,21 @@ PYBIND11_MODULE(_C, m) {
       pybind11::arg("numels"), pybind11::arg("begin"), pybind11::arg("end"), pybind11::arg("backwards") = false,
       "The share of a CPU thread: (tensor, chunk, begin, end) of every chunk whose work begins in [begin, end).");
   m.def(
+      "chunks_of_part",
+      [](std::vector<int64_t> numels, int64_t part, int64_t parts, bool backwards) {
+        const auto plan = plan_of("chunks_of_part", std::move(numels));
+        check_value(0 <= part && part < parts,
+                    c10::str("chunks_of_part: expected 0 <= part < parts (part: ", part, ", parts: ", parts, ")"));
+        std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> chunks;
+        const auto order = backwards ? torchlars::Order::kBackwards : torchlars::Order::kForwards;
+        plan.for_part(part, parts, order, [&](int64_t tensor, int64_t chunk, torchlars::Range range) {
+          chunks.emplace_back(tensor, chunk, range.begin, range.end);
+        });
+        return chunks;
+      },
+      pybind11::arg("numels"), pybind11::arg("part"), pybind11::arg("parts"), pybind11::arg("backwards") = false,
+      "The same where each thread takes a part of every tensor.");
+  m.def(
       "runs_within",
       [](const std::vector<int64_t>& sizes, int64_t limit) {
         std::vector<std::pair<int64_t, int64_t>> runs;

@@ -106,6 +106,23 @@ struct Plan {
     });
   }
 
+  // Calls visit(tensor, chunk of the plan, range of the tensor) for every chunk of a part of each tensor, all of whose
+  // parts are about as long.
+  template <typename Visit>
+  void for_part(int64_t part, int64_t parts, Order order, const Visit& visit) const {
+    const auto count = static_cast<int64_t>(numel.size());
+    for (int64_t n = 0; n < count; ++n) {
+      const int64_t tensor = order == Order::kForwards ? n : count - 1 - n;
+      // Rounded another way for each tensor: so short ones are dealt to all parts.
+      const auto begin_of = [&](int64_t of) { return (num_chunks(numel[tensor]) * of + tensor % parts) / parts; };
+      for_blocks(begin_of(part), begin_of(part + 1), order, [&](int64_t chunk, int64_t end) {
+        for (; chunk < end; ++chunk) {
+          visit(tensor, first_chunk[tensor] + chunk, chunk_range(numel[tensor], chunk));
+        }
+      });
+    }
+  }
+
  private:
   // The first chunk of the plan whose work begins here or later, or `chunks`.
   int64_t first_chunk_starting_at(int64_t position) const {

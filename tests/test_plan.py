@@ -120,6 +120,38 @@ def test_shares_of_threads_visit_every_chunk_once(backwards: bool) -> None:
         assert [tuple(chunk) for chunk in chunks] == [(tensor, *share) for tensor, _, *share in visited]
 
 
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("parts", [1, 2, 7])
+def test_even_parts_of_each_tensor_visit_every_chunk_once(parts: int, backwards: bool) -> None:
+    for numels in (numels[:20] for numels in RANDOM_SETS[::8]):
+        of_tensors = np.bincount(chunks_of(numels)[:, 0])
+        visited: dict[int, list[tuple[int, int, int, int]]] = {tensor: [] for tensor in range(len(numels))}
+        for part in range(parts):
+            taken = extension.chunks_of_part(numels, part, parts, backwards)
+            tensors = [tensor for tensor, *_ in taken]
+            assert tensors == sorted(tensors, reverse=backwards)
+            for tensor, chunks in visited.items():
+                of_tensor = [chunk for chunk in taken if chunk[0] == tensor]
+                assert abs(len(of_tensor) - of_tensors[tensor] / parts) < 1
+                chunks += in_order(of_tensor) if backwards else of_tensor
+        in_turn = [chunk for chunks in visited.values() for chunk in chunks]
+        assert [index for _, index, _, _ in in_turn] == list(range(len(in_turn)))
+        assert [(tensor, *share) for tensor, _, *share in in_turn] == [tuple(chunk) for chunk in chunks_of(numels)]
+
+
+@pytest.mark.parametrize(("part", "parts"), [(-1, 2), (2, 2), (0, 0)])
+def test_a_part_that_does_not_exist_is_refused(part: int, parts: int) -> None:
+    message = rf"^chunks_of_part: expected 0 <= part < parts \(part: {part}, parts: {parts}\)"
+    with pytest.raises(ValueError, match=message):
+        extension.chunks_of_part([5], part, parts)
+
+
+def test_even_parts_deal_tensors_of_one_chunk_to_all() -> None:
+    numels = [5, CHUNK, 7, 0, 2 * CHUNK]
+    taken = [[tensor for tensor, *_ in extension.chunks_of_part(numels, part, 2)] for part in range(2)]
+    assert taken == [[1, 3, 4], [0, 2, 4]]
+
+
 def test_shares_hold_the_chunks_whose_work_begins_in_them() -> None:
     numels = [5, 0, 3 * CHUNK + 1, 7]
     second, third = 5 + CHUNK_WORK, 5 + 2 * CHUNK_WORK  # where the work of the second and of the third tensor begins

@@ -21,8 +21,10 @@ namespace {
 // One thread measures and steps a layer of at most this size, parameter and gradient together. Larger ones are shared
 // by all threads.
 constexpr int64_t kOwnBytes = 4 << 20;
-// The same where a base optimizer reads what was written, each layer on all threads: so it finds less in its caches.
-constexpr int64_t kOwnBytesForBase = 512 << 10;
+// The same where a base optimizer reads next what was written. torch's give an even part of each tensor to each thread,
+// which finds it in the cache of its core if that thread has written it: so only a layer of one chunk is not shared.
+constexpr int64_t kOwnBytesForBase = 128 << 10;
+constexpr int64_t kSharedBytes = 2 << 20;   // of the layers that are measured before they are stepped, for each thread
 constexpr int64_t kGrainBytes = 512 << 10;  // the least work of a thread
 
 // How two tensors are read side by side: so many bytes of one, then of the other, and whether these are prefetched.
@@ -42,12 +44,25 @@ const Turns& turns() {
   return value;
 }
 
+// What a thread takes: a part of all tensors laid end to end, or a part of each tensor.
+enum class Share { kOfAll, kOfEach };
+
 // Calls visit(tensor, chunk, range) for every chunk, on all threads. The order does not change which chunks a thread
 // takes.
 template <typename Visit>
-void for_chunks(const Plan& plan, int64_t bytes_per_element, Order order, const Visit& visit) {
-  at::parallel_for(0, plan.work, kGrainBytes / bytes_per_element,
-                   [&](int64_t begin, int64_t end) { plan.for_chunks_starting_in(begin, end, order, visit); });
+void for_chunks(const Plan& plan, int64_t bytes_per_element, Share share, Order order, const Visit& visit) {
+  const int64_t grain = kGrainBytes / bytes_per_element;
+  if (share == Share::kOfAll) {
+    at::parallel_for(0, plan.work, grain,
+                     [&](int64_t begin, int64_t end) { plan.for_chunks_starting_in(begin, end, order, visit); });
+    return;
+  }
+  const int64_t parts = std::min<int64_t>(at::get_num_threads(), divide_up(plan.work, grain));
+  at::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) {
+      plan.for_part(part, parts, order, visit);
+    }
+  });
 }
 
 Plan plan_of(at::TensorList tensors) {
@@ -130,7 +145,7 @@ class Squares {
 template <size_t kLists>
 std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::vector<size_t>& positions,
                                                 const std::array<at::TensorList, kLists>& lists, double inv_scale,
-                                                const Addends& addends = {}) {
+                                                const Addends& addends, Share share) {
   constexpr size_t kLast = kLists - 1;
   const bool has_addends = !addends.scales.empty();
   std::array<std::vector<Swept>, kLists> swept;
@@ -152,7 +167,7 @@ std::array<std::vector<double>, kLists> measure(const Plan& plan, const std::vec
     partials[list].resize(plan.chunks);
   }
   const Squares<kLists> squares(dtypes);
-  for_chunks(plan, real_size(lists[0][0]), Order::kForwards, [&](int64_t i, int64_t chunk, Range range) {
+  for_chunks(plan, real_size(lists[0][0]), share, Order::kForwards, [&](int64_t i, int64_t chunk, Range range) {
     std::array<const void*, kLists> data;
     for (size_t list = 0; list < kLists; ++list) {
       data[list] = swept[list][i]->const_data_ptr();
@@ -284,12 +299,13 @@ class Op {
     return {sums[0], unscaled_squared_norm(sums[1], inv_scale_)};
   }
 
-  std::array<std::vector<double>, 2> squared_norms(const std::vector<Layer>& layers, const Plan& plan) const {
+  std::array<std::vector<double>, 2> squared_norms(const std::vector<Layer>& layers, const Plan& plan,
+                                                   Share share) const {
     std::vector<size_t> positions;
     for (const Layer& layer : layers) {
       positions.push_back(layer.index);
     }
-    return measure<2>(plan, positions, {params_, grads_}, inv_scale_, {params_, scales_});
+    return measure<2>(plan, positions, {params_, grads_}, inv_scale_, {params_, scales_}, share);
   }
 
  protected:
@@ -490,12 +506,13 @@ class Adam : public Op<AdamArguments> {
     return arguments_.of_updates ? sums : Op::completed(sums);
   }
 
-  std::array<std::vector<double>, 2> squared_norms(const std::vector<Layer>& layers, const Plan& plan) const {
+  std::array<std::vector<double>, 2> squared_norms(const std::vector<Layer>& layers, const Plan& plan,
+                                                   Share share) const {
     if (!arguments_.of_updates) {
-      return Op::squared_norms(layers, plan);
+      return Op::squared_norms(layers, plan, share);
     }
     std::array<std::vector<double>, 2> partials{std::vector<double>(plan.chunks), std::vector<double>(plan.chunks)};
-    for_chunks(plan, bytes_per_element(), Order::kForwards, [&](int64_t i, int64_t chunk, Range range) {
+    for_chunks(plan, bytes_per_element(), share, Order::kForwards, [&](int64_t i, int64_t chunk, Range range) {
       const auto [param_sum, update_sum] = squared_norms_of_chunk(layers[i], range);
       partials[0][chunk] = param_sum;
       partials[1][chunk] = update_sum;
@@ -610,10 +627,11 @@ void step(AnyOp op, const std::vector<double>& ratios) {
     return;
   }
   const AllLayers<AnyOp> all(op);
-  for_chunks(plan_of(all.layers), op.bytes_per_element(), Order::kForwards, [&](int64_t i, int64_t, Range range) {
-    prefetch_begin(all.layers, i + 2);
-    op.apply(all.layers[i], range, ratios[i]);
-  });
+  for_chunks(plan_of(all.layers), op.bytes_per_element(), Share::kOfAll, Order::kForwards,
+             [&](int64_t i, int64_t, Range range) {
+               prefetch_begin(all.layers, i + 2);
+               op.apply(all.layers[i], range, ratios[i]);
+             });
   for (size_t i = 0; i < op.size(); ++i) {
     op.write_back(all.tensors[i], i);
   }
@@ -626,7 +644,7 @@ void measure_updates(Adam op, const at::Tensor& written) {
     return;
   }
   const AllLayers<Adam> all(op);
-  auto [squared_norms, of_updates] = op.squared_norms(all.layers, plan_of(all.layers));
+  auto [squared_norms, of_updates] = op.squared_norms(all.layers, plan_of(all.layers), Share::kOfAll);
   squared_norms.insert(squared_norms.end(), of_updates.begin(), of_updates.end());
   written.copy_(vector_of(squared_norms));
   note_write(written);
@@ -651,18 +669,19 @@ void measure_and_step(AnyOp op, const RatioNumbers& numbers, Order order, const 
   std::vector<Layer> own, shared;
   std::vector<typename AnyOp::Tensors> tensors_of_shared;
   int64_t shared_bytes = 0;
+  const int64_t limit = kSharedBytes * at::get_num_threads();
   const auto step_shared = [&] {
     if (shared.empty()) {
       return;
     }
     const Plan plan = plan_of(shared);
-    const auto [param_norms, other_norms] = op.squared_norms(shared, plan);
+    const auto [param_norms, other_norms] = op.squared_norms(shared, plan, Share::kOfEach);
     std::vector<double> of_shared;
     for (size_t i = 0; i < shared.size(); ++i) {
       of_shared.push_back(decide(shared[i].index, param_norms[i], other_norms[i]));
     }
     if (!op.is_skipped()) {
-      for_chunks(plan, op.bytes_per_element(), Order::kBackwards,
+      for_chunks(plan, op.bytes_per_element(), Share::kOfEach, Order::kBackwards,
                  [&](int64_t i, int64_t, Range range) { op.apply(shared[i], range, of_shared[i]); });
       for (size_t i = 0; i < shared.size(); ++i) {
         op.write_back(tensors_of_shared[i], shared[i].index);
@@ -689,7 +708,7 @@ void measure_and_step(AnyOp op, const RatioNumbers& numbers, Order order, const 
       op.write_back(tensors, i);  // without copies it only notes the writes
       continue;
     }
-    if (shared_bytes + bytes > kOwnBytes) {
+    if (shared_bytes + bytes > limit) {
       step_shared();
     }
     shared.push_back(own.back());
@@ -718,8 +737,8 @@ at::Tensor squared_norms(const SquaredNormsArguments& arguments) {
   const auto& [tensors, others, scales, inv_scale] = arguments;
   std::vector<size_t> positions(tensors.size());
   std::iota(positions.begin(), positions.end(), 0);
-  return vector_of(
-      measure<1>(plan_of(tensors), positions, {tensors}, value_of(inv_scale), {others.value_or(tensors), scales})[0]);
+  return vector_of(measure<1>(plan_of(tensors), positions, {tensors}, value_of(inv_scale),
+                              {others.value_or(tensors), scales}, Share::kOfAll)[0]);
 }
 
 at::Tensor trust_ratios(const TrustRatiosArguments& arguments) {
