@@ -22,7 +22,9 @@ namespace {
 // by all threads.
 constexpr int64_t kOwnBytes = 4 << 20;
 // The same where a base optimizer reads next what was written. torch's give an even part of each tensor to each thread,
-// which finds it in the cache of its core if that thread has written it: so only a layer of one chunk is not shared.
+// which finds it in the cache of its core if that thread has written it: so only a layer of one chunk is not shared. A
+// step of LARS(SGD fused) on ResNet-50 takes 14.4 to 14.8 ms on two threads of an AMD EPYC; with 512 KB, and the others
+// cut where they lie end to end, 16.1 to 16.3 ms.
 constexpr int64_t kOwnBytesForBase = 128 << 10;
 constexpr int64_t kSharedBytes = 2 << 20;   // of the layers that are measured before they are stepped, for each thread
 constexpr int64_t kGrainBytes = 512 << 10;  // the least work of a thread
