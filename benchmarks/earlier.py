@@ -84,10 +84,11 @@ def serve() -> None:
     import torchlars.optim
     from torchlars import LARS, _extension
 
-    package = Path(torchlars.__file__).parent
+    package, extension = Path(torchlars.__file__).resolve().parent, _extension.extension
     # An installed torchlars may lend its extension to a checkout that has none.
-    if _extension.extension is None or Path(str(_extension.extension.__file__)).parent != package:
-        sys.exit(f"torchlars has no extension of its own in {package} ({_extension.reason}); build it in place")
+    if extension is None or Path(str(extension.__file__)).resolve().parent != package:
+        found = _extension.reason if extension is None else f"found: {extension.__file__}"
+        sys.exit(f"torchlars has no extension of its own in {package} ({found}); build it in place")
 
     class NoOp(Optimizer):
         def step(self, closure: Any = None) -> None:

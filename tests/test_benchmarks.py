@@ -392,11 +392,27 @@ def test_an_earlier_version_stands_beside_this_one(step_time, module, tmp_path):
         assert {name + at for name in (*names, "no-op", part)} <= found.keys()
 
 
-def test_the_reference_is_not_timed_in_the_name_of_an_earlier_version(step_time, tmp_path):
+LENT = """
+import importlib.util, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        return importlib.util.spec_from_file_location(name, {file!r}) if name == "torchlars._C" else None
+sys.meta_path.append(Finder)
+"""
+
+
+@pytest.mark.parametrize("is_lent", [False, True], ids=["none", "of another"])
+def test_an_earlier_version_is_timed_with_its_own_extension(step_time, extension, is_lent, tmp_path, capfd):
+    """An editable install lent its extension, by a finder, to a checkout that had none."""
     checkout = tmp_path / "earlier"
     shutil.copytree(ROOT / "torchlars", checkout / "torchlars", ignore=shutil.ignore_patterns("_C*.so", "__pycache__"))
+    if is_lent:
+        (checkout / "sitecustomize.py").write_text(LENT.format(file=extension.__file__), "utf-8")
     with pytest.raises(RuntimeError, match=r"the process of .* has ended"):
         step_time("--earlier", str(checkout), "--contestants", "LARS(SGD fused)")
+    said = capfd.readouterr().err
+    assert f"torchlars has no extension of its own in {checkout / 'torchlars'} (" in said
+    assert (f"(found: {extension.__file__})" in said) == is_lent
 
 
 @pytest.mark.parametrize("more", [["--device", "cuda"], ["--optimizer", "lamb"]], ids=["cuda", "lamb"])
