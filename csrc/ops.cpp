@@ -60,6 +60,17 @@ torchlars::Plan plan_of(const char* function, std::vector<int64_t> numels) {
   return torchlars::Plan(std::move(numels));
 }
 
+// All chunks that walk(order, visit) visits, as (tensor, chunk, begin, end).
+template <typename Walk>
+std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> visits_of(bool backwards, const Walk& walk) {
+  std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> chunks;
+  walk(backwards ? torchlars::Order::kBackwards : torchlars::Order::kForwards,
+       [&](int64_t tensor, int64_t chunk, torchlars::Range range) {
+         chunks.emplace_back(tensor, chunk, range.begin, range.end);
+       });
+  return chunks;
+}
+
 // What the dispatcher calls on a device: makes one struct of the arguments, checks it, and calls the device's function.
 template <typename Arguments, typename Arguments::Result (*kFunction)(const Arguments&),
           typename Signature = torchlars::Signature<Arguments>>
@@ -174,12 +185,8 @@ PYBIND11_MODULE(_C, m) {
         check_value(0 <= begin && begin <= end && end <= plan.work,
                     c10::str("chunks_starting_in: expected 0 <= begin <= end <= ", plan.work,
                              ", the plan's work (begin: ", begin, ", end: ", end, ")"));
-        std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> chunks;
-        const auto order = backwards ? torchlars::Order::kBackwards : torchlars::Order::kForwards;
-        plan.for_chunks_starting_in(begin, end, order, [&](int64_t tensor, int64_t chunk, torchlars::Range range) {
-          chunks.emplace_back(tensor, chunk, range.begin, range.end);
-        });
-        return chunks;
+        return visits_of(backwards,
+                         [&](auto order, const auto& visit) { plan.for_chunks_starting_in(begin, end, order, visit); });
       },
       pybind11::arg("numels"), pybind11::arg("begin"), pybind11::arg("end"), pybind11::arg("backwards") = false,
       "The share of a CPU thread: (tensor, chunk, begin, end) of every chunk whose work begins in [begin, end).");
@@ -189,12 +196,7 @@ PYBIND11_MODULE(_C, m) {
         const auto plan = plan_of("chunks_of_part", std::move(numels));
         check_value(0 <= part && part < parts,
                     c10::str("chunks_of_part: expected 0 <= part < parts (part: ", part, ", parts: ", parts, ")"));
-        std::vector<std::tuple<int64_t, int64_t, int64_t, int64_t>> chunks;
-        const auto order = backwards ? torchlars::Order::kBackwards : torchlars::Order::kForwards;
-        plan.for_part(part, parts, order, [&](int64_t tensor, int64_t chunk, torchlars::Range range) {
-          chunks.emplace_back(tensor, chunk, range.begin, range.end);
-        });
-        return chunks;
+        return visits_of(backwards, [&](auto order, const auto& visit) { plan.for_part(part, parts, order, visit); });
       },
       pybind11::arg("numels"), pybind11::arg("part"), pybind11::arg("parts"), pybind11::arg("backwards") = false,
       "The same where each thread takes a part of every tensor.");
