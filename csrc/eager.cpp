@@ -84,7 +84,7 @@ class Plain {
       }
       keys_ = tensor.key_set();
     }
-    return tensor.is_non_overlapping_and_dense() && has_memory(tensor);
+    return tensor.is_non_overlapping_and_dense() && tensor.has_storage() && has_memory(tensor);
   }
 
   // The storage of a tensor with the same dispatch keys as the last plain one; null of others.
@@ -99,7 +99,7 @@ class Plain {
     static const auto harmless = c10::autograd_dispatch_keyset_with_ADInplaceOrView | c10::autocast_dispatch_keyset;
     const auto rest = tensor.key_set() - harmless;
     return c10::toFunctionalityKey(rest.highestPriorityTypeId()) == c10::DispatchKey::Dense &&
-           tensor.layout() == c10::kStrided && !tensor.is_inference() && tensor.has_storage();
+           tensor.layout() == c10::kStrided && !tensor.is_inference();
   }
 
   c10::DispatchKeySet keys_;  // that were seen to be plain

@@ -30,6 +30,9 @@ inline Swept dense(const at::Tensor& tensor, c10::ScalarType dtype) {
 // Whether two tensors of one shape lie in memory in the same order. Strides of dimensions of size 1 do not matter.
 inline bool same_strides(const at::Tensor& a, const at::Tensor& b) {
   const auto sizes = a.sizes(), strides = a.strides(), others = b.strides();
+  if (strides.size() != others.size()) {
+    return false;
+  }
   for (size_t d = 0; d < sizes.size(); ++d) {
     if (sizes[d] > 1 && strides[d] != others[d]) {
       return false;

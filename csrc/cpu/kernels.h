@@ -1,6 +1,7 @@
 // The CPU kernels: plain loops over flat ranges of memory, which the compiler vectorises.
 #pragma once
 
+#include <c10/macros/Macros.h>
 #include <c10/util/BFloat16.h>
 #include <c10/util/Half.h>
 

@@ -22,9 +22,9 @@ namespace {
 // by all threads.
 constexpr int64_t kOwnBytes = 4 << 20;
 // The same where a base optimizer reads next what was written. torch's give an even part of each tensor to each thread,
-// which finds it in the cache of its core if that thread has written it: so only a layer of one chunk is not shared. A
-// step of LARS(SGD fused) on ResNet-50 takes 14.4 to 14.8 ms on two threads of an AMD EPYC; with 512 KB, and the others
-// cut where they lie end to end, 16.1 to 16.3 ms.
+// which finds it in the cache of its core if that thread has written it: so no more than one chunk of float32 is not
+// shared. A step of LARS(SGD fused) on ResNet-50 takes 14.4 to 14.8 ms on two threads of an AMD EPYC; with 512 KB, and
+// the others cut where they lie end to end, 16.1 to 16.3 ms.
 constexpr int64_t kOwnBytesForBase = 128 << 10;
 constexpr int64_t kSharedBytes = 2 << 20;   // of the layers that are measured before they are stepped, for each thread
 constexpr int64_t kGrainBytes = 512 << 10;  // the least work of a thread
@@ -631,7 +631,9 @@ void step(AnyOp op, const std::vector<double>& ratios) {
   const AllLayers<AnyOp> all(op);
   for_chunks(plan_of(all.layers), op.bytes_per_element(), Share::kOfAll, Order::kForwards,
              [&](int64_t i, int64_t, Range range) {
-               prefetch_begin(all.layers, i + 2);
+               if (range.begin == 0) {
+                 prefetch_begin(all.layers, i + 2);
+               }
                op.apply(all.layers[i], range, ratios[i]);
              });
   for (size_t i = 0; i < op.size(); ++i) {
@@ -658,7 +660,7 @@ void measure_updates(Adam op, const at::Tensor& written) {
 // Measures all layers, writes their trust ratios, and takes the step. A layer is stepped right after it is measured,
 // while caches hold it. Most layers are taken by one thread each, in one parallel region, which begins when the memory
 // of all is known. Large ones, and those of which kernels take copies, are shared by all threads before, as many at a
-// time as caches hold.
+// time as the caches of all hold.
 template <typename AnyOp>
 void measure_and_step(AnyOp op, const RatioNumbers& numbers, Order order, const at::Tensor& ratios) {
   void* const written = ratios.mutable_data_ptr();
