@@ -124,6 +124,7 @@ def extension(torch, with_cuda):
 
     # No contraction into fused multiply-adds: results are then those of the source on every processor. Nobody asks for
     # floating-point exceptions and errno, and GCC vectorises std::floor and std::sqrt only where it need not set them.
+    # Hidden functions are called without the table of exported symbols.
     flags = ["-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
     if os.name == "nt":
         flags = ["/O2", "/openmp"]

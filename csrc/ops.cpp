@@ -199,7 +199,7 @@ PYBIND11_MODULE(_C, m) {
         return visits_of(backwards, [&](auto order, const auto& visit) { plan.for_part(part, parts, order, visit); });
       },
       pybind11::arg("numels"), pybind11::arg("part"), pybind11::arg("parts"), pybind11::arg("backwards") = false,
-      "The same where each thread takes a part of every tensor.");
+      "The share of a CPU thread that takes one of so many parts of every tensor, likewise.");
   m.def(
       "runs_within",
       [](const std::vector<int64_t>& sizes, int64_t limit) {

@@ -106,14 +106,13 @@ struct Plan {
     });
   }
 
-  // Calls visit(tensor, chunk of the plan, range of the tensor) for every chunk of a part of each tensor, all of whose
-  // parts are about as long.
+  // The same for the chunks of one part of each tensor, if each is cut into so many parts of about the same length.
   template <typename Visit>
   void for_part(int64_t part, int64_t parts, Order order, const Visit& visit) const {
     const auto count = static_cast<int64_t>(numel.size());
     for (int64_t n = 0; n < count; ++n) {
       const int64_t tensor = order == Order::kForwards ? n : count - 1 - n;
-      // Rounded another way for each tensor: so short ones are dealt to all parts.
+      // Rounding differs from tensor to tensor, so that tensors of few chunks are dealt to all parts.
       const auto begin_of = [&](int64_t of) { return (num_chunks(numel[tensor]) * of + tensor % parts) / parts; };
       for_blocks(begin_of(part), begin_of(part + 1), order, [&](int64_t chunk, int64_t end) {
         for (; chunk < end; ++chunk) {
