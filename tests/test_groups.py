@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 from torch.optim import SGD, AdamW
+from torch.optim.lr_scheduler import LinearLR
 
 import torchlars
 from torchlars import LARS, param_groups, zero_layers
@@ -268,6 +269,9 @@ WARNING = (
     r"biases and norms an lr of their own, as torchlars\.param_groups\(model, lr=\.\.\., weight_decay=\.\.\., "
     r"bias_lr=\.\.\.\) does, or warm lr up from one that the base could take alone$"
 )
+WARNING_OF_MATRICES = WARNING.replace("biases and norms", "layers that start at 0").replace(
+    r"bias_lr=\.\.\.\) does", r"exclude=\['\*\.lora_B\.\*'\]\) does by name"
+)
 
 
 def layers(*zero, dtype=torch.float32):
@@ -302,8 +306,27 @@ def test_of_many_layers_the_first_is_named_and_the_others_are_counted(backend):
     params = [*layers(0, 1, dtype=torch.bfloat16), *layers(2)]
     optimizer = LARS(SGD(params, lr=1))
     expected = r"group: 0, parameter: 0, shape: \(3, 4\), lr: 1; and 2 more"
-    with pytest.warns(UserWarning, match=WARNING.format(expected)):
+    with pytest.warns(UserWarning, match=WARNING_OF_MATRICES.format(expected)):
         optimizer.step()
+
+
+def test_the_advice_for_a_matrix_of_zeros_helps(backend):
+    """LoRA's B starts at 0, and param_groups takes it for weights: the warning names the argument that does not."""
+    model = nn.ModuleDict({"lora_A": nn.ModuleDict({"default": nn.Linear(4, 2)}), "lora_B": nn.Linear(2, 3)})
+    nn.init.zeros_(model["lora_B"].weight)
+    options = {"lr": 16.0, "weight_decay": 0.1}
+    gradients(model, 0)
+    optimizer = LARS(SGD(param_groups(model, **options), momentum=0.9))
+    with pytest.warns(
+        UserWarning, match=WARNING_OF_MATRICES.format(r"group: 0, parameter: 1, shape: \(3, 2\), lr: 16.0")
+    ):
+        optimizer.step()
+
+    nn.init.zeros_(model["lora_B"].weight)
+    optimizer = LARS(SGD(param_groups(model, **options, exclude=["*lora_B.*"]), momentum=0.9))
+    assert warned(optimizer) == []
+    step = 0.05 * model["lora_B"].weight.grad  # by the lr of biases
+    torch.testing.assert_close(model["lora_B"].weight.detach(), -step, rtol=1e-6, atol=0)
 
 
 def test_a_layer_is_called_by_its_name_if_the_base_knows_it():
@@ -323,6 +346,27 @@ def test_the_whole_lr_is_taken_indeed(backend):
     assert len(warned(optimizer)) == 1
     assert torch.equal(params[1].detach(), torch.full((5,), -16.0, dtype=torch.float64))
     assert (params[0].detach() - before).norm() < 0.017 * before.norm()
+
+
+def scaled_step(optimizer):
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(()))
+    scaler.step(optimizer)
+
+
+def hooked_step(optimizer):
+    optimizer.register_step_pre_hook(lambda *args: None)
+    optimizer.step()
+
+
+@pytest.mark.parametrize("step", [LARS.step, scaled_step, hooked_step, lambda optimizer: optimizer.step(lambda: 0.0)])
+def test_the_warning_names_the_line_of_the_user(step):
+    """Not one of torch's schedulers, scalers and hooks, which call the step."""
+    optimizer = LARS(SGD(layers(1), lr=16.0))
+    LinearLR(optimizer, start_factor=0.5)
+    with pytest.warns(UserWarning, match="a layer whose weights are all 0") as caught:
+        step(optimizer)
+    assert [one.filename for one in caught] == [__file__]
 
 
 def test_a_base_that_takes_trust_ratios_is_warned_of_as_well(backend):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
-from functools import cache
 from numbers import Real
 from typing import Any
 
@@ -57,13 +56,16 @@ class ZeroLayers:
         zeros = self._zeros(list(places))
         self._watched.clear()
         self._answers.clear()
-        found = [place for param, place in places.items() if param in zeros]
+        found = [param for param in places if param in zeros]
         if found:
             more = f"; and {len(found) - 1} more" if len(found) > 1 else ""
+            which, how = "biases and norms", "bias_lr=...) does"
+            if any(param.ndim > 1 for param in found):  # param_groups takes them for weights
+                which, how = "layers that start at 0", "exclude=['*.lora_B.*']) does by name"
             warn_of_caller(
                 "a layer whose weights are all 0 has the trust ratio 1, so that its first step takes the whole lr "
-                f"({found[0]}{more}); give biases and norms an lr of their own, as torchlars.param_groups(model, "
-                "lr=..., weight_decay=..., bias_lr=...) does, or warm lr up from one that the base could take alone"
+                f"({places[found[0]]}{more}); give {which} an lr of their own, as torchlars.param_groups(model, "
+                f"lr=..., weight_decay=..., {how}, or warm lr up from one that the base could take alone"
             )
 
     def _places(self, optim: Optimizer, adaptations: Mapping[int, Adaptation]) -> dict[Tensor, str]:
@@ -146,10 +148,9 @@ def _is_at_least_1(lr: Any) -> bool:
 
 def _finds_its_step(optim: Optimizer) -> bool:
     """Return whether the base finds its step itself, as those do that come with an lr of 1, such as Adadelta."""
-    return any(_is_at_least_1(_default_lr(type(base))) for base in bases(optim))  # type: ignore[arg-type]
+    return any(_is_at_least_1(_default_lr(type(base))) for base in bases(optim))
 
 
-@cache
 def _default_lr(base: type[Optimizer]) -> Any:
     parameter = inspect.signature(base.__init__).parameters.get("lr")
     return None if parameter is None else parameter.default
@@ -160,7 +161,7 @@ def _is_lars_sized(lr: Any, optim: Optimizer) -> bool:
 
     Bases that choose their step length themselves, such as Adadelta, have a default lr of 1.
     """
-    return isinstance(lr, Real) and float(lr) >= 1 and lr != _default_lr(type(optim))  # type: ignore[arg-type]
+    return isinstance(lr, Real) and float(lr) >= 1 and lr != _default_lr(type(optim))
 
 
 def _stamp(param: Tensor) -> tuple[int, int]:
