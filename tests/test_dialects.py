@@ -1,7 +1,6 @@
 """Every dialect of LARS against numbers worked by hand and against formulas, and the classes LARC and LAMB."""
 
 import copy
-import inspect
 import io
 import itertools
 import math
@@ -467,54 +466,6 @@ def test_a_state_dict_that_says_less_leaves_the_rest(backend):
     lamb = LAMB(torch.optim.SGD(groups(), lr=0.5), 0.5, clip=True)
     lamb.load_state_dict(optimizer.state_dict())  # another wrapper's values are not its own
     assert (lamb.eps, lamb.trust_coef, lamb.clip) == (0.0, 0.5, True)
-
-
-@pytest.mark.parametrize("wrapper", [LARS, LARC, LAMB])
-@pytest.mark.parametrize(
-    "base", [torch.optim.SGD, torchlars.optim.SGD, torch.optim.AdamW, torchlars.optim.Adam, torchlars.optim.AdamW]
-)
-def test_over_makes_a_class_with_the_bases_signature(wrapper, base):
-    made = wrapper.over(base, trust_coef=0.5)
-    assert made is wrapper.over(base, trust_coef=0.5)
-    assert made is not wrapper.over(base, trust_coef=0.25)
-    assert made is not wrapper.over(base)
-    assert issubclass(made, wrapper)
-    assert issubclass(made, torch.optim.Optimizer)
-    assert inspect.signature(made) == inspect.signature(base)
-    assert base.__name__ in made.__name__
-    optimizer = made(layers(0), 0.125, weight_decay=0.25)
-    assert type(optimizer.optim) is base
-    assert (optimizer.trust_coef, optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.5, 0.125, 0.25)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "message"),
-    [
-        (lambda: LARS.over(layers(0)), TypeError, r"base must be a class of optimizers, itself no wrapper \(got: \["),
-        (
-            lambda: LARS.over(nn.Linear),
-            TypeError,
-            r"base must be a class of optimizers, .* for example LARS.over\(torch",
-        ),
-        (lambda: LAMB.over(LARS), TypeError, r"base must be a class of optimizers, itself no wrapper .* LAMB.over\("),
-        (lambda: LARS.over(torch.optim.SGD, lr=0.1), TypeError, r"LARS has the options eps, .* \(got: lr\)"),
-        (
-            lambda: LAMB.over(torch.optim.SGD, norm="raw"),
-            TypeError,
-            r"LAMB has the options trust_coef, eps, clip, always_adapt \(got",
-        ),
-        (
-            lambda: LARC.over(torch.optim.SGD, norm="raw"),
-            TypeError,
-            r"LARC has the options trust_coef, clip, eps, always_adapt \(",
-        ),
-        (lambda: LARS.over(torch.optim.SGD, trust_coef=-1), ValueError, r"trust_coef must be a positive number \("),
-        (lambda: LARS.over(torch.optim.SGD, clip=1), TypeError, r"clip must be True or False \(got: 1 of type int\)"),
-    ],
-)
-def test_over_refuses_what_it_cannot_make(call, error, message):
-    with pytest.raises(error, match=message):
-        call()
 
 
 @sgds

@@ -1,7 +1,6 @@
 """LARS: published numbers, its options, the layers it gathers, its errors and what it shows."""
 
 import copy
-import pickle
 import warnings
 
 import pytest
@@ -511,6 +510,73 @@ def test_trust_ratios_of_the_last_step(backend):
     assert optimizer.trust_ratios() == {}
 
 
+def named_model():
+    """A model with two kinds of layers, and its optimizer's groups with names."""
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)).double()
+    for i, param in enumerate(model.parameters()):
+        param.grad = (i + 1) * torch.randn_like(param)
+    weights = [(name, param) for name, param in model.named_parameters() if param.ndim > 1]
+    biases = [(name, param) for name, param in model.named_parameters() if param.ndim == 1]
+    return model, [{"params": weights}, {"params": biases, "trust_coef": None}]
+
+
+def test_trust_ratios_by_name(backend):
+    model, groups = named_model()
+    optimizer = LARS(SGD(groups, lr=0.1, weight_decay=0.01))
+    assert optimizer.named_trust_ratios() == optimizer.named_trust_ratios(model.named_parameters()) == {}
+    expected = {
+        name: 0.001 * p.detach().norm() / (p.grad.norm() + 0.01 * p.detach().norm() + 1e-8)
+        for name, p in model.named_parameters()
+        if p.ndim > 1
+    }
+    assert list(expected) == ["0.weight", "1.weight"]
+    optimizer.step()
+    of_part = optimizer.named_trust_ratios(model[1].named_parameters())
+    assert of_part == {"weight": optimizer.trust_ratios()[model[1].weight]}
+    for names in (None, model.named_parameters(), dict(model.named_parameters())):
+        ratios = optimizer.named_trust_ratios(names)
+        assert list(ratios) == list(expected)
+        torch.testing.assert_close(ratios, expected, rtol=1e-13, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (
+            None,
+            ValueError,
+            r"must hold the names of their parameters \(got: no param_names in group 0\); pass model\.named",
+        ),
+        (nn.Linear(2, 2), TypeError, r"must be names and parameters, such as .* \(got: Linear with Linear\)"),
+        (
+            nn.Sequential(nn.ReLU()),
+            TypeError,
+            r"must be names and parameters, such as .* \(got: Sequential with ReLU\)",
+        ),
+        ([nn.Parameter(torch.ones(2, 2))], TypeError, r"must be names and parameters, .* \(got: list with Parameter\)"),
+        (
+            nn.Linear(2, 2).named_parameters(),
+            ValueError,
+            r"\(got: 2, of which none is among the 2 with a trust ratio\)",
+        ),
+        (
+            [*nn.Linear(2, 2).named_parameters(), *nn.Linear(2, 2).named_parameters()],
+            ValueError,
+            r"must have one name each \(got: 'weight' twice\)",
+        ),
+    ],
+)
+def test_trust_ratios_by_name_need_the_names_of_the_parameters(names, error, message):
+    groups = named_model()[1]
+    for group in groups:
+        group["params"] = [param for _, param in group["params"]]
+    optimizer = LARS(SGD(groups, lr=0.1, weight_decay=0.01))
+    optimizer.step()
+    with pytest.raises(error, match=message):
+        optimizer.named_trust_ratios(names)
+
+
 def test_gradients_are_not_kept_alive(backend):
     import weakref
 
@@ -603,24 +669,6 @@ def test_a_group_is_checked_before_it_is_taken_or_loaded(keys, error, message):
     with pytest.raises(error, match=message.replace("group 0", "group 1")):
         optimizer.add_param_group({"params": [nn.Parameter(torch.ones(2))], **keys})
     assert len(optimizer.param_groups) == 1
-
-
-class LARSOfAModule(LARS.over(torch.optim.SGD, trust_coef=0.02)):
-    """A class to be found by name."""
-
-
-def test_a_class_derived_from_one_over_a_base_keeps_its_name_in_copies_and_pickles():
-    optimizer = LARSOfAModule([nn.Parameter(torch.ones(2))], lr=0.3)
-    optimizer.eps = 0.5
-    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
-        assert type(copied) is LARSOfAModule
-        assert (copied.trust_coef, copied.eps, copied.param_groups[0]["lr"]) == (0.02, 0.5, 0.3)
-    assert pickle.loads(pickle.dumps(LARSOfAModule)) is LARSOfAModule
-
-
-def test_nothing_is_over_two_bases():
-    with pytest.raises(TypeError, match="LARSOfAModule is over a base already"):
-        LARSOfAModule.over(torch.optim.SGD)
 
 
 def test_lars_over_a_base_without_lr_says_so_where_it_needs_one():

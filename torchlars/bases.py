@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable
 from inspect import unwrap
 from itertools import compress, repeat
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -208,7 +209,7 @@ def _says_decoupled(options: Group) -> bool | None:
     return any(options[flag] not in (False, None, "l2") for flag in DECOUPLED_FLAGS if flag in options)
 
 
-_known_of_classes: dict[type[Optimizer], bool | None] = {}
+_known_of_classes: WeakKeyDictionary[type[Optimizer], bool | None] = WeakKeyDictionary()
 
 
 def _known_of_class(cls: type[Optimizer]) -> bool | None:

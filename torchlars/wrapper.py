@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable
-from copyreg import __newobj__  # type: ignore[attr-defined]
 from inspect import signature
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -20,9 +19,7 @@ from torchlars import amp
 from torchlars.bases import bases
 from torchlars.hidden import Hidden
 from torchlars.options import Group, finite_number, non_negative_number, number_in
-
-if TYPE_CHECKING:
-    from typing_extensions import Self
+from torchlars.over import ClassOver, class_over
 
 __all__: list[str] = []
 
@@ -50,8 +47,6 @@ class OptimizerWrapper(Optimizer):
     wrapper_only: ClassVar[frozenset[str]] = frozenset()
     #: The wrapper's own key in a state dict.
     state_key: ClassVar[str]
-    #: Whether this is a class made by :meth:`over`, or derived from one.
-    _is_over_a_base: ClassVar[bool] = False
 
     optim: Optimizer
     _hidden: Hidden
@@ -75,23 +70,25 @@ class OptimizerWrapper(Optimizer):
             self.check_group(index, group)
 
     @classmethod
-    def over(cls, base: type[Optimizer], **options: Any) -> type[Self]:
+    def over(cls, base: type[Optimizer], **options: Any) -> type[Any]:
         """Return a class that constructs a base and wraps it, for whatever takes a class and not an optimizer.
 
-        Its signature is the base's: ``LARS.over(SGD, trust_coef=0.02)(params, lr=0.1)`` is
-        ``LARS(SGD(params, lr=0.1), trust_coef=0.02)``, and an instance of ``LARS`` too. The same arguments give the
-        same class. Instances can be copied and pickled. To be found by name, in a configuration file or a pickle of the
-        class itself, derive one in a module of yours: ``class LARSSGD(LARS.over(SGD)): pass``.
+        Its instances are instances of this wrapper. It takes the base's arguments, and the wrapper's by keyword:
+        ``LARS.over(SGD)(params, lr=0.1, trust_coef=0.02)`` and ``LARS.over(SGD, trust_coef=0.02)(params, lr=0.1)`` are
+        ``LARS(SGD(params, lr=0.1), trust_coef=0.02)``. A name that both have is the base's, as ``weight_decay`` is, and
+        Adam's ``eps``: give such an option here. The same arguments give the same class as long as it is referenced.
+        The class and its instances can be pickled if the base's class can. A configuration that names classes finds a
+        derived one in a module of yours: ``class LARSSGD(LARS.over(SGD)): pass``.
 
         Args:
             base: the base's class.
-            **options: the wrapper's own arguments.
+            **options: the wrapper's own arguments, the defaults of the class.
 
         Raises:
             TypeError: ``base`` is no class of optimizers, or the wrapper has no such option, or of another kind.
             ValueError: an option has an impossible value.
         """
-        if cls._is_over_a_base:
+        if isinstance(cls, ClassOver):
             raise TypeError(f"{cls.__name__} is over a base already (got: {base!r})")
         if not (isinstance(base, type) and issubclass(base, Optimizer)) or issubclass(base, OptimizerWrapper):
             raise TypeError(
@@ -103,7 +100,7 @@ class OptimizerWrapper(Optimizer):
         if unknown:
             raise TypeError(f"{cls.__name__} has the options {', '.join(known)} (got: {', '.join(unknown)})")
         checked = {name: cls.options[name](name, value) for name, value in options.items()}
-        return _class_over(cls, base, checked)  # type: ignore[no-any-return]
+        return class_over(cls, base, checked)
 
     # What belongs to the base.
 
@@ -299,35 +296,6 @@ class OptimizerWrapper(Optimizer):
     def __repr__(self) -> str:
         values = ", ".join(f"{name}={getattr(self, name)!r}" for name in self.options)
         return f"{type(self).__name__}({values}, optim={self.optim!r})"
-
-
-_classes_over: dict[Any, Any] = {}
-
-
-def _class_over(cls: type[OptimizerWrapper], base: type[Optimizer], options: dict[str, Any]) -> Any:
-    """Return the class of :meth:`OptimizerWrapper.over`."""
-    key = (cls, base, *sorted(options.items()))
-    if key not in _classes_over:
-
-        def __init__(self: OptimizerWrapper, *args: Any, **kwargs: Any) -> None:
-            cls.__init__(self, base(*args, **kwargs), **options)
-
-        def __reduce__(self: OptimizerWrapper) -> tuple[Any, ...]:
-            if type(self) is not _classes_over[key]:  # but derived from it: found by its own name
-                return __newobj__, (type(self),), self.__getstate__()
-            return _new_over, (cls, base, options), self.__getstate__()
-
-        __init__.__signature__ = signature(base.__init__)  # type: ignore[attr-defined]
-        names = {"__init__": __init__, "__reduce__": __reduce__, "__module__": cls.__module__, "__doc__": base.__doc__}
-        names["_is_over_a_base"] = True
-        _classes_over[key] = type(f"{cls.__name__}Over{base.__name__}", (cls,), names)
-    return _classes_over[key]
-
-
-def _new_over(cls: type[OptimizerWrapper], base: type[Optimizer], options: dict[str, Any]) -> Any:
-    """Return an instance of such a class without calling its constructor, for copies and pickles."""
-    made = _class_over(cls, base, options)
-    return made.__new__(made)
 
 
 #: What other implementations of LARS and LAMB call their options in parameter groups, and what to say here instead.
