@@ -243,6 +243,61 @@ class TrustRatioWrapper(OptimizerWrapper):
             for param, ratio in zip(params, ratios.unbind(), strict=True)
         }
 
+    def named_trust_ratios(
+        self, named_parameters: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]] | None = None
+    ) -> dict[str, Tensor]:
+        """Return :meth:`trust_ratios` by name, in the order of the names.
+
+        Args:
+            named_parameters: names and parameters, such as ``model.named_parameters()``; those without a trust ratio
+                are left out, and so are trust ratios without a name. If None, the names are those that the base was
+                constructed with, as in ``SGD(model.named_parameters(), ...)``.
+
+        Raises:
+            TypeError: ``named_parameters`` are no names and parameters.
+            ValueError: the groups hold no names, two parameters have the same one, or no given parameter has a trust
+                ratio while others have.
+        """
+        ratios = self.trust_ratios()
+        if named_parameters is None:
+            named_parameters = _named_parameters(self.param_groups)
+        names = _checked_names(named_parameters)
+        if ratios and ratios.keys().isdisjoint(names.values()):
+            raise ValueError(
+                f"named_parameters must be those of the model that this optimizer steps (got: {len(names)}, of which "
+                f"none is among the {len(ratios)} with a trust ratio)"
+            )
+        return {name: ratios[param] for name, param in names.items() if param in ratios}
+
+
+def _named_parameters(groups: Iterable[Group]) -> Iterable[tuple[str, Tensor]]:
+    """Yield the names and parameters of a base that was constructed with both."""
+    for index, group in enumerate(groups):
+        if "param_names" not in group:
+            raise ValueError(
+                f"parameter groups must hold the names of their parameters (got: no param_names in group {index}); "
+                "pass model.named_parameters(), or construct the base with it: SGD(model.named_parameters(), ...)"
+            )
+        yield from zip(group["param_names"], group["params"], strict=True)
+
+
+def _checked_names(named_parameters: Any) -> dict[str, Tensor]:
+    """Return parameters by name, or raise."""
+    names: dict[str, Tensor] = {}
+    pairs = named_parameters.items() if isinstance(named_parameters, Mapping) else named_parameters
+    for pair in pairs if isinstance(pairs, Iterable) else [pairs]:
+        if not (
+            isinstance(pair, tuple) and len(pair) == 2 and isinstance(pair[0], str) and isinstance(pair[1], Tensor)
+        ):
+            raise TypeError(
+                "named_parameters must be names and parameters, such as model.named_parameters() (got: "
+                f"{type(named_parameters).__name__} with {type(pair).__name__})"
+            )
+        name, param = pair
+        if names.setdefault(name, param) is not param:
+            raise ValueError(f"named_parameters must have one name each (got: {name!r} twice); prefix them by model")
+    return names
+
 
 class Step:
     """One step. Implements :class:`torchlars.optim.TrustRatios` for bases that take trust ratios."""
