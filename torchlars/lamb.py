@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch.optim import Optimizer
 
 from torchlars.bases import check_update_is_scalable
 from torchlars.options import non_negative_number, positive_number, true_or_false
 from torchlars.step import TrustRatioWrapper
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class LAMBOptions(TypedDict, total=False):
+        """The options of :class:`LAMB`."""
+
+        trust_coef: float
+        eps: float
+        clip: bool
+        always_adapt: bool
+
 
 __all__ = ["LAMB"]
 
@@ -96,6 +108,23 @@ class LAMB(TrustRatioWrapper):
     ) -> None:
         super().__init__(optimizer, trust_coef=trust_coef, eps=eps, clip=clip, always_adapt=always_adapt)
 
+    if TYPE_CHECKING:
+
+        @classmethod
+        def over(  # type: ignore[override]
+            cls, base: type[Optimizer], **options: Unpack[LAMBOptions]
+        ) -> type[LAMBOver]:
+            """Return a class that constructs a base and wraps it: :meth:`torchlars.wrapper.OptimizerWrapper.over`."""
+            ...
+
     def check_options(self, of_group: str, options: dict[str, Any]) -> None:
         """Raise if the base's update cannot be scaled."""
         check_update_is_scalable(self.optim, "LAMB")
+
+
+if TYPE_CHECKING:
+
+    class LAMBOver(LAMB):
+        """A class of :meth:`LAMB.over`. Type checkers are not told its base's arguments."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...

@@ -2,16 +2,31 @@
 
 from __future__ import annotations
 
-import warnings
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch.optim import Optimizer
 
 from torchlars.bases import check_update_is_scalable, decouples, steps_as
-from torchlars.options import non_negative_number, one_of, positive_number, true_or_false
+from torchlars.options import non_negative_number, one_of, positive_number, true_or_false, warn_of_caller
 from torchlars.step import TrustRatioWrapper
 from torchlars.zero_layers import ZeroLayers
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict, Unpack
+
+    class LARSOptions(TypedDict, total=False):
+        """The options of :class:`LARS`."""
+
+        eps: float
+        trust_coef: float
+        clip: bool
+        norm: Literal["raw", "decayed"]
+        lr_in_momentum: bool
+        apply_to: Literal["gradient", "update"]
+        always_adapt: bool
+        weight_decay: Literal["decoupled"] | None
+
 
 __all__ = ["LARC", "LARS"]
 
@@ -135,11 +150,11 @@ class LARS(TrustRatioWrapper):
     eps: float
     trust_coef: float
     clip: bool
-    norm: str
+    norm: Literal["raw", "decayed"]
     lr_in_momentum: bool
-    apply_to: str
+    apply_to: Literal["gradient", "update"]
     always_adapt: bool = True  # pickles of older versions have none
-    weight_decay: str | None
+    weight_decay: Literal["decoupled"] | None
 
     def __init__(
         self,
@@ -148,11 +163,11 @@ class LARS(TrustRatioWrapper):
         trust_coef: float = 0.001,
         *,
         clip: bool = False,
-        norm: str = "raw",
+        norm: Literal["raw", "decayed"] = "raw",
         lr_in_momentum: bool = False,
-        apply_to: str = "gradient",
+        apply_to: Literal["gradient", "update"] = "gradient",
         always_adapt: bool = True,
-        weight_decay: str | None = None,
+        weight_decay: Literal["decoupled"] | None = None,
     ) -> None:
         super().__init__(
             optimizer,
@@ -170,6 +185,15 @@ class LARS(TrustRatioWrapper):
             self._zero_layers.watch(group["params"])
         if self._guesses_decay():
             self._warn_of_guess()
+
+    if TYPE_CHECKING:
+
+        @classmethod
+        def over(  # type: ignore[override]
+            cls, base: type[Optimizer], **options: Unpack[LARSOptions]
+        ) -> type[LARSOver]:
+            """Return a class that constructs a base and wraps it: :meth:`torchlars.wrapper.OptimizerWrapper.over`."""
+            ...
 
     def check_options(self, of_group: str, options: dict[str, Any]) -> None:
         """Raise if options do not go together, or not with the base."""
@@ -221,11 +245,10 @@ class LARS(TrustRatioWrapper):
 
     def _warn_of_guess(self) -> None:
         name = type(self).__name__
-        warnings.warn(
+        warn_of_caller(
             f"{type(self.optim).__name__} does not say whether its weight decay is decoupled; {name} takes it for "
             f"coupled, and adds it to gradients. If it is decoupled, give weight_decay='decoupled' to {name}; if not, "
-            "put decoupled_weight_decay=False into its parameter groups",
-            stacklevel=3,
+            "put decoupled_weight_decay=False into its parameter groups"
         )
 
 
@@ -263,3 +286,11 @@ class LARC(LARS):
         always_adapt: bool = True,
     ) -> None:
         super().__init__(optimizer, eps, trust_coef, clip=clip, always_adapt=always_adapt)
+
+
+if TYPE_CHECKING:
+
+    class LARSOver(LARS):
+        """A class of :meth:`LARS.over`. Type checkers are not told its base's arguments."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
