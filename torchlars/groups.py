@@ -37,7 +37,8 @@ def param_groups(
 
     A parameter that several modules share is listed once, and is in the second group if any of its modules or names
     puts it there. Frozen parameters are included. A group without parameters is left out. Norms of your own whose
-    weights have more dimensions, and magnitudes of a weight norm, must be excluded by name.
+    weights have more dimensions, magnitudes of a weight norm, and matrices that start at 0 (LoRA's B, gates, output
+    layers), whose first trust ratio is 1, must be excluded by name.
 
     **Why the second lr matters.** Under LARS, lr is multiplied by trust ratios of about a thousandth, and is larger
     accordingly. Training collapses if biases get that lr without adaptation, or start at 0 (trust ratio 1). A scheduler
