@@ -15,14 +15,16 @@
 #include "../trust_ratio.h"
 #include "half.h"
 
-// On x86-64, functions are compiled for several instruction sets, and the loader picks the widest that the processor
-// supports. Elsewhere they are compiled once, for the baseline.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 11
+// On x86-64, functions are compiled for several instruction sets, and glibc's loader picks the widest that the
+// processor supports. Elsewhere they are compiled once, for the baseline. clang has target_clones since 14, but up to
+// 16 it chooses wrongly among levels of x86-64, hence the names of instruction sets. All that is called is inlined, and
+// so compiled for the same set.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__clang__) && __clang_major__ >= 14
+#define TORCHLARS_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
+#elif defined(__x86_64__) && defined(__GLIBC__) && !defined(__clang__) && __GNUC__ >= 11
 #define TORCHLARS_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#define TORCHLARS_INLINE inline __attribute__((always_inline))
 #else
 #define TORCHLARS_CLONES
-#define TORCHLARS_INLINE inline
 #endif
 
 namespace torchlars::cpu {
@@ -44,7 +46,7 @@ struct Lanes {
 };
 
 template <typename T>
-TORCHLARS_INLINE void add_squares_loop(Lanes& lanes, const T* x, int64_t count) {
+C10_ALWAYS_INLINE void add_squares_loop(Lanes& lanes, const T* x, int64_t count) {
   constexpr int kCount = Lanes::kCount;
   Lanes local = lanes;
   const T* const tail = x + count / kCount * kCount;
@@ -65,7 +67,7 @@ TORCHLARS_INLINE void add_squares_loop(Lanes& lanes, const T* x, int64_t count) 
 
 // The same of x + scale * y.
 template <typename T>
-TORCHLARS_INLINE void add_squares_of_sums_loop(Lanes& lanes, const T* x, const T* y, int64_t count, double scale) {
+C10_ALWAYS_INLINE void add_squares_of_sums_loop(Lanes& lanes, const T* x, const T* y, int64_t count, double scale) {
   constexpr int kCount = Lanes::kCount;
   Lanes local = lanes;
   const T* const tail = x + count / kCount * kCount;
@@ -83,7 +85,7 @@ TORCHLARS_INLINE void add_squares_of_sums_loop(Lanes& lanes, const T* x, const T
 }
 
 template <int kWidth>
-TORCHLARS_INLINE double join_lanes(const double* lanes) {
+C10_ALWAYS_INLINE double join_lanes(const double* lanes) {
   if constexpr (kWidth == 1) {
     return lanes[0];
   } else {
@@ -96,8 +98,8 @@ TORCHLARS_INLINE double join_lanes(const double* lanes) {
 }
 
 template <bool kDecays, typename T, typename Compute>
-TORCHLARS_INLINE void adapt_loop(T* __restrict grad, const T* __restrict param, int64_t count, Compute weight_decay,
-                                 Compute ratio, Compute inv_scale) {
+C10_ALWAYS_INLINE void adapt_loop(T* __restrict grad, const T* __restrict param, int64_t count, Compute weight_decay,
+                                  Compute ratio, Compute inv_scale) {
   for (int64_t i = 0; i < count; ++i) {
     const auto value = static_cast<Compute>(grad[i]);
     if constexpr (kDecays) {
@@ -109,8 +111,8 @@ TORCHLARS_INLINE void adapt_loop(T* __restrict grad, const T* __restrict param, 
 }
 
 template <bool kDecays, bool kMomentum, bool kNesterov, typename T, typename M, typename Compute>
-TORCHLARS_INLINE void sgd_loop(T* __restrict param, const T* __restrict grad, M* __restrict momentum, int64_t count,
-                               const SgdNumbers<Compute>& given) {
+C10_ALWAYS_INLINE void sgd_loop(T* __restrict param, const T* __restrict grad, M* __restrict momentum, int64_t count,
+                                const SgdNumbers<Compute>& given) {
   const SgdNumbers<Compute> numbers = given;  // a local copy, which cannot alias the outputs
   for (int64_t i = 0; i < count; ++i) {
     Compute m = 0;
@@ -129,8 +131,8 @@ TORCHLARS_INLINE void sgd_loop(T* __restrict param, const T* __restrict grad, M*
 // compiler unrolls both loops and keeps the arrays in registers, and gradients are neither scaled nor dampened, which
 // saves two multiplications by 1.
 template <bool kDecays, bool kNesterov, bool kUsual, typename T>
-TORCHLARS_INLINE void sgd_block_loop(T* __restrict param, const T* __restrict grad, int8_t* __restrict codes,
-                                     float& scale, const Block& block, const SgdNumbers<float>& given) {
+C10_ALWAYS_INLINE void sgd_block_loop(T* __restrict param, const T* __restrict grad, int8_t* __restrict codes,
+                                      float& scale, const Block& block, const SgdNumbers<float>& given) {
   SgdNumbers<float> numbers = given;  // a local copy, which cannot alias the outputs
   if constexpr (kUsual) {
     numbers.inv_scale = numbers.undampened = 1;
@@ -161,8 +163,8 @@ TORCHLARS_INLINE void sgd_block_loop(T* __restrict param, const T* __restrict gr
 }
 
 template <bool kDecays, bool kNesterov, typename T>
-TORCHLARS_INLINE void sgd_block_loop(T* param, const T* grad, int8_t* codes, float& scale, const Block& block,
-                                     const SgdNumbers<float>& numbers) {
+C10_ALWAYS_INLINE void sgd_block_loop(T* param, const T* grad, int8_t* codes, float& scale, const Block& block,
+                                      const SgdNumbers<float>& numbers) {
   const bool is_usual = block.count == kBlock && numbers.inv_scale == 1 && numbers.undampened == 1;
   is_usual ? sgd_block_loop<kDecays, kNesterov, true>(param, grad, codes, scale, block, numbers)
            : sgd_block_loop<kDecays, kNesterov, false>(param, grad, codes, scale, block, numbers);
@@ -174,9 +176,9 @@ TORCHLARS_INLINE void sgd_block_loop(T* param, const T* grad, int8_t* codes, flo
 // Updates that two passes compute are those of the moments as they are stored.
 template <bool kMoments, bool kApplies, bool kUsual, bool kDecays, bool kDecoupled, typename T, typename M,
           typename Compute>
-TORCHLARS_INLINE void adam_loop(T* __restrict param, const T* __restrict grad, M* __restrict exp_avg,
-                                M* __restrict exp_avg_sq, Compute* __restrict updates, int64_t count,
-                                const AdamNumbers<double>& given, Compute lr) {
+C10_ALWAYS_INLINE void adam_loop(T* __restrict param, const T* __restrict grad, M* __restrict exp_avg,
+                                 M* __restrict exp_avg_sq, Compute* __restrict updates, int64_t count,
+                                 const AdamNumbers<double>& given, Compute lr) {
   constexpr bool kGradientDecays = kDecays && !kDecoupled, kUpdateDecays = kDecays && kDecoupled;
   using Wide = std::conditional_t<kGradientDecays, double, Compute>;
   AdamNumbers<Wide> of_moments(given);  // local copies, which cannot alias the outputs
@@ -212,8 +214,8 @@ TORCHLARS_INLINE void adam_loop(T* __restrict param, const T* __restrict grad, M
 
 // Without grad, the moments are those of this step already. With updates, these are written instead of the parameter.
 template <bool kDecays, bool kDecoupled, typename T, typename M, typename Compute>
-TORCHLARS_INLINE void adam_loop(T* param, const T* grad, M* exp_avg, M* exp_avg_sq, Compute* updates, int64_t count,
-                                const AdamNumbers<double>& numbers, Compute lr) {
+C10_ALWAYS_INLINE void adam_loop(T* param, const T* grad, M* exp_avg, M* exp_avg_sq, Compute* updates, int64_t count,
+                                 const AdamNumbers<double>& numbers, Compute lr) {
   const bool is_usual = numbers.ratio == 1 && numbers.inv_scale == 1;
 #define TORCHLARS_CALL(kMoments, kApplies, kUsual)                                                             \
   adam_loop<kMoments, kApplies, kUsual, kDecays, kDecoupled>(param, grad, exp_avg, exp_avg_sq, updates, count, \
@@ -229,8 +231,8 @@ TORCHLARS_INLINE void adam_loop(T* param, const T* grad, M* exp_avg, M* exp_avg_
 }
 
 template <typename T, typename Compute>
-TORCHLARS_INLINE void scale_update_loop(T* __restrict param, const T* __restrict old_param, int64_t count,
-                                        Compute ratio) {
+C10_ALWAYS_INLINE void scale_update_loop(T* __restrict param, const T* __restrict old_param, int64_t count,
+                                         Compute ratio) {
   for (int64_t i = 0; i < count; ++i) {
     param[i] = static_cast<T>(scaled_update(static_cast<Compute>(param[i]), static_cast<Compute>(old_param[i]), ratio));
   }
