@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
+from importlib.machinery import PathFinder
 from pathlib import Path
 from types import ModuleType
 
@@ -31,6 +32,9 @@ def _load() -> tuple[ModuleType | None, str]:
         return None, f"it was built for torch {built_for}, but {torch.__version__} is installed"
     if not has_extension:
         return None, decision
+    # Looked for here alone: an editable install's finder would lend that of another folder.
+    if PathFinder.find_spec("torchlars._C", [str(PACKAGE)]) is None:
+        return None, f"its extension, built for torch {built_for}, is missing ({PACKAGE})"
     try:
         return importlib.import_module("torchlars._C"), decision
     except ImportError as error:
