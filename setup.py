@@ -6,6 +6,7 @@ allow it.
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -24,9 +25,11 @@ def import_torch():
     try:
         import torch
     except ImportError:
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        code = "import pathlib, torch; print(pathlib.Path(torch.__file__).parents[1])"
-        found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+        # -I keeps PYTHONPATH and the working directory out, and also the packages of the user, which may hold torch.
+        code = "import pathlib, site, sys\n"
+        code += "if sys.prefix == sys.base_prefix: site.addsitedir(site.getusersitepackages())\n"
+        code += "import torch; print(pathlib.Path(torch.__file__).parents[1])"
+        found = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True)
         if found.returncode != 0:
             return None
         sys.path.append(found.stdout.splitlines()[-1])
@@ -94,7 +97,14 @@ def why_not_cpp():
     if not any(map(shutil.which, compilers)):
         return f"no C++ compiler was found (looked for: {', '.join(compilers)})"
     header = Path(sysconfig.get_path("include")) / "Python.h"
-    return None if header.exists() else f"Python's headers are missing ({header})"
+    if not header.exists():
+        return f"Python's headers are missing ({header}; Debian and Ubuntu: apt install python3-dev)"
+    if sys.platform == "linux":
+        cxx = os.environ.get("CXX") or "c++"
+        with_openmp = [*shlex.split(cxx), "-fopenmp", "-fsyntax-only", "-include", "omp.h", "-x", "c++", os.devnull]
+        if subprocess.run(with_openmp, capture_output=True).returncode != 0:
+            return f"{cxx} finds no OpenMP (for clang on Debian and Ubuntu: apt install libomp-dev; or set CXX=g++)"
+    return None
 
 
 def decide(torch):
@@ -112,7 +122,7 @@ def decide(torch):
         return True, False, f"CPU only: {'TORCHLARS_CUDA=0' if wanted == '0' else no_cuda}"
     os.environ["CUDA_HOME"] = toolkit
     arch_list = os.environ["TORCH_CUDA_ARCH_LIST"] = choose_arch_list(torch, toolkit_version)
-    return True, True, f"CPU and CUDA {toolkit_version} ({toolkit}) for {arch_list}"
+    return True, True, f"CPU and CUDA {toolkit_version} for {arch_list}"
 
 
 def extension(torch, with_cuda):
@@ -128,15 +138,25 @@ def extension(torch, with_cuda):
     flags = ["-O3", "-fvisibility=hidden", "-ffp-contract=off", "-fno-trapping-math", "-fno-math-errno"]
     if os.name == "nt":
         flags = ["/O2", "/openmp"]
-    link_flags = []
-    if sys.platform == "linux":  # at::parallel_for is compiled here, and without OpenMP it is a plain loop
-        flags, link_flags = [*flags, "-fopenmp"], ["-fopenmp"]
+    link_flags, nvcc_flags = [], ["-O3", "--fmad=false", "-Xcompiler=-ffp-contract=off"]
+    if os.name != "nt":
+        nvcc_flags += ["-Xcompiler=-fvisibility=hidden"]
+        # Messages of errors name source files: relative ones, so that the same sources give the same extension.
+        for folder in (Path.cwd(), Path(torch.__file__).parents[1]):
+            flags += [f"-fmacro-prefix-map={folder}/="]
+            nvcc_flags += [f'-Xcompiler=-fmacro-prefix-map="{folder}/="']
+        # Python's own flags ask for debug info, ten times the size of the code. It is left out unless the user asks.
+        asked = shlex.split(f"{os.environ.get('CFLAGS', '')} {os.environ.get('CXXFLAGS', '')}")
+        debug = [flag for flag in asked if flag.startswith("-g") and flag != "-g0"]
+        flags += debug or ["-g0"]
+        if sys.platform == "linux":  # at::parallel_for is compiled here, and without OpenMP it is a plain loop
+            flags, link_flags = [*flags, "-fopenmp"], ["-fopenmp", *([] if debug else ["-Wl,-s"])]
     return (CUDAExtension if with_cuda else CppExtension)(
         "torchlars._C",
         sources,
         depends=everything,
         define_macros=[("TORCHLARS_WITH_CUDA", None)] if with_cuda else [],
-        extra_compile_args={"cxx": flags, "nvcc": ["-O3", "--fmad=false", "-Xcompiler=-ffp-contract=off"]},
+        extra_compile_args={"cxx": flags, "nvcc": nvcc_flags},
         extra_link_args=link_flags,
     )
 
@@ -165,7 +185,8 @@ class Build(Base):
             )
         if [int(number) for number in torch.__version__.split(".")[:2]] < [2, 11]:
             sys.exit(f"torchlars: torch must be 2.11 or newer (got: {torch.__version__})")
-        print(f"torchlars: {decision}", flush=True)
+        toolkit = f" (the toolkit in {os.environ['CUDA_HOME']})" if has_cuda else ""
+        print(f"torchlars: {decision}{toolkit}", flush=True)
         target = Path("." if self.inplace else self.build_lib) / "torchlars"
         target.mkdir(parents=True, exist_ok=True)
         for left in target.glob("_C.*"):

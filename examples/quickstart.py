@@ -106,6 +106,10 @@ def build_remedy() -> str:
 def set_up(packages: list[str]) -> str:
     """Provides torch, these packages and torchlars built in place; returns the interpreter that has them."""
     python, torch = sys.executable, os.environ.get("TORCHLARS_TORCH")
+    if torch and torch.startswith("-"):
+        sys.exit(
+            f"quickstart: TORCHLARS_TORCH must name a torch, as in torch==2.14.1, not an option of pip (got: {torch})"
+        )
     wanted, remedy = [], PACKAGES_REMEDY
     if has_torch(python):
         if torch:

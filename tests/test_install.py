@@ -1,5 +1,6 @@
 """Installing: what setup.py decides and says, and what import does when the extension is missing, stale or broken."""
 
+import json
 import os
 import re
 import shutil
@@ -141,10 +142,7 @@ def test_default_architectures_are_those_that_the_toolkit_knows(
 ):
     environment = {} if arch_list is None else {"TORCH_CUDA_ARCH_LIST": arch_list}
     path, toolkit = pretend_torch("2.14.1", release), pretend_toolkit(release)
-    assert (
-        decide(PYTHONPATH=path, CUDA_HOME=toolkit, **environment)
-        == f"CPU and CUDA {release} ({toolkit}) for {expected}"
-    )
+    assert decide(PYTHONPATH=path, CUDA_HOME=toolkit, **environment) == f"CPU and CUDA {release} for {expected}"
 
 
 def visible(*capabilities):
@@ -205,6 +203,67 @@ def test_native_architectures_are_those_of_the_gpus(capabilities, refusal, prete
     result = run("setup.py", "--name", **environment)
     assert result.returncode != 0
     assert refusal in result.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="OpenMP is asked for on Linux")
+def test_a_compiler_without_openmp_is_no_compiler(tmp_path):
+    """clang on Debian and Ubuntu comes without OpenMP, and the build ended amid the errors of torch's headers."""
+    compiler = tmp_path / "clang++"
+    compiler.write_text("#!/bin/sh\necho \"fatal error: 'omp.h' file not found\" >&2; exit 1\n")
+    compiler.chmod(0o755)
+    remedy = "(for clang on Debian and Ubuntu: apt install libomp-dev; or set CXX=g++)"
+    expected = f"no extension, but the reference in plain torch: {compiler} finds no OpenMP {remedy}"
+    assert decide(CXX=str(compiler)) == expected
+
+
+def test_the_interpreter_is_asked_for_its_own_torch(tmp_path):
+    """Not for a module of that name in the working directory."""
+    import setuptools
+
+    (tmp_path / "torch.py").write_text("raise ImportError('another torch')\n")
+    for name in ("setuptools", "_distutils_hack"):
+        (tmp_path / "isolated" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "isolated" / name).symlink_to(Path(setuptools.__file__).parents[1] / name)
+    code = "import runpy, sys; sys.path.remove(''); sys.argv = ['setup.py', '--name']; "
+    code += f"print(runpy.run_path({str(ROOT / 'setup.py')!r})['torch'].__file__)"
+    result = run("-S", "-c", code, cwd=tmp_path, PYTHONPATH=str(tmp_path / "isolated"))
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == torch.__file__
+
+
+@pytest.mark.skipif(os.name == "nt", reason="flags of GCC and clang")
+@pytest.mark.parametrize("variable", ["CFLAGS", "CXXFLAGS"])
+@pytest.mark.parametrize(
+    ("flags", "debug"), [("", []), ("-O2 -g0", []), ("-g", ["-g"]), ("-O1 -ggdb3 -gz", ["-ggdb3", "-gz"])]
+)
+def test_debug_info_is_for_those_who_ask(variable, flags, debug):
+    code = "import json, runpy, sys; sys.argv = ['setup.py', '--name']; build = runpy.run_path('setup.py'); "
+    code += "made = build['extension'](build['torch'], False); print(json.dumps([made.extra_compile_args, made.extra_link_args]))"
+    result = run("-c", code, **{"CFLAGS": "", "CXXFLAGS": "", variable: flags})
+    assert result.returncode == 0, result.stderr
+    compiling, linking = json.loads(result.stdout.splitlines()[-1])
+    assert [flag for flag in compiling["cxx"] if flag.startswith("-g")] == (debug or ["-g0"])
+    assert ("-Wl,-s" in linking) == (sys.platform == "linux" and not debug)
+
+
+def test_the_extension_is_small_and_names_no_folder_of_its_builder(extension):
+    built = Path(extension.__file__).read_bytes()
+    if b".debug_info" in built:
+        pytest.skip("built with debug info")
+    assert extension.has_cuda or len(built) <= 1.5 * 2**20
+    assert b"csrc/checks.h" in built  # in the messages of errors
+    for folder in (ROOT, Path(torch.__file__).parents[1]):
+        assert f"{folder}/".encode() not in built
+
+
+@pytest.mark.parametrize("option", ["-r/etc/passwd", "--index-url=http://localhost"])
+def test_quickstart_hands_no_option_to_pip(option):
+    result = run("examples/quickstart.py", TORCHLARS_TORCH=option)
+    assert result.returncode == 1
+    assert (
+        f"quickstart: TORCHLARS_TORCH must name a torch, as in torch==2.14.1, not an option of pip (got: {option})"
+        in result.stderr
+    )
 
 
 @pytest.fixture
@@ -283,9 +342,9 @@ import torchlars.ops
 """
 
 
-def imported(package, repair=REPAIR):
+def imported(package, repair=REPAIR, before=""):
     """Import and step; return the one warning that is allowed."""
-    result = run_copy("-W", "default", "-c", STEP, cwd=package)
+    result = run_copy("-W", "default", "-c", before + STEP, cwd=package)
     assert result.returncode == 0, result.stderr
     warnings = [line for line in result.stderr.splitlines() if "Warning" in line]
     assert len(warnings) == 1, result.stderr
@@ -337,6 +396,20 @@ def test_a_stale_extension_is_told_once_and_never_loaded(package):
     extension_file(package).write_bytes(b"loading this would fail in other words")
     write_note(package, "1.13.1+cu117")
     assert f"it was built for torch 1.13.1+cu117, but {torch.__version__} is installed" in imported(package)
+
+
+def test_another_install_does_not_lend_its_extension(package, extension):
+    """An editable install's finder, which comes last, finds the modules that a copy of the package lacks."""
+    write_note(package, torch.__version__)
+    lender = f"""
+import importlib.util, sys
+class Finder:
+    def find_spec(name, path=None, target=None):
+        return importlib.util.spec_from_file_location(name, {extension.__file__!r}) if name == "torchlars._C" else None
+sys.meta_path.append(Finder)
+"""
+    told = imported(package, before=lender)
+    assert f"its extension, built for torch {torch.__version__}, is missing ({package / 'torchlars'})" in told
 
 
 def test_a_broken_extension_is_told_once(package):
