@@ -221,7 +221,9 @@ FOREIGN = [
     ("weight_decay_filter", None, "say weight_decay=0 in a group"),
     ("lars_adaptation_filter", None, "say trust_coef=None in a group"),
     ("exclude_bias_n_norm", True, "say trust_coef=None in a group"),
-    ("lars_exclude", True, "say trust_coef=None"),
+    ("lars_exclude", True, "say trust_coef=None, where it is True$"),
+    ("exclude", True, "say trust_coef=None, where it is True$"),
+    ("lars", False, "say trust_coef=None and weight_decay=0, where it is False$"),
 ]
 
 

@@ -300,18 +300,20 @@ class OptimizerWrapper(Optimizer):
 
 #: What other implementations of LARS and LAMB call their options in parameter groups, and what to say here instead.
 FOREIGN_KEYS = {
-    "trust_coefficient": "trust_coef",  # apex, quadra, lightning-bolts, lightly, pytorch_optimizer
+    "trust_coefficient": "trust_coef",  # apex, quadra, lightning-bolts, lightly, MAE, MoCo v3, pytorch_optimizer
     "trust_coeff": "trust_coef",  # timm
-    "eta": "trust_coef",  # Barlow Twins, VICReg, VISSL, the 2018 blog
-    "eeta": "trust_coef",  # SimCLR, MLPerf, ColossalAI
+    "eta": "trust_coef",  # Barlow Twins, VICReg, VISSL, DINO, solo-learn, OpenMMLab, the 2018 blog
+    "eeta": "trust_coef",  # SimCLR, MLPerf, ColossalAI, Intel
     "lars_coeff": "trust_coef",  # Paddle
     "trust_clip": "clip",  # timm
     "clip_lr": "clip",  # solo-learn
-    "epsilon": "eps",  # SimCLR, ColossalAI, Paddle
+    "epsilon": "eps",  # SimCLR, ColossalAI, Intel, Paddle
     "lars_weight_decay": "weight_decay",  # Paddle
     "max_unorm": "the trust_coef of LAMB(..., clip=True)",  # bitsandbytes
-    "weight_decay_filter": "weight_decay=0 in a group of what it excludes",  # Barlow Twins, VICReg
-    "lars_adaptation_filter": "trust_coef=None in a group of what it excludes",  # Barlow Twins, VICReg
+    "weight_decay_filter": "weight_decay=0 in a group of what it excludes",  # Barlow Twins, VICReg, DINO
+    "lars_adaptation_filter": "trust_coef=None in a group of what it excludes",  # Barlow Twins, VICReg, DINO
     "exclude_bias_n_norm": "trust_coef=None in a group of biases and norms",  # solo-learn
     "lars_exclude": "trust_coef=None, where it is True",  # OpenMMLab
+    "exclude": "trust_coef=None, where it is True",  # VISSL
+    "lars": "trust_coef=None and weight_decay=0, where it is False",  # Intel
 }
