@@ -1,6 +1,7 @@
 """The calls under "Coming from X" in examples/README.md, the formulas of the peers, and problems to solve with both."""
 
 import re
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -143,6 +144,16 @@ def timm_lars(w, g, h, memory):
     return w - h.lr * torch_momentum(h, memory, g)
 
 
+def solo_learn(w, g, h, memory, eta=0.001, clip_lr=False, exclude_bias_n_norm=True):
+    if (w.ndim > 1 or not exclude_bias_n_norm) and w.norm() != 0 and g.norm() != 0:
+        ratio = raw_ratio(h, w, g, trust_coef=eta, eps=1e-8)
+        if clip_lr:
+            h.clipped.add(bool(ratio / h.lr > 1))
+            ratio = min(ratio / h.lr, 1)
+        g = ratio * (g + h.weight_decay * w)
+    return w - h.lr * torch_momentum(h, memory, g)
+
+
 def pytorch_optimizer_lars(w, g, h, memory):
     if w.ndim > 1:
         denominator = g.norm() + h.weight_decay * w.norm()
@@ -166,6 +177,12 @@ def barlow_twins(w, g, h, memory):
     return w - h.lr * memory["buffer"]
 
 
+def vissl(w, g, h, memory):
+    """With exclude_bias_and_norm, and weight decay everywhere."""
+    g = g + h.weight_decay * w
+    return w - h.lr * zero_momentum(h, memory, (norm_ratio(w, g) if w.ndim > 1 else 1) * g)
+
+
 def simclr(w, g, h, memory):
     step = h.lr * g
     if w.ndim > 1:
@@ -182,6 +199,14 @@ def simclr_popular(w, g, h, memory):
 def optax_lars(w, g, h, memory):
     g = g + h.weight_decay * w
     return w - zero_momentum(h, memory, h.lr * norm_ratio(w, g) * g)
+
+
+def openmmlab(w, g, h, memory, lars_exclude=True, decay_mult=0.0):
+    """With these two for vectors, as in most of its configurations."""
+    is_excluded = w.ndim <= 1 and lars_exclude
+    ratio = 1.0 if is_excluded else raw_ratio(h, w, g, eps=1e-8)
+    decay = h.weight_decay * (decay_mult if w.ndim <= 1 else 1)
+    return w - torch_momentum(h, memory, h.lr * ratio * (g + decay * w))
 
 
 def mlperf(w, g, h, memory, eps=0.0):
@@ -275,7 +300,10 @@ FORMULAS = {
     "pytorch_optimizer `LARS`": pytorch_optimizer_lars,
     "bitsandbytes `LARS`, `LARS32bit`": bitsandbytes_lars,
     "bitsandbytes `LARS8bit`, `LARS(optim_bits=8)`": bitsandbytes_lars,  # as it is meant, and without rounding to 8 bits
-    "Barlow Twins, VICReg, VISSL `LARS`": barlow_twins,
+    "solo-learn `LARS`": solo_learn,
+    "solo-learn `LARS(clip_lr=True)`": partial(solo_learn, eta=0.02, clip_lr=True),
+    "Barlow Twins, VICReg, VISSL, DINO, MAE, MoCo v3 `LARS`": barlow_twins,
+    "mmselfsup, mmpretrain `LARS`": openmmlab,
     "SimCLR": simclr,
     "SimCLR, `classic_momentum=False`": simclr_popular,
     "`optax.lars`": optax_lars,

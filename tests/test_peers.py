@@ -9,6 +9,7 @@ import itertools
 import math
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,9 +33,12 @@ from peer_calls import (
     deepspeed_lamb,
     differ,
     mlperf,
+    openmmlab,
     ours,
+    solo_learn,
     torchlars_0_1_2,
     two_groups,
+    vissl,
 )
 from published import PUBLISHED
 from torch import nn
@@ -55,6 +59,7 @@ PROMISED = [
         "timm `Lars`",
         "pytorch_optimizer `LARS`",
     ),
+    *("solo-learn `LARS`", "clip_lr=True", "DINO", "MAE", "MoCo v3", "VISSL", "mmselfsup", "mmpretrain"),
     *("bitsandbytes", "Barlow Twins", "VICReg", "SimCLR", "`optax.lars`", "MLPerf", "Algorithm 1", "2018 blog"),
     *("Intel's extension", "ColossalAI `Lars`", "`optax.lamb`", "timm `Lamb`", "`LARS32bit`", "`LARS8bit`"),
     *("apex `FusedLAMB`", "DeepSpeed `FusedLamb`"),
@@ -215,9 +220,13 @@ HAS_NESTEROV = {
         "timm `Lars`",
         "`optax.lars`",
     ),
+    *("solo-learn `LARS`", "solo-learn `LARS(clip_lr=True)`", "mmselfsup, mmpretrain `LARS`"),
     *("pytorch_optimizer `LARS`", "SimCLR", "SimCLR, `classic_momentum=False`", "MLPerf's reference since v0.7"),
 }
-HAS_DAMPENING = {"torchlars 0.1.2", "NVIDIA apex `LARC`", "quadra, lightning-bolts, lightly `LARS`", "timm `Lars`"}
+HAS_DAMPENING = {
+    *("torchlars 0.1.2", "NVIDIA apex `LARC`", "quadra, lightning-bolts, lightly `LARS`", "timm `Lars`"),
+    *("solo-learn `LARS`", "solo-learn `LARS(clip_lr=True)`", "mmselfsup, mmpretrain `LARS`"),
+}
 CASES = [
     pytest.param(peer, momentum, base, id=f"{peer}-{momentum}-{base}".replace("`", ""))
     for peer, momentum, base in itertools.product(CALLS, MOMENTUM, BASES)
@@ -254,7 +263,7 @@ def test_no_other_call_would_do(peer):
         params = problem.params()
         result = problem.run(ours(other, params), params)
         is_same = written_out(other) == written_out(CALLS[peer])
-        assert is_same != differ(result, by_formula(peer, problem), by=1e-9), other
+        assert is_same != differ(result, by_formula(peer, problem), by=1e-12), other
 
 
 OPTIONS = [
@@ -277,10 +286,13 @@ def test_no_option_can_be_left_out(peer):
 
 
 ZERO = {
-    "weights": {"NVIDIA apex `LARC`", "bitsandbytes `LARS`, `LARS32bit`", "Algorithm 1 of the paper"},
+    "weights": {
+        *("NVIDIA apex `LARC`", "bitsandbytes `LARS`, `LARS32bit`", "Algorithm 1 of the paper"),
+        "solo-learn `LARS(clip_lr=True)`",
+    },
     "gradient": {
         *("NVIDIA apex `LARC`", "quadra, lightning-bolts, lightly `LARS`", "pytorch_optimizer `LARS`"),
-        "Algorithm 1 of the paper",
+        *("Algorithm 1 of the paper", "solo-learn `LARS`", "solo-learn `LARS(clip_lr=True)`"),
     },
 }
 
@@ -354,6 +366,30 @@ def test_mlperf_until_v0_6_is_exact_without_weight_decay_only():
     params = problem.params()
     result = problem.run(ours(CALLS[peer], params, sgd=sgd, params=two_groups(params, weight_decay=0.0)), params)
     assert_same(result, by_formula(peer, problem, sgd=sgd))
+
+
+def test_solo_learn_adapts_groups_without_weight_decay():
+    problem, sgd = Problem(19), SGD_HYPER | {"weight_decay": 0.0}
+    expected = by_formula("solo-learn `LARS`", problem, sgd=sgd)
+    for peer, is_same in ("solo-learn `LARS`", True), ("quadra, lightning-bolts, lightly `LARS`", False):
+        params = problem.params()
+        result = problem.run(ours(CALLS[peer], params, sgd=sgd, params=two_groups(params, weight_decay=0.0)), params)
+        assert is_same != differ(result[:1], expected[:1], by=1e-12)
+
+
+def test_dino_sets_the_weight_decay_of_its_first_group_before_each_step():
+    problem, memories = Problem(20), [{} for _ in range(4)]
+    expected, params = problem.layers, problem.params()
+    optimizer = ours(CALLS["Barlow Twins, VICReg, VISSL, DINO, MAE, MoCo v3 `LARS`"], params)
+    for i, _ in enumerate(problem.steps(optimizer, params)):
+        optimizer.param_groups[0]["weight_decay"] = decay = 0.04 + 0.1 * i
+        optimizer.step()
+        layers = zip(expected, problem.grads[i], memories, (1, 1, problem.second_lr, problem.second_lr), strict=True)
+        expected = [
+            barlow_twins(w, g, SimpleNamespace(lr=LRS[i] * relative, momentum=0.9, weight_decay=decay), memory)
+            for w, g, memory, relative in layers
+        ]
+    assert_same(params, expected)
 
 
 def test_nvlamb_of_apex():
@@ -430,10 +466,34 @@ def test_lamb_without_bias_correction_is_exact_without_eps_and_weight_decay_only
 VARIANTS = {
     "SwAV": ("NVIDIA apex `LARC`", "**sgd)", "**sgd), trust_coef=0.001, clip=False", torchlars_0_1_2),
     "without filters": (
-        "Barlow Twins, VICReg, VISSL `LARS`",
+        "Barlow Twins, VICReg, VISSL, DINO, MAE, MoCo v3 `LARS`",
         '[{"params": weights}, plain]',
         "[{'params': weights}, {**plain, 'trust_coef': 0.001, 'weight_decay': 0.01}]",
         lambda w, g, h, memory: barlow_twins(w[None], g[None], h, memory)[0],
+    ),
+    "solo-learn without its filter": (
+        "solo-learn `LARS`",
+        '[{"params": weights}, plain]',
+        "[{'params': weights}, {**plain, 'trust_coef': 0.001, 'weight_decay': 0.01}]",
+        partial(solo_learn, exclude_bias_n_norm=False),
+    ),
+    "clip_lr with another eta": (
+        "solo-learn `LARS(clip_lr=True)`",
+        "**sgd)",
+        "**sgd), trust_coef=0.001",
+        partial(solo_learn, clip_lr=True),
+    ),
+    "exclude_bias_and_norm of VISSL": (
+        "Barlow Twins, VICReg, VISSL, DINO, MAE, MoCo v3 `LARS`",
+        "plain]",
+        '{**plain, "weight_decay": 0.01}]',
+        vissl,
+    ),
+    "lars_exclude without decay_mult": (
+        "mmselfsup, mmpretrain `LARS`",
+        "plain_inside]",
+        '{**plain_inside, "weight_decay": 0.01}]',
+        partial(openmmlab, decay_mult=1),
     ),
     "adam_w_mode=False": ("NVIDIA apex `FusedLAMB`", "AdamW", "Adam", partial(apex_lamb, adam_w_mode=False)),
     "TensorFlow 2": ("MLPerf's reference since v0.7", "eps=0", "eps=1e-7", partial(mlperf, eps=1e-7)),

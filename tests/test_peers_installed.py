@@ -1,5 +1,6 @@
 """The calls under "Coming from X" in examples/README.md beside the peers themselves, where they are installed."""
 
+import functools
 import importlib
 import inspect
 import itertools
@@ -34,6 +35,11 @@ pytestmark = [
 ]
 
 
+@functools.cache  # OpenMMLab's registries can be made only once
+def import_alone(name):
+    return importlib.import_module("benchmarks.step_time.contestants").import_alone(name)
+
+
 @pytest.fixture
 def installed(monkeypatch):
     """Import a peer, or skip the test."""
@@ -41,8 +47,8 @@ def installed(monkeypatch):
     def import_or_skip(name):
         monkeypatch.syspath_prepend(str(ROOT))
         load = importlib.import_module
-        if name.startswith("timm."):  # its parents import torchvision
-            load = load("benchmarks.step_time.contestants").import_alone
+        if name.startswith(("timm.", "lightly.", "mmpretrain.")):  # their parents import torchvision, or mmcv
+            load = import_alone
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             try:
@@ -137,6 +143,35 @@ def test_timm_lamb_clips_gradients_and_adapts_what_decays(installed, always_adap
     assert any(norms)
     assert_same(params, theirs, 1e-5)
     assert differ(params, theirs, by=1e-13)
+
+
+@pytest.mark.parametrize("momentum", MOMENTUM)
+@pytest.mark.parametrize("decay", [SECOND_DECAY, 0.0])
+def test_lightly_lars(installed, backend, momentum, decay):
+    lars = installed("lightly.utils.lars").LARS
+    sgd = SGD_HYPER | MOMENTUM[momentum]
+    for seed in range(2):
+        problem = Problem(seed)
+        problem.layers[0].zero_()
+        params, theirs = problem.params(), problem.params()
+        call = CALLS["quadra, lightning-bolts, lightly `LARS`"].replace("over(SGD", "over(SGD, trust_coef=0.02")
+        optimizer = ours(call, params, sgd=sgd, params=two_groups(params, weight_decay=decay))
+        peer = lars(two_groups(theirs, weight_decay=decay), **sgd, trust_coefficient=0.02)
+        compare(problem, optimizer, params, peer, theirs)
+
+
+@pytest.mark.parametrize("momentum", MOMENTUM)
+def test_mmpretrain_lars(installed, backend, momentum):
+    lars = installed("mmpretrain.engine.optimizers.lars").LARS
+    sgd = SGD_HYPER | MOMENTUM[momentum]
+    for seed in range(2):
+        problem = Problem(seed)
+        problem.layers[0].zero_()
+        problem.grads[2][1].zero_()
+        params, theirs = problem.params(), problem.params()
+        call = CALLS["mmselfsup, mmpretrain `LARS`"].replace("lr_in_momentum=True)", "lr_in_momentum=True, eps=1e-3)")
+        groups = [{"params": theirs[:2]}, {"params": theirs[2:], "weight_decay": 0.0, "lars_exclude": True}]
+        compare(problem, ours(call, params, sgd=sgd), params, lars(groups, **sgd, eps=1e-3), theirs)
 
 
 @pytest.mark.parametrize("momentum", ["momentum", "nesterov"])
