@@ -1,7 +1,7 @@
 """The recipes of examples/README.md run as they are printed, on a small network and a CPU, and train it.
 
 Only what a test cannot have is exchanged: the GPU, the number of epochs, the process group. The numbers that trainers get
-are compared in test_interop.py; those of the table of peers in test_peers.py; the CUDA graph needs test_cuda_steps.py.
+are compared in test_interop_*.py; those of the table of peers in test_peers.py; the CUDA graph needs test_cuda_steps.py.
 """
 
 from __future__ import annotations
