@@ -56,7 +56,8 @@ class OptimizerWrapper(Optimizer):
             name = type(self).__name__
             raise TypeError(
                 f"optimizer must be a torch.optim.Optimizer (got: {type(optimizer).__name__}); "
-                f"construct the base first: {name}(torch.optim.SGD(params, lr=0.1))"
+                f"construct the base first: {name}(torch.optim.SGD(params, lr=0.1)); "
+                f"where only params are passed, as by a framework, call {name}.over(torch.optim.SGD)"
             )
         if isinstance(optimizer, OptimizerWrapper):
             raise TypeError(
