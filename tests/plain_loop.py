@@ -107,8 +107,13 @@ def distance(model, other):
 
 
 def assert_trained_as_by_a_plain_loop(model, optimizer, plain_model, plain_optimizer):
-    """Compare parameters, momenta, hyper-parameters and the wrapper's own values."""
+    """Compare parameters, momenta, hyper-parameters, the wrapper's own values and the trust ratios by name."""
     assert distance(model, plain_model) <= 1e-12
+    wrapper = getattr(optimizer, "optimizer", optimizer)  # in what accelerate and Fabric make of it
+    ratios = wrapper.named_trust_ratios(model.named_parameters())
+    expected = plain_optimizer.named_trust_ratios(plain_model.named_parameters())
+    assert [name.removeprefix("_forward_module.") for name in ratios] == list(expected)
+    torch.testing.assert_close([*ratios.values()], [*expected.values()], rtol=1e-9, atol=0)
     actual, expected = optimizer.state_dict(), plain_optimizer.state_dict()
     key = plain_optimizer.state_key
     assert actual[key] == expected[key]

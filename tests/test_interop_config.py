@@ -1,13 +1,17 @@
 """Configurations and command lines construct LARS: Lightning's CLI, jsonargparse and Hydra."""
 
+import re
 from collections.abc import Callable, Iterable
 
 import pytest
 import torch
+from peer_calls import README
 from plain_loop import batches, distance, network, regression_loss
 from torch.optim import SGD
 
 from torchlars import LARS
+
+SECTION = re.search(r"^### Configuration files and command lines\n(.*?)^##", README, re.M | re.S)[1]
 
 
 class LARSSGD(LARS.over(SGD, trust_coef=0.02)):
@@ -77,29 +81,25 @@ class TestLightningCLI:
         silent = ("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary")
         defaults = {"accelerator": "cpu", "max_epochs": 1, **dict.fromkeys(silent, False)}
 
-        def fit(module, *arguments, add=None):
-            class CLI(cli.LightningCLI):
-                def add_arguments_to_parser(self, parser):
-                    if add is not None:
-                        parser.add_optimizer_args(add)
-
+        def fit(module, *arguments, cls=cli.LightningCLI):
             monkeypatch.setattr("sys.argv", ["train.py", "fit", *arguments])
-            return CLI(
+            return cls(
                 module, trainer_defaults=defaults, seed_everything_default=1, save_config_callback=None
             ).model.network
 
         return fit
 
     def test_a_class_that_the_program_adds(self, fit, module):
+        names = {}
+        exec(re.search(r"^```python\n(.*?)^```", SECTION, re.M | re.S)[1], names)
         options = [f"--optimizer.{option}" for option in [*self.options, "trust_coef=0.02"]]
-        assert_trained(fit(module, *options, add=LARS.over(SGD)))
+        assert_trained(fit(module, *options, cls=names["CLI"]))
 
     def test_a_class_of_a_module(self, fit, module):
         options = [f"--optimizer.{option}" for option in self.options]
         assert_trained(fit(module, f"--optimizer={__name__}.LARSSGD", *options))
 
     def test_a_default(self, fit, module):
-        """jsonargparse reads the source of a lambda: of ``lambda params: LARS(SGD(params))`` it keeps ``LARS(params)``."""
         from lightning.pytorch.cli import OptimizerCallable
 
         class WithDefault(module):
@@ -117,11 +117,29 @@ class TestLightningCLI:
         options = [f"--model.optimizer.{option}" for option in [*self.options, "eps=0.001"]]
         assert_trained(fit(WithDefault, f"--model.optimizer={__name__}.LARSSGD", *options), eps=1e-3)
 
+    def test_a_default_that_constructs_the_base(self, fit, module):
+        """jsonargparse reads the source of a lambda: of ``lambda params: LARS(SGD(params))`` it keeps ``LARS(params)``."""
+        from lightning.pytorch.cli import OptimizerCallable
+
+        class WithDefault(module):
+            def __init__(self, optimizer: OptimizerCallable = lambda params: LARS(SGD(params, lr=LR))):
+                super().__init__()
+                self.configure_optimizers = lambda: optimizer(self.parameters())
+
+        with pytest.raises(TypeError, match=r"where only params are passed, as by a framework, call LARS.over\("):
+            fit(WithDefault)
+
 
 def test_hydra():
     utils = pytest.importorskip("hydra.utils", reason="Hydra is not installed")
     from omegaconf import OmegaConf
 
-    base = {"_target_": "hydra.utils.get_class", "path": "torch.optim.SGD"}
-    config = OmegaConf.create({"_target_": "torchlars.LARS.over", "base": base, "trust_coef": 0.02})
-    assert utils.instantiate(config) is LARS.over(SGD, trust_coef=0.02)
+    config = OmegaConf.create(re.search(r"^```yaml\n(.*?)^```", SECTION, re.M | re.S)[1])
+    model = network()
+    optimizer_class = utils.instantiate(config.optimizer_class)
+    assert optimizer_class is LARS.over(SGD, trust_coef=0.02)
+    optimizer = optimizer_class(model.parameters(), **config.optimizer)
+    assert optimizer.trust_coef == 0.02
+    (group,) = optimizer.param_groups
+    assert group["params"] == list(model.parameters())
+    assert (group["lr"], group["momentum"], group["weight_decay"]) == (16, 0.9, 5e-4)

@@ -6,6 +6,7 @@ are compared in test_interop_*.py; those of the table of peers in test_peers.py;
 
 from __future__ import annotations
 
+import csv
 import importlib
 import os
 import re
@@ -21,7 +22,7 @@ from torch import nn
 from torch.nn.functional import cross_entropy
 from torch.utils.data import DataLoader, TensorDataset
 
-from torchlars import LARS
+from torchlars import LARS, param_groups
 
 README = (Path(__file__).resolve().parents[1] / "examples" / "README.md").read_text("utf-8")
 RECIPES = dict(re.findall(r"^### ([^\n]+)\n(?:(?!^##).)*?^```python\n(.*?)^```", README, re.M | re.S))
@@ -40,7 +41,13 @@ LOOPS = {  # and what is exchanged
         "warmup_epochs=6": "warmup_epochs=1",
     },
 }
-TRAINER = "Hugging Face Trainer"
+TRAINER, TRAINER_CLASS = "Hugging Face Trainer", "Hugging Face Trainer, also with FSDP2"
+LOGGERS, LIGHTNING_CALLBACK, TRAINER_CALLBACK = (
+    f"Trust ratios in {where}"
+    for where in ("TensorBoard and Weights & Biases", "Lightning", "the Hugging Face Trainer")
+)
+REGISTRY = "timm's registry"
+ELSEWHERE = {"CUDA graphs", "Configuration files and command lines"}  # test_cuda_steps.py, test_interop_config.py
 NEED = {"Lightning": "lightning", "accelerate": "accelerate", "timm": "timm"}
 
 
@@ -72,6 +79,10 @@ def data() -> TensorDataset:
     return TensorDataset(inputs, labels)
 
 
+def labelled() -> list[dict[str, torch.Tensor]]:
+    return [{"inputs": inputs, "labels": labels} for inputs, labels in data()]
+
+
 def loss_of(model: nn.Module) -> float:
     inputs, labels = data().tensors
     with torch.no_grad():
@@ -94,7 +105,8 @@ def names_for(model: nn.Module, **more: Any) -> dict[str, Any]:
 
 
 def test_every_recipe_has_a_test():
-    assert {*LOOPS, SHARDED, TRAINER, "CUDA graphs"} == set(RECIPES)
+    here = {SHARDED, TRAINER, TRAINER_CLASS, LOGGERS, LIGHTNING_CALLBACK, TRAINER_CALLBACK, REGISTRY}
+    assert {*LOOPS, *here, *ELSEWHERE} == set(RECIPES)
 
 
 def pretend_torchvision(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,14 +139,132 @@ def test_recipes_train(recipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_recipe_for_transformers_trains(tmp_path, monkeypatch):
+@pytest.mark.parametrize("recipe", [TRAINER, TRAINER_CLASS])
+def test_recipes_for_transformers_train(recipe, tmp_path, monkeypatch):
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     model = NetworkWithLoss()
     before = loss_of(model)
-    dataset = [{"inputs": inputs, "labels": labels} for inputs, labels in data()]
-    exec(code_of(TRAINER, {"steps = 1000": "steps = 40"}), names_for(model, dataset=dataset))
+    exchanged = {"steps = 1000": "steps = 40"} if recipe == TRAINER else {"max_steps=1000": "max_steps=40"}
+    names = names_for(model, dataset=labelled())
+    exec(code_of(recipe, exchanged), names)
     assert loss_of(model) < before / 3
+    weights, others = names["trainer"].optimizer.param_groups
+    assert weights["lr"] == pytest.approx(160 * others["lr"])
+    assert weights["lr"] < 0.1
+    assert others["trust_coef"] is None
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_recipe_for_timms_registry(monkeypatch):
+    pretend_torchvision(monkeypatch)
+    optim = pytest.importorskip("timm.optim", exc_type=ImportError)
+    exec(RECIPES[REGISTRY], {})
+    models = Network(), Network()
+    options = {"lr": 16, "momentum": 0.9, "weight_decay": 5e-4}
+    theirs = optim.create_optimizer_v2(models[0], opt="torchlars", trust_coef=0.02, **options)
+    groups = param_groups(models[1], lr=16, weight_decay=5e-4, bias_lr=0.16)
+    ours = LARS(torch.optim.SGD(groups, momentum=0.9), trust_coef=0.02)
+    for model, optimizer in zip(models, (theirs, ours), strict=True):
+        for inputs, targets in DataLoader(data(), batch_size=64):
+            cross_entropy(model(inputs), targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for param, expected in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(param, expected)
+
+
+# What is logged, beside the formula.
+
+
+def ratios_by_formula(model: nn.Module) -> dict[str, float]:
+    ratios = {}
+    for name, param in model.named_parameters():
+        w, g = param.detach().double().norm(), param.grad.double().norm()
+        ratios[f"trust_ratio/{name}"] = (0.001 * w / (g + 5e-4 * w + 1e-8)).item()
+    return ratios
+
+
+def logged_in(folder: Path) -> dict[str, list[float]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    (file,) = folder.rglob("events.out.tfevents.*")
+    events = EventAccumulator(str(file)).Reload()
+    return {tag: [event.value for event in events.Scalars(tag)] for tag in events.Tags()["scalars"]}
+
+
+def assert_logged(logged: dict[str, list[float]], expected: list[dict[str, float]]) -> None:
+    """Compare what was logged with the ratios of the steps at which it was."""
+    assert len(expected) > 1
+    for name in expected[0]:
+        ratios = [ratios[name] for ratios in expected]
+        assert max(ratios) > 1.01 * min(ratios)
+        assert logged[name] == pytest.approx(ratios, rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_recipe_for_tensorboard_and_wandb(tmp_path, monkeypatch):
+    pytest.importorskip("tensorboard")
+    wandb = pytest.importorskip("wandb")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    model = Network()
+    optimizer = LARS(torch.optim.SGD(model.parameters(), lr=16, momentum=0.9, weight_decay=5e-4))
+    expected: list[dict[str, float]] = []
+    optimizer.register_step_pre_hook(lambda *_: expected.append(ratios_by_formula(model)))
+    names = names_for(model, optimizer=optimizer)
+    history: list[dict[str, float]] = []
+    log = wandb.Run.log
+    monkeypatch.setattr(
+        wandb.Run, "log", lambda run, ratios, step: history.append(ratios) or log(run, ratios, step=step)
+    )
+    exec(code_of(LOGGERS, {"step % 50": "step % 4"}), names)
+    names["run"].finish()
+    names["writer"].close()
+    assert_logged(logged_in(tmp_path / "runs"), expected[3::4])
+    assert list(tmp_path.glob("wandb/offline-run-*/run-*.wandb"))
+    assert_logged({name: [ratios[name] for ratios in history] for name in history[0]}, expected[3::4])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_recipe_for_trust_ratios_in_lightning(tmp_path, monkeypatch):
+    lightning = pytest.importorskip("lightning")
+    monkeypatch.chdir(tmp_path)
+    expected: list[dict[str, float]] = []
+    monkeypatch.setattr(
+        lightning.LightningModule,
+        "on_before_optimizer_step",
+        lambda module, optimizer: expected.append(ratios_by_formula(module)),
+    )
+    names = names_for(Network())
+    exec(code_of("Lightning", LOOPS["Lightning"]), names)
+    expected.clear()
+    names["logger"] = lightning.pytorch.loggers.CSVLogger(tmp_path)
+    exchanged = {"max_epochs=60": "max_epochs=1, log_every_n_steps=4, enable_checkpointing=False, logger=logger"}
+    exec(code_of(LIGHTNING_CALLBACK, exchanged), names)
+    with (Path(names["logger"].log_dir) / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert_logged({name: [float(row[name]) for row in rows] for name in expected[0]}, expected[3::4])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_recipe_for_trust_ratios_in_the_trainer(tmp_path, monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    pytest.importorskip("tensorboard")
+    monkeypatch.chdir(tmp_path)
+    expected: dict[int, dict[str, float]] = {}  # by step: every callback has this method
+    monkeypatch.setattr(
+        transformers.TrainerCallback,
+        "on_pre_optimizer_step",
+        lambda _, __, state, *___, model, **____: expected.update({state.global_step: ratios_by_formula(model)}),
+    )
+    model = NetworkWithLoss()
+    optimizer = LARS(torch.optim.SGD(model.parameters(), lr=1, momentum=0.9, weight_decay=5e-4))
+    names = names_for(model, optimizer=optimizer, dataset=labelled(), Trainer=transformers.Trainer)
+    names["arguments"] = transformers.TrainingArguments("output", num_train_epochs=1, logging_steps=16)
+    exec(RECIPES[TRAINER_CALLBACK], names)
+    logged = {name.removeprefix("train/"): values for name, values in logged_in(tmp_path / "output").items()}
+    assert_logged(logged, list(expected.values())[15::16])
 
 
 def train_sharded(folder: str) -> tuple[float, float, bool]:
