@@ -1,14 +1,16 @@
-"""skorch, Ignite, fastai, torchrl, PEFT and Ray Train drive LARS: after the same batches, they have the numbers of a plain loop.
+"""skorch, Ignite, fastai, torchrl, PEFT, Ray Train and lightly drive LARS: after the same batches, they have the numbers of a plain loop.
 
 Ray Train pickles the loop for its workers, and needs the folder of these tests in PYTHONPATH.
 """
 
 import warnings
+from copy import deepcopy
 from functools import partial
 
 import pytest
 import torch
 from plain_loop import BATCH_SIZE, batches, distance, examples, network, regression_loss
+from torch import nn
 from torch.nn.functional import mse_loss
 from torch.optim import SGD
 
@@ -193,3 +195,61 @@ def test_ray_train(tmp_path):
     model = network()
     model.load_state_dict(torch.load(file))
     assert_trained(model)
+
+
+class TestLightly:
+    """lightly's modules and losses, trained by its own LARS and by ours, which takes its place."""
+
+    @pytest.fixture
+    def lightly(self):
+        return pytest.importorskip("lightly", exc_type=ImportError)
+
+    def train(self, model, optimizer, loss_of):
+        random = torch.Generator().manual_seed(5)
+        for inputs, _ in batches():
+            views = [inputs + 0.1 * torch.randn(inputs.shape, generator=random, dtype=inputs.dtype) for _ in range(2)]
+            loss_of(model, *views).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    def compare(self, model, loss_of):
+        from lightly.utils.lars import LARS as TheirLARS
+
+        sgd = {"lr": 0.5, "momentum": 0.9, "weight_decay": 0.05}
+        first, ours, theirs = deepcopy(model), model, deepcopy(model)
+        params = [param for param in ours.parameters() if param.requires_grad]
+        self.train(ours, LARS.over(SGD, always_adapt=False)(params, **sgd), loss_of)
+        params = [param for param in theirs.parameters() if param.requires_grad]
+        self.train(theirs, TheirLARS(params, **sgd), loss_of)
+        assert distance(first, theirs) > 1e-3
+        assert distance(ours, theirs) <= 1e-12
+
+    def test_simclr(self, lightly):
+        from lightly.loss import NTXentLoss
+        from lightly.models.modules import SimCLRProjectionHead
+
+        criterion = NTXentLoss()
+        model = nn.Sequential(network(), SimCLRProjectionHead(3, 8, 4).double())
+        self.compare(model, lambda model, first, second: criterion(model(first), model(second)))
+
+    def test_byol(self, lightly):
+        from lightly.loss import NegativeCosineSimilarity
+        from lightly.models.modules import BYOLPredictionHead, BYOLProjectionHead
+        from lightly.models.utils import deactivate_requires_grad, update_momentum
+
+        online = nn.Sequential(network(), BYOLProjectionHead(3, 8, 4).double())
+        model = nn.ModuleDict(
+            {"online": online, "target": deepcopy(online), "predict": BYOLPredictionHead(4, 8, 4).double()}
+        )
+        deactivate_requires_grad(model["target"])
+        criterion = NegativeCosineSimilarity()
+
+        def loss_of(model, first, second):
+            update_momentum(model["online"], model["target"], 0.9)
+            halves = [
+                criterion(model["predict"](model["online"](x)), model["target"](y).detach())
+                for x, y in ((first, second), (second, first))
+            ]
+            return sum(halves) / 2
+
+        self.compare(model, loss_of)
