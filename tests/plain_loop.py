@@ -69,10 +69,10 @@ def batches(rank=0, world_size=1):
     return DataLoader(share, batch_size=BATCH_SIZE // world_size)
 
 
-def plain_loop(model, loss_of, loader, clip=CLIP, wrapper=LARS, after_step=None):
+def plain_loop(model, loss_of, loader, clip=CLIP, wrapper=LARS, schedule=scheduler_of):
     """Train by hand, without closures; return the optimizer."""
     optimizer = optimizer_of(model, wrapper)
-    scheduler = scheduler_of(optimizer)
+    scheduler = schedule(optimizer)
     clipped = set()
     for _ in range(EPOCHS):
         for i, batch in enumerate(loader, start=1):
@@ -83,8 +83,6 @@ def plain_loop(model, loss_of, loader, clip=CLIP, wrapper=LARS, after_step=None)
                 optimizer.step()
                 scheduler.step()
                 optimizer.zero_grad()
-                if after_step is not None:
-                    after_step(optimizer)
     assert clipped == {True, False}, "a loop that clips always or never shows less"
     return optimizer
 

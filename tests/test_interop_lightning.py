@@ -16,6 +16,7 @@ from plain_loop import (
     launched,
     network,
     optimizer_of,
+    plain_loop,
     regression_loss,
     scheduler_of,
     trained,
@@ -76,6 +77,13 @@ class ShardedModule(Module):
         if not isinstance(self.network[0].weight, DTensor):
             for part in (self.network[0], self.network):
                 fully_shard(part, mesh=self.device_mesh["data_parallel"])
+
+
+def test_the_plain_loop_tells_the_wrapper_from_its_base():
+    model, (plain_model, _) = network(), trained()
+    plain_loop(model, regression_loss, batches(), wrapper=lambda base, **options: base)
+    assert distance(model, plain_model) > 1e-2
+    assert distance(network(), plain_model) > 1e-2
 
 
 def trainer_of(automatic=True, epochs=EPOCHS, **more):
