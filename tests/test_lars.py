@@ -536,6 +536,7 @@ def test_trust_ratios_by_name(backend):
     optimizer.step()
     of_part = optimizer.named_trust_ratios(model[1].named_parameters())
     assert of_part == {"weight": optimizer.trust_ratios()[model[1].weight]}
+    assert optimizer.named_trust_ratios([("bias", model[1].bias)]) == {}
     for names in (None, model.named_parameters(), dict(model.named_parameters())):
         ratios = optimizer.named_trust_ratios(names)
         assert list(ratios) == list(expected)
@@ -560,8 +561,9 @@ def test_trust_ratios_by_name(backend):
         (
             nn.Linear(2, 2).named_parameters(),
             ValueError,
-            r"\(got: 2, of which none is among the 2 with a trust ratio\)",
+            r"\(got: 2, of which none is among the 4 in its groups\)",
         ),
+        (iter(()), ValueError, r"\(got: 0, of which none is among the 4 in its groups\)"),
         (
             [*nn.Linear(2, 2).named_parameters(), *nn.Linear(2, 2).named_parameters()],
             ValueError,
@@ -574,7 +576,6 @@ def test_trust_ratios_by_name_need_the_names_of_the_parameters(names, error, mes
     for group in groups:
         group["params"] = [param for _, param in group["params"]]
     optimizer = LARS(SGD(groups, lr=0.1, weight_decay=0.01))
-    optimizer.step()
     with pytest.raises(error, match=message):
         optimizer.named_trust_ratios(names)
 

@@ -7,6 +7,7 @@ import pickle
 import subprocess
 import sys
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -187,6 +188,26 @@ def test_classes_that_nobody_holds_are_let_go():
     del Base
     gc.collect()
     assert references[1]() is None
+
+
+def test_threads_make_classes_at_once():
+    """Half of them the same ones, all of one name; they failed while one looked through the classes of another."""
+
+    def make(thread):
+        made = []
+        for i in range(40):
+            base = shared[i] if i % 2 else type("Base", (torch.optim.SGD,), {})
+            made.append(LARS.over(base))
+            assert getattr(torchlars.over, made[-1].__qualname__) is made[-1]
+        return made
+
+    shared = [type("Base", (torch.optim.SGD,), {}) for _ in range(40)]
+    with ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(make, range(8)))
+    for classes in zip(*made, strict=True):
+        assert len(set(classes)) in (1, 8)
+    every = {cls for classes in made for cls in classes}
+    assert len(every) == len({cls.__qualname__ for cls in every}) == 8 * 20 + 20
 
 
 @pytest.mark.parametrize("wrapper", [LARS, LARC, LARS.over])

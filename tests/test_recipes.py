@@ -156,15 +156,16 @@ def test_recipes_for_transformers_train(recipe, tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_recipe_for_timms_registry(monkeypatch):
+@pytest.mark.parametrize("weight_decay", [5e-4, 0])
+def test_the_recipe_for_timms_registry(weight_decay, monkeypatch):
     pretend_torchvision(monkeypatch)
     optim = pytest.importorskip("timm.optim", exc_type=ImportError)
     exec(RECIPES[REGISTRY], {})
     models = Network(), Network()
-    options = {"lr": 16, "momentum": 0.9, "weight_decay": 5e-4}
-    theirs = optim.create_optimizer_v2(models[0], opt="torchlars", trust_coef=0.02, **options)
-    groups = param_groups(models[1], lr=16, weight_decay=5e-4, bias_lr=0.16)
-    ours = LARS(torch.optim.SGD(groups, momentum=0.9), trust_coef=0.02)
+    options = {"lr": 16, "momentum": 0.9, "weight_decay": weight_decay, "trust_coef": 0.02, "eps": 0.5}
+    theirs = optim.create_optimizer_v2(models[0], opt="torchlars", **options)
+    groups = param_groups(models[1], lr=16, weight_decay=5e-4, bias_lr=0.16) if weight_decay else models[1].parameters()
+    ours = LARS(torch.optim.SGD(groups, lr=16, momentum=0.9), trust_coef=0.02, eps=0.5)
     for model, optimizer in zip(models, (theirs, ours), strict=True):
         for inputs, targets in DataLoader(data(), batch_size=64):
             cross_entropy(model(inputs), targets).backward()

@@ -20,7 +20,8 @@ def construct(model: nn.Module) -> list[Optimizer]:
     base = SGD(model.parameters(), lr=0.1)
     lars: LARS = LARS.over(SGD)(model.parameters(), lr=16, momentum=0.9, weight_decay=5e-4, trust_coef=0.02)
     lamb: LAMB = LAMB.over(AdamW, clip=True)(model.named_parameters(), lr=1e-3)
-    class_: type[Optimizer] = LARC.over(torchlars.optim.SGD, trust_coef=0.02)
+    larc: LARC = LARC.over(SGD, trust_coef=0.02)(model.parameters(), lr=0.1)
+    class_: type[Optimizer] = LARC.over(torchlars.optim.SGD, clip=False)
     return [
         LARS(optimizer=base, eps=1e-8, trust_coef=0.001),
         LARS(base, clip=True, norm="decayed", lr_in_momentum=True, always_adapt=False),
@@ -32,6 +33,7 @@ def construct(model: nn.Module) -> list[Optimizer]:
         ZeroRedundancyOptimizer(model.parameters(), optimizer_class=class_, lr=16),
         lars,
         lamb,
+        larc,
     ]
 
 
@@ -74,6 +76,7 @@ def planted_errors(model: nn.Module, optimizer: LARS) -> None:
     LARS(base, trust_coefficient=0.001)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     LARS(base, 1e-8, 0.001, True)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     LARC(base, norm="decayed")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+    LARC.over(SGD, norm="raw")  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
     LAMB(base, clip="no")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     LARS.over(base)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
     LARS.over(SGD, norm="raww")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]

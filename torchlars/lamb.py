@@ -11,16 +11,9 @@ from torchlars.options import non_negative_number, positive_number, true_or_fals
 from torchlars.step import TrustRatioWrapper
 
 if TYPE_CHECKING:
-    from typing_extensions import TypedDict, Unpack
+    from typing_extensions import Unpack
 
-    class LAMBOptions(TypedDict, total=False):
-        """The options of :class:`LAMB`."""
-
-        trust_coef: float
-        eps: float
-        clip: bool
-        always_adapt: bool
-
+    from torchlars.options import CommonOptions
 
 __all__ = ["LAMB"]
 
@@ -112,7 +105,7 @@ class LAMB(TrustRatioWrapper):
 
         @classmethod
         def over(  # type: ignore[override]
-            cls, base: type[Optimizer], **options: Unpack[LAMBOptions]
+            cls, base: type[Optimizer], **options: Unpack[CommonOptions]
         ) -> type[LAMBOver]:
             """Return a class that constructs a base and wraps it: :meth:`torchlars.wrapper.OptimizerWrapper.over`."""
             ...

@@ -13,18 +13,16 @@ from torchlars.step import TrustRatioWrapper
 from torchlars.zero_layers import ZeroLayers
 
 if TYPE_CHECKING:
-    from typing_extensions import TypedDict, Unpack
+    from typing_extensions import Unpack
 
-    class LARSOptions(TypedDict, total=False):
+    from torchlars.options import CommonOptions
+
+    class LARSOptions(CommonOptions, total=False):
         """The options of :class:`LARS`."""
 
-        eps: float
-        trust_coef: float
-        clip: bool
         norm: Literal["raw", "decayed"]
         lr_in_momentum: bool
         apply_to: Literal["gradient", "update"]
-        always_adapt: bool
         weight_decay: Literal["decoupled"] | None
 
 
@@ -287,10 +285,24 @@ class LARC(LARS):
     ) -> None:
         super().__init__(optimizer, eps, trust_coef, clip=clip, always_adapt=always_adapt)
 
+    if TYPE_CHECKING:
+
+        @classmethod
+        def over(  # type: ignore[override]
+            cls, base: type[Optimizer], **options: Unpack[CommonOptions]
+        ) -> type[LARCOver]:
+            """Return a class that constructs a base and wraps it: :meth:`torchlars.wrapper.OptimizerWrapper.over`."""
+            ...
+
 
 if TYPE_CHECKING:
 
     class LARSOver(LARS):
         """A class of :meth:`LARS.over`. Type checkers are not told its base's arguments."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+    class LARCOver(LARC):
+        """A class of :meth:`LARC.over`. Type checkers are not told its base's arguments."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None: ...

@@ -10,7 +10,7 @@ from itertools import chain
 from numbers import Integral, Real
 from operator import is_
 from types import EllipsisType, NoneType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -21,6 +21,17 @@ __all__: list[str] = []
 
 #: A parameter group of an optimizer.
 Group = dict[str, Any]
+
+if TYPE_CHECKING:
+    from typing_extensions import TypedDict
+
+    class CommonOptions(TypedDict, total=False):
+        """The options that all wrappers have."""
+
+        trust_coef: float
+        eps: float
+        clip: bool
+        always_adapt: bool
 
 
 def warn_of_caller(message: str) -> None:

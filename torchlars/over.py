@@ -5,6 +5,7 @@ from __future__ import annotations
 import copyreg
 from inspect import Parameter, signature
 from itertools import chain, count
+from threading import RLock
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -18,6 +19,7 @@ class ClassOver(type):
 
 
 _classes: WeakValueDictionary[Any, type[Any]] = WeakValueDictionary()
+_lock = RLock()  # of these: no thread may add one while another makes one, or looks through them
 
 
 def class_over(cls: type[Optimizer], base: type[Optimizer], options: dict[str, Any]) -> type[Any]:
@@ -26,8 +28,9 @@ def class_over(cls: type[Optimizer], base: type[Optimizer], options: dict[str, A
     Keyword arguments that are options of ``cls``, and no parameters of the base, replace those of ``options``.
     """
     key = (cls, base, *sorted(options.items()))
-    made = _classes.get(key)
-    return made if made is not None else _classes.setdefault(key, _make(cls, base, options))
+    with _lock:
+        made = _classes.get(key)
+        return made if made is not None else _classes.setdefault(key, _make(cls, base, options))
 
 
 def _make(cls: Any, base: type[Optimizer], options: dict[str, Any]) -> ClassOver:
@@ -69,7 +72,8 @@ copyreg.pickle(ClassOver, _reduce)
 
 def __getattr__(name: str) -> Any:
     """Find a class by its name, by which cloudpickle tells that it need not be pickled by value."""
-    for made in _classes.values():
-        if made.__qualname__ == name:
-            return made
+    with _lock:
+        for made in _classes.values():
+            if made.__qualname__ == name:
+                return made
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

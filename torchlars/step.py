@@ -255,18 +255,19 @@ class TrustRatioWrapper(OptimizerWrapper):
 
         Raises:
             TypeError: ``named_parameters`` are no names and parameters.
-            ValueError: the groups hold no names, two parameters have the same one, or no given parameter has a trust
-                ratio while others have.
+            ValueError: the groups hold no names, two parameters have the same one, or none of the given ones is in the
+                groups.
         """
-        ratios = self.trust_ratios()
         if named_parameters is None:
             named_parameters = _named_parameters(self.param_groups)
         names = _checked_names(named_parameters)
-        if ratios and ratios.keys().isdisjoint(names.values()):
+        params = {param for group in self.param_groups for param in group["params"]}
+        if params.isdisjoint(names.values()):
             raise ValueError(
                 f"named_parameters must be those of the model that this optimizer steps (got: {len(names)}, of which "
-                f"none is among the {len(ratios)} with a trust ratio)"
+                f"none is among the {len(params)} in its groups)"
             )
+        ratios = self.trust_ratios()
         return {name: ratios[param] for name, param in names.items() if param in ratios}
 
 
