@@ -249,10 +249,15 @@ def test_the_recipe_for_trust_ratios_in_lightning(tmp_path, monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore")
-def test_the_recipe_for_trust_ratios_in_the_trainer(tmp_path, monkeypatch):
+@pytest.mark.parametrize("callback", ["TensorBoardCallback", "WandbCallback"])
+def test_the_recipe_for_trust_ratios_in_the_trainer(callback, tmp_path, monkeypatch):
     transformers = pytest.importorskip("transformers")
     pytest.importorskip("tensorboard")
+    wandb = pytest.importorskip("wandb")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    history: list[dict[str, float]] = []
+    monkeypatch.setattr(wandb.Run, "log", lambda _, row, **__: history.append(row))
     expected: dict[int, dict[str, float]] = {}  # by step: every callback has this method
     monkeypatch.setattr(
         transformers.TrainerCallback,
@@ -263,8 +268,18 @@ def test_the_recipe_for_trust_ratios_in_the_trainer(tmp_path, monkeypatch):
     optimizer = LARS(torch.optim.SGD(model.parameters(), lr=1, momentum=0.9, weight_decay=5e-4))
     names = names_for(model, optimizer=optimizer, dataset=labelled(), Trainer=transformers.Trainer)
     names["arguments"] = transformers.TrainingArguments("output", num_train_epochs=1, logging_steps=16)
-    exec(RECIPES[TRAINER_CALLBACK], names)
-    logged = {name.removeprefix("train/"): values for name, values in logged_in(tmp_path / "output").items()}
+    code = RECIPES[TRAINER_CALLBACK]
+    assert code.count("TensorBoardCallback") == 2
+    if callback == "WandbCallback":
+        wandb.init(mode="offline")  # which it takes
+    exec(code.replace("TensorBoardCallback", callback), names)
+    if callback == "TensorBoardCallback":
+        logged = logged_in(tmp_path / "output")
+    else:
+        wandb.finish()
+        rows = [row for row in history if "train/trust_ratio/head.weight" in row]
+        logged = {name: [row[name] for row in rows] for name in rows[0]}
+    logged = {name.removeprefix("train/"): values for name, values in logged.items()}
     assert_logged(logged, list(expected.values())[15::16])
 
 
