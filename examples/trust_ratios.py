@@ -3,8 +3,8 @@
 The CNN of digits.py learns its 1,437 handwritten digits. LARS adapts the weights; `param_groups` leaves the biases to
 SGD, with an lr of their own, which is what they need. The trust ratios of every step are kept as they come from
 `optimizer.named_trust_ratios()`, as tensors on the device of their layers, and read after the last step: inside of the
-loop nobody waits for a number. They come as a table and a plot: while the gradients vanish, ratios grow a thousandfold,
-towards their bound, trust_coef / weight_decay = 2. Needs torchlars, scikit-learn, matplotlib and tqdm.
+loop nobody waits for a number. They come as a table and a plot: while the gradients vanish, ratios grow by factors of
+400 to 1,500, towards their bound, trust_coef / weight_decay = 2. Needs torchlars, scikit-learn, matplotlib and tqdm.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torchlars import LARS, param_groups
 
 LR, BIAS_LR, WEIGHT_DECAY, TRUST_COEF = 16.0, 0.05, 5e-4, 0.001
 LOOKS = (  # of the layers in the plot, in the order of the model
-    *(("conv 1", "#9ECAE1", "-"), ("conv 2", "#4292C6", "-"), ("conv 3", "#2166AC", "-"), ("conv 4", "#08306B", "-")),
+    *(("conv 1", "#9ECAE1", "-"), ("conv 2", "#4292C6", "--"), ("conv 3", "#2166AC", "-."), ("conv 4", "#08306B", ":")),
     *(("linear 1", "#F16913", "-"), ("linear 2", "#7F2704", "--")),
 )
 

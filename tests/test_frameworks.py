@@ -1,6 +1,7 @@
 """The recipes under "Frameworks that construct the optimizer" in examples/README.md, where these are installed."""
 
 import re
+import sys
 import warnings
 from types import SimpleNamespace
 
@@ -9,8 +10,10 @@ import torch
 from peer_calls import README, assert_same, openmmlab, torchlars_0_1_2
 from torch import nn
 
+from torchlars import LARS
+
 SECTION = re.search(r"^## Frameworks that construct the optimizer\n(.*?)^## ", README, re.M | re.S)[1]
-MMENGINE, TORCHTITAN, _ = re.findall(r"^```python\n(.*?)^```", SECTION, re.M | re.S)
+MMENGINE, TORCHTITAN, SOLO_LEARN = re.findall(r"^```python\n(.*?)^```", SECTION, re.M | re.S)
 LRS = (1.0, 1.5, 0.2)  # relative to the recipe's
 
 
@@ -111,3 +114,37 @@ def test_torchtitan():
         lambda name: {"lr": 0.05 if is_excluded(name) else 16.0, "weight_decay": 0.05},
     )
     assert_same(net.parameters(), expected)
+
+
+def test_solo_learn(monkeypatch):
+    """Beside what stands in for its class of methods and its function, which needs torchvision of torch's own build."""
+
+    def remove_bias_and_norm_from_weight_decay(groups):
+        split = []
+        for group in groups:
+            for is_weight in (True, False):
+                params = [param for param in group["params"] if (param.ndim > 1) == is_weight]
+                split.append({**group, "params": params, **({} if is_weight else {"weight_decay": 0})})
+        return split
+
+    methods = type("BaseMethod", (), {"_OPTIMIZERS": {}})
+    for module, names in {
+        "solo.methods.base": {"BaseMethod": methods},
+        "solo.utils.misc": {"remove_bias_and_norm_from_weight_decay": remove_bias_and_norm_from_weight_decay},
+    }.items():
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**names))
+    exec(SOLO_LEARN, {"LARS": LARS, "SGD": torch.optim.SGD})
+    net, expected = model(), model()
+    groups = [
+        {"params": list(net.parameters()), "lr": 0.48}
+    ]  # it names parts of the model, of which each may have an lr
+    optimizer = methods._OPTIMIZERS["torchlars"](groups, lr=2.0, weight_decay=0.05, momentum=0.9)
+    weights = [param for param in expected.parameters() if param.ndim > 1]
+    others = [param for param in expected.parameters() if param.ndim == 1]
+    plain = {"params": others, "trust_coef": None, "weight_decay": 0}
+    call = LARS(torch.optim.SGD([{"params": weights}, plain], lr=0.48, weight_decay=0.05, momentum=0.9))
+    for step in range(3):
+        for part, one in ((net, optimizer), (expected, call)):
+            set_grads(part, step)
+            one.step()
+    assert_same(net.parameters(), expected.parameters())

@@ -9,7 +9,8 @@ from peer_calls import README
 from plain_loop import batches, distance, network, regression_loss
 from torch.optim import SGD
 
-from torchlars import LARS
+from torchlars import LAMB, LARS
+from torchlars.optim import AdamW
 
 SECTION = re.search(r"^### Configuration files and command lines\n(.*?)^##", README, re.M | re.S)[1]
 
@@ -95,6 +96,14 @@ class TestLightningCLI:
         options = [f"--optimizer.{option}" for option in [*self.options, "trust_coef=0.02"]]
         assert_trained(fit(module, *options, cls=names["CLI"]))
 
+    @pytest.mark.parametrize("option", ["norm=raww", "trust_coef=abc", "clip=1"])
+    def test_an_option_is_checked_by_the_parser(self, fit, module, option, capsys):
+        names = {}
+        exec(re.search(r"^```python\n(.*?)^```", SECTION, re.M | re.S)[1], names)
+        with pytest.raises(SystemExit):
+            fit(module, f"--optimizer.{option}", cls=names["CLI"])
+        assert option.split("=")[0] in capsys.readouterr().err
+
     def test_a_class_of_a_module(self, fit, module):
         options = [f"--optimizer.{option}" for option in self.options]
         assert_trained(fit(module, f"--optimizer={__name__}.LARSSGD", *options))
@@ -143,3 +152,11 @@ def test_hydra():
     (group,) = optimizer.param_groups
     assert group["params"] == list(model.parameters())
     assert (group["lr"], group["momentum"], group["weight_decay"]) == (16, 0.9, 5e-4)
+
+
+def test_lists_of_hydra_are_sequences():
+    pytest.importorskip("hydra.utils", reason="Hydra is not installed")
+    from omegaconf import OmegaConf
+
+    optimizer = LAMB.over(AdamW)(network().parameters(), **OmegaConf.create({"betas": [0.8, 0.95]}))
+    assert tuple(optimizer.param_groups[0]["betas"]) == (0.8, 0.95)

@@ -127,6 +127,11 @@ class TestTorchRL:
         train(model, group_optimizers(*parts), batches())
         assert_trained(model)
 
+    def test_options_of_calls_are_lost(self, group_optimizers):
+        """As examples/README.md says."""
+        parts = [LARS.over(SGD)(network().parameters(), lr=LR, trust_coef=0.02) for _ in range(2)]
+        assert group_optimizers(*parts).trust_coef == 0.001
+
     def test_wrappers_are_refused(self, group_optimizers):
         optimizer = LARS(SGD(network().parameters(), lr=LR))
         with pytest.raises(TypeError, match=r"\(got: list\); construct the base first"):

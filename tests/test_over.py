@@ -37,7 +37,7 @@ def test_over_makes_a_class_with_the_bases_signature_and_the_wrappers_options(wr
     assert issubclass(made, wrapper)
     assert issubclass(made, torch.optim.Optimizer)
     parameters = inspect.signature(made).parameters
-    of_base = inspect.signature(base).parameters
+    of_base = inspect.signature(base, eval_str=True).parameters
     assert {name: parameters[name] for name in of_base} == dict(of_base)
     of_wrapper = {name: parameters[name].default for name in parameters.keys() - of_base}
     assert of_wrapper.keys() == wrapper.options.keys() & inspect.signature(wrapper).parameters.keys() - of_base.keys()
@@ -59,7 +59,11 @@ def test_over_makes_a_class_with_the_bases_signature_and_the_wrappers_options(wr
             r"base must be a class of optimizers, .* for example LARS.over\(torch",
         ),
         (lambda: LAMB.over(LARS), TypeError, r"base must be a class of optimizers, itself no wrapper .* LAMB.over\("),
-        (lambda: LARS.over(torch.optim.SGD, lr=0.1), TypeError, r"LARS has the options eps, .* \(got: lr\)"),
+        (
+            lambda: LARS.over(torch.optim.SGD, lr=0.1),
+            TypeError,
+            r"LARS has the options eps, .* \(got: lr\); .* LARS.over\(SGD\)\(params,",
+        ),
         (
             lambda: LAMB.over(torch.optim.SGD, norm="raw"),
             TypeError,
@@ -188,6 +192,23 @@ def test_classes_that_nobody_holds_are_let_go():
     del Base
     gc.collect()
     assert references[1]() is None
+
+
+@pytest.mark.parametrize("wrapper", [LARS, LARC, LAMB])
+@pytest.mark.parametrize("base", [torch.optim.SGD, torchlars.optim.SGD, torchlars.optim.AdamW])
+def test_parsers_of_command_lines_get_types(wrapper, base):
+    """Strings would be of our modules, where parsers do not look for them."""
+    annotations = [parameter.annotation for parameter in inspect.signature(wrapper.over(base)).parameters.values()]
+    assert not any(isinstance(annotation, str) for annotation in annotations)
+    assert bool in annotations
+
+
+def test_annotations_that_cannot_be_evaluated_are_left_as_they_are():
+    class Base(torch.optim.SGD):
+        def __init__(self, params: "Unknown", lr: float = 1e-3) -> None:  # noqa: F821
+            super().__init__(params, lr)
+
+    assert inspect.signature(LARS.over(Base)).parameters["params"].annotation == "Unknown"
 
 
 def test_threads_make_classes_at_once():

@@ -240,12 +240,15 @@ def test_the_recipe_for_trust_ratios_in_lightning(tmp_path, monkeypatch):
     names = names_for(Network())
     exec(code_of("Lightning", LOOPS["Lightning"]), names)
     expected.clear()
-    names["logger"] = lightning.pytorch.loggers.CSVLogger(tmp_path)
-    exchanged = {"max_epochs=60": "max_epochs=1, log_every_n_steps=4, enable_checkpointing=False, logger=logger"}
-    exec(code_of(LIGHTNING_CALLBACK, exchanged), names)
-    with (Path(names["logger"].log_dir) / "metrics.csv").open() as file:
-        rows = list(csv.DictReader(file))
-    assert_logged({name: [float(row[name]) for row in rows] for name in expected[0]}, expected[3::4])
+    loggers = names["loggers"] = [lightning.pytorch.loggers.CSVLogger(tmp_path / folder) for folder in ("a", "b")]
+    more = "log_every_n_steps=5, accumulate_grad_batches=3, enable_checkpointing=False, logger=loggers"
+    exec(code_of(LIGHTNING_CALLBACK, {"max_epochs=60": f"max_epochs=2, {more}"}), names)
+    assert len(expected) == 2 * 6  # steps, in epochs of 16 batches
+    for logger in loggers:
+        with (Path(logger.log_dir) / "metrics.csv").open() as file:
+            rows = [row for row in csv.DictReader(file) if row["trust_ratio/model.head.weight"]]
+        assert [int(row["step"]) for row in rows] == [5, 10]
+        assert_logged({name: [float(row[name]) for row in rows] for name in expected[0]}, expected[4::5])
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -266,9 +269,8 @@ def test_the_recipe_for_trust_ratios_in_the_trainer(callback, tmp_path, monkeypa
     )
     model = NetworkWithLoss()
     optimizer = LARS(torch.optim.SGD(model.parameters(), lr=1, momentum=0.9, weight_decay=5e-4))
-    names = names_for(model, optimizer=optimizer, dataset=labelled(), Trainer=transformers.Trainer)
-    names["arguments"] = transformers.TrainingArguments("output", num_train_epochs=1, logging_steps=16)
-    code = RECIPES[TRAINER_CALLBACK]
+    names = names_for(model, optimizer=optimizer, dataset=labelled())
+    code = code_of(TRAINER_CALLBACK, {"logging_steps=50": "logging_steps=16, num_train_epochs=1"})
     assert code.count("TensorBoardCallback") == 2
     if callback == "WandbCallback":
         wandb.init(mode="offline")  # which it takes

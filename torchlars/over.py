@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copyreg
-from inspect import Parameter, signature
+from inspect import Parameter, Signature, signature
 from itertools import chain, count
 from threading import RLock
 from typing import Any
@@ -15,7 +15,7 @@ __all__: list[str] = []
 
 
 class ClassOver(type):
-    """The metaclass of these classes and of those derived from them, by which pickle knows the former."""
+    """The metaclass of these classes, and of classes derived from them. pickle reduces classes by their metaclass."""
 
 
 _classes: WeakValueDictionary[Any, type[Any]] = WeakValueDictionary()
@@ -23,9 +23,10 @@ _lock = RLock()  # of these: no thread may add one while another makes one, or l
 
 
 def class_over(cls: type[Optimizer], base: type[Optimizer], options: dict[str, Any]) -> type[Any]:
-    """Return a subclass of ``cls``, constructed as ``cls(base(...), **options)``; the same as long as it is referenced.
+    """Return a subclass of ``cls``, constructed as ``cls(base(...), **options)``.
 
-    Keyword arguments that are options of ``cls``, and no parameters of the base, replace those of ``options``.
+    Equal arguments return the same class, as long as something refers to it. Keyword arguments that are options of
+    ``cls``, and no parameters of the base, replace those of ``options``.
     """
     key = (cls, base, *sorted(options.items()))
     with _lock:
@@ -33,9 +34,17 @@ def class_over(cls: type[Optimizer], base: type[Optimizer], options: dict[str, A
         return made if made is not None else _classes.setdefault(key, _make(cls, base, options))
 
 
+def _signature(cls: Any) -> Signature:
+    """Return the arguments of a class, with evaluated annotations, as parsers of command lines need, where possible."""
+    try:
+        return signature(cls.__init__, eval_str=True)
+    except Exception:  # whatever evaluating raises
+        return signature(cls.__init__)
+
+
 def _make(cls: Any, base: type[Optimizer], options: dict[str, Any]) -> ClassOver:
-    of_base = signature(base.__init__)
-    of_wrapper = signature(cls.__init__).parameters
+    of_base = _signature(base)
+    of_wrapper = _signature(cls).parameters
     own = {name: of_wrapper[name] for name in cls.options if name in of_wrapper and name not in of_base.parameters}
 
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -71,7 +80,7 @@ copyreg.pickle(ClassOver, _reduce)
 
 
 def __getattr__(name: str) -> Any:
-    """Find a class by its name, by which cloudpickle tells that it need not be pickled by value."""
+    """Return the class of that name. cloudpickle pickles classes by value that their module does not have by name."""
     with _lock:
         for made in _classes.values():
             if made.__qualname__ == name:

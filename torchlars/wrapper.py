@@ -99,7 +99,10 @@ class OptimizerWrapper(Optimizer):
         known = [name for name in signature(cls.__init__).parameters if name in cls.options]
         unknown = sorted(options.keys() - set(known))
         if unknown:
-            raise TypeError(f"{cls.__name__} has the options {', '.join(known)} (got: {', '.join(unknown)})")
+            raise TypeError(
+                f"{cls.__name__} has the options {', '.join(known)} (got: {', '.join(unknown)}); "
+                f"arguments of the base are for the class: {cls.__name__}.over({base.__name__})(params, lr=0.1)"
+            )
         checked = {name: cls.options[name](name, value) for name, value in options.items()}
         return class_over(cls, base, checked)
 

@@ -135,7 +135,7 @@ class FusedAdam(FusedOptimizer):
         if group.get("differentiable", False):
             raise ValueError(f"differentiable{of_group} must be False (got: True): the step writes in place")
         betas = group["betas"]
-        if not isinstance(betas, tuple | list) or len(betas) != 2:
+        if not isinstance(betas, Sequence) or len(betas) != 2:  # such as the lists of configurations
             raise TypeError(f"betas{of_group} must be two numbers (got: {betas!r})")
         beta1, beta2 = (
             non_negative_number(name, number_in(name, beta))
