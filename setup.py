@@ -13,8 +13,16 @@ import sys
 import sysconfig
 from pathlib import Path
 
+import setuptools
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+
+# Older ones read no licence expression, and new environments may hold them. 0 is one that does not know its version.
+if 0 < int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(
+        f"torchlars: setuptools must be 77 or newer (got: {setuptools.__version__}); "
+        "install it: pip install 'setuptools>=77,<82', or leave out --no-build-isolation"
+    )
 
 # Without a list, torch compiles for the GPUs it sees, and fails where it sees none. PTX serves whatever is newer.
 ARCH_LIST, ARCH_LIST_OF_12_8 = "7.5;8.0;8.6;9.0+PTX", "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
@@ -181,7 +189,7 @@ class Build(Base):
         if torch is None:
             sys.exit(
                 "torchlars: it is compiled against the torch that it will run with, and none was found for "
-                f"{sys.executable}; install torch first, then: pip install --no-build-isolation ."
+                f"{sys.executable}; install torch first, then: pip install --no-build-isolation . (likewise uv pip)"
             )
         if [int(number) for number in torch.__version__.split(".")[:2]] < [2, 11]:
             sys.exit(f"torchlars: torch must be 2.11 or newer (got: {torch.__version__})")

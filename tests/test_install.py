@@ -312,6 +312,14 @@ def test_without_torch_building_says_what_to_install(sources):
     assert "install torch first, then: pip install --no-build-isolation ." in result.stderr
 
 
+def test_a_setuptools_that_cannot_read_the_licence_is_refused():
+    """Python 3.11 gives 65.5 to new environments, and torch 2.11 and 2.12 leave it there."""
+    pretended = "import setuptools, sys; setuptools.__version__ = '65.5.0'; sys.argv = ['setup.py', '--name']; "
+    result = run("-c", pretended + "exec(open('setup.py').read())")
+    assert result.returncode != 0
+    assert "setuptools must be 77 or newer (got: 65.5.0); install it: pip install 'setuptools>=77,<82'" in result.stderr
+
+
 # What import does
 
 
