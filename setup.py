@@ -24,6 +24,12 @@ if 0 < int(setuptools.__version__.split(".")[0]) < 77:
         "install it: pip install 'setuptools>=77,<82', or leave out --no-build-isolation"
     )
 
+if not os.access(Path.cwd(), os.W_OK):
+    sys.exit(
+        f"torchlars: the folder of the sources must be writable, because setuptools builds in it (got: {Path.cwd()}); "
+        "copy it, and install the copy"
+    )
+
 # Without a list, torch compiles for the GPUs it sees, and fails where it sees none. PTX serves whatever is newer.
 ARCH_LIST, ARCH_LIST_OF_12_8 = "7.5;8.0;8.6;9.0+PTX", "7.5;8.0;8.6;9.0;10.0;12.0+PTX"
 

@@ -320,6 +320,13 @@ def test_a_setuptools_that_cannot_read_the_licence_is_refused():
     assert "setuptools must be 77 or newer (got: 65.5.0); install it: pip install 'setuptools>=77,<82'" in result.stderr
 
 
+def test_sources_that_cannot_be_written_to_are_told():
+    pretended = "import os, sys; os.access = lambda path, mode: mode != os.W_OK; sys.argv = ['setup.py', '--name']; "
+    result = run("-c", pretended + "exec(open('setup.py').read())")
+    assert result.returncode != 0
+    assert f"the folder of the sources must be writable, because setuptools builds in it (got: {ROOT})" in result.stderr
+
+
 # What import does
 
 
