@@ -195,7 +195,8 @@ class Build(Base):
         if torch is None:
             sys.exit(
                 "torchlars: it is compiled against the torch that it will run with, and none was found for "
-                f"{sys.executable}; install torch first, then: pip install --no-build-isolation . (likewise uv pip)"
+                f"{sys.executable}; install torch first, then: pip install --no-build-isolation . "
+                "(uv pip install has the same option)"
             )
         if [int(number) for number in torch.__version__.split(".")[:2]] < [2, 11]:
             sys.exit(f"torchlars: torch must be 2.11 or newer (got: {torch.__version__})")
