@@ -19,7 +19,7 @@ class ClassOver(type):
 
 
 _classes: WeakValueDictionary[Any, type[Any]] = WeakValueDictionary()
-_lock = RLock()  # of these: no thread may add one while another makes one, or looks through them
+_lock = RLock()  # held while classes are added or looked through: iterating fails if another thread adds one
 
 
 def class_over(cls: type[Optimizer], base: type[Optimizer], options: dict[str, Any]) -> type[Any]:

@@ -14,7 +14,7 @@ namespace torchlars::cpu {
 
 #ifdef TORCHLARS_F16C
 inline bool has_f16c() {
-  static const bool has = __builtin_cpu_supports("avx2");  // newer than F16C, for which clang up to 16 cannot ask
+  static const bool has = __builtin_cpu_supports("avx2");  // clang before 17 cannot ask for F16C
   return has;
 }
 

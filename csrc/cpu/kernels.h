@@ -216,7 +216,7 @@ C10_ALWAYS_INLINE void adam_loop(T* __restrict param, const T* __restrict grad, 
 template <bool kDecays, bool kDecoupled, typename T, typename M, typename Compute>
 C10_ALWAYS_INLINE void adam_loop(T* param, const T* grad, M* exp_avg, M* exp_avg_sq, Compute* updates, int64_t count,
                                  const AdamNumbers<double>& numbers, Compute lr) {
-  // With coupled weight decay, ratios other than 1 are usual, and the two multiplications are worth less than 70 KB.
+  // With coupled weight decay, ratios other than 1 are usual, and a loop without them is not worth 70 KB.
   const bool is_usual = (!kDecays || kDecoupled) && numbers.ratio == 1 && numbers.inv_scale == 1;
 #define TORCHLARS_CALL(kMoments, kApplies, kUsual)                                                             \
   adam_loop<kMoments, kApplies, kUsual, kDecays, kDecoupled>(param, grad, exp_avg, exp_avg_sq, updates, count, \
